@@ -1,0 +1,22 @@
+// swift-tools-version: 6.2
+import PackageDescription
+
+// One set of settings for every Swift target: language mode 6 (the tools version's default) and strict memory safety,
+// so that each use of an unsafe construct is marked where it stands.
+let settings: [SwiftSetting] = [.strictMemorySafety(), .enableUpcomingFeature("ExistentialAny")]
+
+// Dependencies point one way: executables -> Host -> Engines and VhostBackend -> GuestMemory -> Platform.
+// Engines and VhostBackend do not know each other; they meet on GuestMemory.
+let package = Package(
+    name: "quire",
+    products: [
+    ],
+    dependencies: [
+    ],
+    targets: [
+        .target(name: "CQuireLayout"),
+        .target(name: "CPlatform"),
+        .target(name: "Platform", dependencies: ["CPlatform"], swiftSettings: settings),
+        .target(name: "GuestMemory", dependencies: ["Platform"], swiftSettings: settings),
+    ]
+)

@@ -1,0 +1,133 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "cplatform.h"
+#include <linux/falloc.h>
+#include <sys/syscall.h>
+
+int cp_memfd_create(const char *name, unsigned flags) { return (int)syscall(SYS_memfd_create, name, flags); }
+int cp_seal_size(int fd) { return fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW); }
+off_t cp_seek_data(int fd, off_t offset) { return lseek(fd, offset, SEEK_DATA); }
+off_t cp_seek_hole(int fd, off_t offset) { return lseek(fd, offset, SEEK_HOLE); }
+int cp_accept(int fd) { return accept4(fd, NULL, NULL, SOCK_CLOEXEC); }
+void cp_name_thread(const char *name) { pthread_setname_np(pthread_self(), name); }
+
+int cp_punch_hole(int fd, off_t offset, off_t length)
+{
+	return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length);
+}
+
+int cp_zero_range(int fd, off_t offset, off_t length, bool may_unmap)
+{
+	if (may_unmap && cp_punch_hole(fd, offset, length) == 0) return 0;
+	return fallocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, length);
+}
+
+ssize_t cp_recv_with_fds(int socket, void *buffer, size_t length, int *fds, int max_fds, int *fd_count, bool *truncated)
+{
+	union { struct cmsghdr align; char space[CMSG_SPACE(64 * sizeof(int))]; } control;
+	struct iovec iov = { buffer, length };
+	struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1 };
+	ssize_t n;
+
+	*fd_count = 0;
+	*truncated = false;
+	if (max_fds > 64) max_fds = 64;
+	if (max_fds > 0) {
+		msg.msg_control = control.space;
+		msg.msg_controllen = CMSG_SPACE((size_t)max_fds * sizeof(int));
+	}
+	do n = recvmsg(socket, &msg, MSG_CMSG_CLOEXEC); while (n < 0 && errno == EINTR);
+	if (n < 0) return n;
+	*truncated = (msg.msg_flags & MSG_CTRUNC) != 0;
+	for (struct cmsghdr *c = CMSG_FIRSTHDR(&msg); c; c = CMSG_NXTHDR(&msg, c)) {
+		if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
+		int count = (int)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+		for (int i = 0; i < count; i++) {
+			int fd;
+			memcpy(&fd, CMSG_DATA(c) + (size_t)i * sizeof(int), sizeof fd);
+			if (*fd_count < max_fds) fds[(*fd_count)++] = fd;
+			else { close(fd); *truncated = true; }
+		}
+	}
+	return n;
+}
+
+ssize_t cp_send_with_fds(int socket, const void *buffer, size_t length, const int *fds, int fd_count)
+{
+	union { struct cmsghdr align; char space[CMSG_SPACE(64 * sizeof(int))]; } control;
+	struct iovec iov = { (void *)buffer, length };
+	struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1 };
+	ssize_t n;
+
+	if (fd_count > 64) { errno = EINVAL; return -1; }
+	if (fd_count > 0) {
+		memset(&control, 0, sizeof control);
+		msg.msg_control = control.space;
+		msg.msg_controllen = CMSG_SPACE((size_t)fd_count * sizeof(int));
+		struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
+		c->cmsg_level = SOL_SOCKET;
+		c->cmsg_type = SCM_RIGHTS;
+		c->cmsg_len = CMSG_LEN((size_t)fd_count * sizeof(int));
+		memcpy(CMSG_DATA(c), fds, (size_t)fd_count * sizeof(int));
+	}
+	do n = sendmsg(socket, &msg, MSG_NOSIGNAL); while (n < 0 && errno == EINTR);
+	return n;
+}
+
+static int unix_address(const char *path, struct sockaddr_un *address)
+{
+	memset(address, 0, sizeof *address);
+	address->sun_family = AF_UNIX;
+	if (strlen(path) >= sizeof address->sun_path) { errno = ENAMETOOLONG; return -1; }
+	strcpy(address->sun_path, path);
+	return 0;
+}
+
+int cp_unix_listen(const char *path, int backlog)
+{
+	struct sockaddr_un address;
+	if (unix_address(path, &address) < 0) return -1;
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (fd < 0) return -1;
+	if (bind(fd, (struct sockaddr *)&address, sizeof address) < 0 || listen(fd, backlog) < 0) {
+		int e = errno;
+		close(fd);
+		errno = e;
+		return -1;
+	}
+	return fd;
+}
+
+int cp_unix_connect(const char *path)
+{
+	struct sockaddr_un address;
+	if (unix_address(path, &address) < 0) return -1;
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (fd < 0) return -1;
+	if (connect(fd, (struct sockaddr *)&address, sizeof address) < 0) {
+		int e = errno;
+		close(fd);
+		errno = e;
+		return -1;
+	}
+	return fd;
+}
+
+unsigned cp_census(const uint8_t *bytes, unsigned blocks, uint64_t *others)
+{
+	unsigned ones = 0;
+	uint64_t found = 0;
+	for (unsigned block = 0; block < blocks; block++, bytes += 64) {
+		/* 0 becomes 1, 0xff becomes 0, everything else has a higher bit. At most 64 ones fit into a byte. */
+		uint8_t other = 0, count = 0;
+		for (unsigned i = 0; i < 64; i++) {
+			uint8_t next = (uint8_t)(bytes[i] + 1);
+			other |= next;
+			count += next == 0;
+		}
+		ones += count;
+		if (other > 1) found |= UINT64_C(1) << block;
+	}
+	*others = found;
+	return ones;
+}

@@ -1,0 +1,103 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Thin shims for what Swift cannot import: atomic access to memory that another process or the guest changes, the
+ * control-message macros, and Linux calls that glibc declares as macros or variadic functions. No policy, no state.
+ */
+#ifndef CPLATFORM_H
+#define CPLATFORM_H
+
+/* No _GNU_SOURCE here: it changes types of the system's headers, and Swift imports those a second time without it. What
+ * needs it is in cplatform.c. */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/memfd.h>
+#include <linux/magic.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+#include <sys/vfs.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+/* Atomics on memory shared with the guest or another process. Acquire loads, release stores, sequentially consistent
+ * read-modify-write: what the virtio and state-table protocols ask for, and free on x86-64. */
+#define CP_ATOMIC(bits)                                                                                          \
+	static inline uint##bits##_t cp_load_u##bits(const void *p)                                              \
+	{ return __atomic_load_n((const uint##bits##_t *)p, __ATOMIC_ACQUIRE); }                                 \
+	static inline void cp_store_u##bits(void *p, uint##bits##_t v)                                           \
+	{ __atomic_store_n((uint##bits##_t *)p, v, __ATOMIC_RELEASE); }                                          \
+	static inline bool cp_cas_u##bits(void *p, uint##bits##_t expected, uint##bits##_t desired)              \
+	{ return __atomic_compare_exchange_n((uint##bits##_t *)p, &expected, desired, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); }
+CP_ATOMIC(8)
+CP_ATOMIC(16)
+CP_ATOMIC(32)
+CP_ATOMIC(64)
+static inline void cp_or_u8(void *p, uint8_t bits) { __atomic_fetch_or((uint8_t *)p, bits, __ATOMIC_SEQ_CST); }
+static inline void cp_add_u64(void *p, uint64_t n) { __atomic_fetch_add((uint64_t *)p, n, __ATOMIC_RELAXED); }
+/* Looks at 64 * blocks bytes (at most 4096), which others may change meanwhile, so it is a hint. Returns how many of them
+ * are 0xff; bit i of *others says that block i holds a byte that is neither 0 nor 0xff. Compiled C: this loop is what an
+ * idle backend does, and the compiler makes vectors of it. */
+unsigned cp_census(const uint8_t *bytes, unsigned blocks, uint64_t *others);
+static inline void cp_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
+static inline int cp_open(const char *path, int flags, mode_t mode) { return open(path, flags, mode); }
+int cp_memfd_create(const char *name, unsigned flags);
+int cp_seal_size(int fd);                          /* F_SEAL_SHRINK | F_SEAL_GROW */
+off_t cp_seek_data(int fd, off_t offset);          /* SEEK_DATA */
+off_t cp_seek_hole(int fd, off_t offset);          /* SEEK_HOLE */
+int cp_punch_hole(int fd, off_t offset, off_t length);
+int cp_zero_range(int fd, off_t offset, off_t length, bool may_unmap);
+int cp_accept(int fd);                             /* close-on-exec */
+void cp_name_thread(const char *name);             /* at most 15 bytes */
+static inline int cp_set_nonblocking(int fd, bool on)
+{
+	int flags = fcntl(fd, F_GETFL);
+	return flags < 0 ? -1 : fcntl(fd, F_SETFL, on ? flags | O_NONBLOCK : flags & ~O_NONBLOCK);
+}
+static inline int cp_set_cloexec(int fd, bool on) { return fcntl(fd, F_SETFD, on ? FD_CLOEXEC : 0); }
+static inline int cp_dup_cloexec(int fd) { return fcntl(fd, F_DUPFD_CLOEXEC, 3); }
+static inline int cp_eventfd(void) { return eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); }
+static inline void *cp_map_shared(int fd, off_t offset, size_t length, bool writable)
+{
+	void *p = mmap(NULL, length, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED | MAP_NORESERVE, fd, offset);
+	return p == MAP_FAILED ? NULL : p;
+}
+static inline int cp_is_listening(int fd)
+{
+	int value = 0;
+	socklen_t size = sizeof value;
+	return getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &size) < 0 ? -1 : value;
+}
+static inline bool cp_is_socket(const char *path)
+{
+	struct stat s;
+	return lstat(path, &s) == 0 && S_ISSOCK(s.st_mode);
+}
+static inline int cp_errno(void) { return errno; }
+static inline uint64_t cp_clock_ns(clockid_t clock)
+{
+	struct timespec t;
+	clock_gettime(clock, &t);
+	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* recvmsg with descriptors. Returns what recvmsg returns; *fd_count descriptors (close-on-exec) are in fds, all of them
+ * owned by the caller. *truncated says that more came than max_fds; the surplus was closed by the kernel. */
+ssize_t cp_recv_with_fds(int socket, void *buffer, size_t length, int *fds, int max_fds, int *fd_count, bool *truncated);
+/* sendmsg with descriptors, MSG_NOSIGNAL. */
+ssize_t cp_send_with_fds(int socket, const void *buffer, size_t length, const int *fds, int fd_count);
+int cp_unix_listen(const char *path, int backlog);  /* -1 with errno; ENAMETOOLONG if the path does not fit */
+int cp_unix_connect(const char *path);
+
+#endif

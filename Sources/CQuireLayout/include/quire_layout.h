@@ -1,0 +1,249 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
+/*
+ * quire_layout.h - every layout that crosses a process or the guest boundary.
+ *
+ * This file stands once. The guest module compiles it (guest-module/quire_layout.h is a link to it), the Swift
+ * targets import it as CQuireLayout, and both assert the same sizes and offsets at the end of this file. Multi-byte
+ * fields are little-endian; Quire supports x86-64 guests and hosts only, so no field is ever swapped.
+ *
+ * There are three parts:
+ *   1. the control disk, by which a guest registers (guest <-> backend, carried by virtio-blk);
+ *   2. the state table in guest memory (guest <-> whoever claims: the backend, or the agent in QEMU);
+ *   3. the page map and the status page (backend <-> supervisor, agent and command line; never seen by a guest).
+ */
+#ifndef QUIRE_LAYOUT_H
+#define QUIRE_LAYOUT_H
+
+#ifdef __KERNEL__
+#include <linux/types.h>
+#include <linux/build_bug.h>
+#include <linux/stddef.h>
+typedef u8  quire_u8;
+typedef u32 quire_u32;
+typedef u64 quire_u64;
+#define QUIRE_ASSERT(what) static_assert(what)
+#else
+#include <stddef.h>
+#include <stdint.h>
+typedef uint8_t  quire_u8;
+typedef uint32_t quire_u32;
+typedef uint64_t quire_u64;
+#define QUIRE_ASSERT(what) _Static_assert(what, #what)
+#endif
+
+#define QUIRE_PAGE_SHIFT 12u
+#define QUIRE_PAGE_BYTES 4096u
+
+/* ---------------------------------------------------------------------------------------------------------------
+ * 1. The control disk: a virtio-blk disk of QUIRE_CTL_BLOCKS logical blocks of 4 KiB, serial QUIRE_CTL_SERIAL.
+ *
+ *    block 0  read   struct quire_ctl_identity   what the backend is and which protocol it speaks
+ *    block 1  write  struct quire_ctl_request    register or unregister; exactly one block, else an I/O error
+ *    block 2  read   struct quire_ctl_status     what became of the last request, and why
+ *    others   read   zeros; a write is an I/O error
+ *
+ * A request that is refused fails its write with an I/O error; block 2 then holds the reason. A registration lives
+ * exactly as long as the virtio device is started: a reset of the device, whoever causes it, ends it.
+ * ------------------------------------------------------------------------------------------------------------- */
+
+#define QUIRE_CTL_BLOCKS        16u
+#define QUIRE_CTL_SERIAL        "quire-control"
+#define QUIRE_CTL_VERSION       1u
+#define QUIRE_CTL_MAGIC         "QUIRECTL"   /* 8 bytes, no terminator */
+#define QUIRE_CTL_REQUEST_MAGIC "QUIREREQ"
+#define QUIRE_CTL_STATUS_MAGIC  "QUIRESTA"
+
+enum quire_ctl_block { QUIRE_CTL_IDENTITY_BLOCK = 0, QUIRE_CTL_REQUEST_BLOCK = 1, QUIRE_CTL_STATUS_BLOCK = 2 };
+
+struct quire_ctl_identity {
+	quire_u8  magic[8];          /*  0 QUIRE_CTL_MAGIC */
+	quire_u32 version;           /*  8 QUIRE_CTL_VERSION; a guest that knows another version must not register */
+	quire_u32 block_bytes;       /* 12 4096 */
+	quire_u32 period_ms;         /* 16 age, in milliseconds, at which a free page is recycled */
+	quire_u32 reserved;          /* 20 0 */
+	quire_u64 nonce;             /* 24 differs for every start of the device that the guest was reset for */
+	quire_u64 max_pages;         /* 32 the largest page_count that a table may have */
+	quire_u8  backend[64];       /* 40 name and version of the backend, text, zero-padded */
+};
+
+enum quire_ctl_operation { QUIRE_CTL_REGISTER = 1, QUIRE_CTL_UNREGISTER = 2 };
+
+struct quire_ctl_request {
+	quire_u8  magic[8];          /*  0 QUIRE_CTL_REQUEST_MAGIC */
+	quire_u32 version;           /*  8 QUIRE_CTL_VERSION */
+	quire_u32 operation;         /* 12 enum quire_ctl_operation */
+	quire_u64 header_gpa;        /* 16 guest physical address of the table's header page; 0 with UNREGISTER */
+	quire_u8  module[64];        /* 24 name, version and kernel of the guest module, text, zero-padded */
+};
+
+enum quire_ctl_state {
+	QUIRE_CTL_NONE = 0,          /* nothing registered since the device was started */
+	QUIRE_CTL_ACTIVE = 1,        /* a table is registered and is being read */
+	QUIRE_CTL_REFUSED = 2,       /* the last request was refused; an earlier registration has ended */
+	QUIRE_CTL_DROPPED = 3,       /* a registered table broke the protocol and is not read any more */
+	QUIRE_CTL_PAUSED = 4,        /* registered; recycling pauses (migration, or nobody supervises the backend) */
+};
+
+struct quire_ctl_status {
+	quire_u8  magic[8];          /*  0 QUIRE_CTL_STATUS_MAGIC */
+	quire_u32 version;           /*  8 QUIRE_CTL_VERSION */
+	quire_u32 state;             /* 12 enum quire_ctl_state */
+	quire_u64 header_gpa;        /* 16 of the table that is registered, or 0 */
+	quire_u64 recycled_pages;    /* 24 recycled since this registration */
+	quire_u8  text[256];         /* 32 one line for a person: why it was refused, dropped or paused; zero-padded */
+};
+
+/* ---------------------------------------------------------------------------------------------------------------
+ * 2. The state table: one byte a guest page, in guest memory. After PPR (Dynamic VM, 2017), with claims added.
+ *
+ *    value          meaning                                        who may change it, and to what
+ *    0              in use                                         guest: to 1..0xFD when it frees the page
+ *    1..0xFD        free, marked in that epoch                     guest: to 0 (compare-exchange) when it allocates;
+ *                                                                  host: to CLAIMED (compare-exchange) when old enough
+ *    0xFE CLAIMED   the host is discarding the page                host only: to RECYCLED. A guest that wants the
+ *                                                                  page waits for that
+ *    0xFF RECYCLED  the host has discarded it: it reads as zeros   guest: to 0 (compare-exchange) when it allocates;
+ *                                                                  host: to CLAIMED when the page was filled again
+ *
+ * A guest may free a page that has a mark already (an allocation that failed before it was seen): an epoch or RECYCLED
+ * then becomes the current epoch, by compare-exchange; CLAIMED stays.
+ *
+ * A claim whose discarding failed goes back to an epoch: a guest waits while a state is CLAIMED, whatever comes next.
+ *
+ * The guest may compare-exchange several bytes as one aligned word as long as none of them is CLAIMED; the host
+ * changes single bytes.
+ *
+ * The table's pages need not be contiguous: directory entry i is the guest physical address of the page that holds
+ * the states of gfns 4096*i .. 4096*i+4095, or QUIRE_NO_STATES where the guest has no memory in that block. The
+ * directory itself is physically contiguous.
+ * ------------------------------------------------------------------------------------------------------------- */
+
+#define QUIRE_TABLE_MAGIC   "QUIRETBL"
+#define QUIRE_TABLE_VERSION 1u
+#define QUIRE_NO_STATES     0u
+
+enum quire_page_state {
+	QUIRE_STATE_IN_USE = 0x00,
+	QUIRE_STATE_EPOCH_FIRST = 0x01,
+	QUIRE_STATE_EPOCH_LAST = 0xFD,
+	QUIRE_STATE_CLAIMED = 0xFE,
+	QUIRE_STATE_RECYCLED = 0xFF,
+};
+
+/* The header fills one page. Each writer has cache lines of its own. */
+struct quire_table_header {
+	/* Written by the guest before it registers, then constant. The host copies it once and never looks again. */
+	quire_u8  magic[8];          /*   0 QUIRE_TABLE_MAGIC */
+	quire_u32 version;           /*   8 QUIRE_TABLE_VERSION */
+	quire_u32 reserved0;         /*  12 0 */
+	quire_u64 page_count;        /*  16 states in the table, a multiple of 4096: gfns 0 .. page_count-1 */
+	quire_u64 directory_gpa;     /*  24 page-aligned; page_count/4096 entries of 8 bytes, contiguous */
+	quire_u8  reserved1[96];     /*  32 0 */
+	/* Written by the host while registered. */
+	quire_u8  epoch;             /* 128 the value that a free stores, 1..0xFD; it stands still while the host is away */
+	quire_u8  reserved2[3];      /* 129 */
+	quire_u32 period_ms;         /* 132 the period in force, milliseconds */
+	quire_u64 ticks;             /* 136 counts epochs since the registration; never wraps */
+	quire_u8  reserved3[112];    /* 144 0 */
+	/* Written by the guest at any time. Advice only: the host bounds what it does with it. */
+	quire_u64 waits;             /* 256 allocations that met a CLAIMED page and waited */
+	quire_u8  reserved4[3832];   /* 264 0 */
+};
+
+/* ---------------------------------------------------------------------------------------------------------------
+ * 3a. The page map: a memfd that outlives the backend (its supervisor holds it). A header page, then one 64-bit entry
+ *     a gfn: bits 0..7 the state, bits 8..63 its argument (the slot of a shared page; 0 otherwise).
+ *
+ *     What survives a crash of the backend is all here: which table was registered, under which nonce, and which
+ *     claims were open.
+ * ------------------------------------------------------------------------------------------------------------- */
+
+#define QUIRE_MAP_MAGIC   "QUIREMAP"
+#define QUIRE_MAP_VERSION 1u
+#define QUIRE_MAP_WORKERS 16u
+#define QUIRE_CLAIM_MAX_PAGES 64u
+
+enum quire_map_state {
+	QUIRE_MAP_PRIVATE = 0,       /* the memfd's page, if it has one */
+	QUIRE_MAP_HOLE = 1,          /* recycled: the memfd had no page here when it was last looked at */
+};
+
+/* A claim in the journal: written before the first state byte becomes CLAIMED, cleared (page_count = 0) after the
+ * last one is RECYCLED. since_ns is CLOCK_MONOTONIC: the supervisor kills a backend whose claim is too old. */
+struct quire_claim {
+	quire_u64 first_gfn;
+	quire_u64 page_count;        /* 0: no claim open; at most QUIRE_CLAIM_MAX_PAGES */
+	quire_u64 since_ns;
+	quire_u64 reserved[5];       /* a cache line a worker */
+};
+
+struct quire_map_header {
+	quire_u8  magic[8];          /*    0 QUIRE_MAP_MAGIC */
+	quire_u32 version;           /*    8 QUIRE_MAP_VERSION */
+	quire_u32 header_bytes;      /*   12 4096 */
+	quire_u64 page_count;        /*   16 entries that follow the header */
+	quire_u64 nonce;             /*   24 in-flight nonce under which header_gpa was registered; 0: nothing registered */
+	quire_u64 header_gpa;        /*   32 the registered table */
+	quire_u64 recycled_total;    /*   40 pages recycled in this VM's life */
+	/* The backend's life, here and not in the status page: this is memory, and never waits for a disk. */
+	quire_u64 heartbeat;         /*   48 counts up every 100 ms while nothing in the backend is stuck; 0: not ready */
+	quire_u32 backend_pid;       /*   56 whose heartbeat it is */
+	quire_u8  reserved[964];     /*   60 */
+	struct quire_claim journal[QUIRE_MAP_WORKERS]; /* 1024 */
+	quire_u8  reserved2[2048];   /* 2048 */
+};
+
+/* ---------------------------------------------------------------------------------------------------------------
+ * 3b. The status page: a file of one page in the VM's runtime folder, written by the backend, read by its supervisor
+ *     and by `quire status`. Every field is written whole (one aligned store); counters only grow while pid stays.
+ * ------------------------------------------------------------------------------------------------------------- */
+
+#define QUIRE_STATUS_MAGIC   "QUIREVMS"
+#define QUIRE_STATUS_VERSION 1u
+
+enum quire_recycle_state {
+	QUIRE_RECYCLE_NO_GUEST = 0,  /* no front end, or no guest module registered */
+	QUIRE_RECYCLE_ACTIVE = 1,
+	QUIRE_RECYCLE_PAUSED = 2,    /* dirty logging, or no supervisor */
+	QUIRE_RECYCLE_REFUSED = 3,   /* the guest's table was refused or dropped */
+};
+
+struct quire_status {
+	quire_u8  magic[8];          /*   0 QUIRE_STATUS_MAGIC */
+	quire_u32 version;           /*   8 QUIRE_STATUS_VERSION */
+	quire_u32 pid;               /*  12 of the backend */
+	quire_u64 heartbeat;         /*  16 counts updates; the one that a supervisor watches is in the page map */
+	quire_u64 ram_bytes;         /*  24 guest RAM in the memory table */
+	quire_u64 resident_bytes;    /*  32 of that, what the host has allocated */
+	quire_u64 recycled_now_pages;   /* 40 */
+	quire_u64 recycled_total_pages; /* 48 in this VM's life */
+	quire_u64 recycled_rate_millipages; /* 56 recycled pages a second times 1000, over the last period */
+	quire_u64 cpu_ns;            /*  64 CPU time of the backend process */
+	quire_u64 free_marked_pages; /*  72 marked free, not yet recycled, at the last scan */
+	quire_u64 waits;             /*  80 allocations in the guest that waited for a claim, as the guest says */
+	quire_u64 refilled_pages;    /*  88 recycled pages that somebody else had filled, and that were punched again */
+	quire_u32 recycle_state;     /*  96 enum quire_recycle_state */
+	quire_u32 period_ms;         /* 100 */
+	quire_u64 map_bytes;         /* 104 host metadata in use for this VM */
+	quire_u64 updated_ns;        /* 112 CLOCK_MONOTONIC of the last update */
+	quire_u64 restarts;          /* 120 written by the supervisor */
+	quire_u8  reason[256];       /* 128 one line for a person, zero-padded */
+	quire_u8  name[128];         /* 384 of the VM, zero-padded */
+	quire_u8  reserved[3584];    /* 512 */
+};
+
+QUIRE_ASSERT(sizeof(struct quire_ctl_identity) == 104);
+QUIRE_ASSERT(sizeof(struct quire_ctl_request) == 88);
+QUIRE_ASSERT(sizeof(struct quire_ctl_status) == 288);
+QUIRE_ASSERT(sizeof(struct quire_table_header) == QUIRE_PAGE_BYTES);
+QUIRE_ASSERT(offsetof(struct quire_table_header, epoch) == 128);
+QUIRE_ASSERT(offsetof(struct quire_table_header, ticks) == 136);
+QUIRE_ASSERT(offsetof(struct quire_table_header, waits) == 256);
+QUIRE_ASSERT(sizeof(struct quire_claim) == 64);
+QUIRE_ASSERT(sizeof(struct quire_map_header) == QUIRE_PAGE_BYTES);
+QUIRE_ASSERT(offsetof(struct quire_map_header, heartbeat) == 48);
+QUIRE_ASSERT(offsetof(struct quire_map_header, journal) == 1024);
+QUIRE_ASSERT(sizeof(struct quire_status) == QUIRE_PAGE_BYTES);
+QUIRE_ASSERT(offsetof(struct quire_status, reason) == 128);
+
+#endif

@@ -1,0 +1,150 @@
+import CPlatform
+
+/// How a process ended.
+public enum ProcessEnd: Sendable, Equatable, CustomStringConvertible {
+    case exited(Int32)
+    case signalled(Int32)
+
+    /// What a shell would report: the exit status, or 128 and the signal's number.
+    public var shellStatus: Int32 {
+        switch self {
+        case .exited(let status): status
+        case .signalled(let signal): 128 + signal
+        }
+    }
+
+    public var description: String {
+        switch self {
+        case .exited(let status): "exited with status \(status)"
+        case .signalled(let signal): "was killed by signal \(signal)"
+        }
+    }
+}
+
+/// The system calls around processes, thinly. `Host.ChildProcess` is the owner to use.
+public enum ProcessCalls {
+    /// A descriptor of ours and its number in the child.
+    public struct Passed: Sendable, Equatable {
+        public let from: Int32
+        public let to: Int32
+        public init(from: Int32, to: Int32) {
+            self.from = from
+            self.to = to
+        }
+    }
+
+    /// Starts `arguments[0]`, looked up in PATH, with an empty signal mask. Besides 0, 1 and 2 the child has exactly
+    /// `passing` (at most 64), and with `inheritOthers` also everything that is not close-on-exec here.
+    /// Throws when the program cannot be executed: there is no child then.
+    public static func spawn(
+        _ arguments: [String], passing: [Passed], inheritOthers: Bool, ownGroup: Bool, parentDeathSignal: Int32?
+    ) throws(QuireError) -> pid_t {
+        precondition(!arguments.isEmpty)
+        // A copy in C's terms; freed below, when the child has executed or failed.
+        let words = unsafe arguments.map { unsafe strdup($0) }
+        defer { for unsafe word in unsafe words { unsafe free(word) } }
+        let argv = unsafe words + [nil]
+        let from = passing.map(\.from), to = passing.map(\.to)
+        var pid: pid_t = -1
+        // The pointers live in this scope, which outlasts the call; the child has copies of everything.
+        let code = unsafe argv.withUnsafeBufferPointer { argv in
+            unsafe from.withUnsafeBufferPointer { from in
+                unsafe to.withUnsafeBufferPointer { to in
+                    var what = unsafe cp_spawn_request(
+                        argv: argv.baseAddress, from: from.baseAddress, to: to.baseAddress,
+                        count: Int32(from.count), close_others: !inheritOthers, own_group: ownGroup,
+                        parent_death_signal: parentDeathSignal ?? 0)
+                    return unsafe cp_spawn(&what, &pid)
+                }
+            }
+        }
+        guard code == 0 else { throw .system("cannot start \(arguments[0])", errno: code) }
+        return pid
+    }
+
+    /// Nil while the process runs (never with `blocking`). The process must be a child that was not waited for yet.
+    public static func wait(_ pid: pid_t, blocking: Bool) -> ProcessEnd? {
+        var status: Int32 = 0
+        guard unsafe cp_reap(pid, blocking, &status) == 1 else { return nil }
+        let signal = cp_wait_signal(status)
+        return signal != 0 ? .signalled(signal) : .exited(cp_wait_exit_status(status))
+    }
+
+    /// Sends a signal; false if there is no such process (or it is not ours).
+    @discardableResult public static func signal(_ pid: pid_t, _ signal: Int32) -> Bool { kill(pid, signal) == 0 }
+
+    public static func isAlive(_ pid: pid_t) -> Bool { pid > 0 && (kill(pid, 0) == 0 || cp_errno() == EPERM) }
+
+    public static var ownPID: pid_t { getpid() }
+    public static var isRoot: Bool { geteuid() == 0 }
+    public static func isTerminal(_ raw: Int32) -> Bool { isatty(raw) == 1 }
+    /// A write to a pipe or socket that nobody reads then fails with EPIPE instead of ending this process.
+    public static func ignoreBrokenPipes() { cp_ignore_sigpipe() }
+    public static func environment(_ name: String) -> String? {
+        guard let value = unsafe getenv(name) else { return nil }
+        let text = unsafe String(cString: value)
+        return text.isEmpty ? nil : text
+    }
+    public static func sleep(milliseconds: UInt32) { usleep(milliseconds * 1000) }
+
+    /// When the process was started, in nanoseconds of the monotonic clock; nil if it is gone. proc(5), field 22.
+    public static func startTime(of pid: pid_t) -> UInt64? {
+        guard let text = try? Files.read("/proc/\(pid)/stat", limit: 4096),
+            let paren = text.lastIndex(of: ")")
+        else { return nil }
+        let fields = text[text.index(after: paren)...].split(separator: " ")
+        guard fields.count > 19, let ticks = UInt64(fields[19]) else { return nil }
+        // Ticks since boot, where CLOCK_MONOTONIC starts too (suspended time apart, which ages nothing here).
+        return ticks * (1_000_000_000 / UInt64(max(1, sysconf(Int32(_SC_CLK_TCK)))))
+    }
+}
+
+/// Writes one line to stderr. Errors are ignored: there is nobody to tell.
+public func writeStandardError(_ line: String) {
+    let bytes = Array((line + "\n").utf8)
+    _ = unsafe write(2, bytes, bytes.count)
+}
+
+/// Signals as readable events. They are blocked in the calling thread from then on, so create it before any thread.
+public struct SignalDescriptor: ~Copyable {
+    public let descriptor: Descriptor
+
+    public struct Event: Sendable, Equatable {
+        public let number: Int32
+        /// The terminal sent it (Ctrl-C), so every process of the foreground group has got it.
+        public let fromKernel: Bool
+    }
+
+    public init(_ signals: [Int32]) throws(QuireError) {
+        let raw = unsafe cp_signalfd(signals, Int32(signals.count))
+        guard raw >= 0 else { throw .system("cannot create a signalfd") }
+        descriptor = Descriptor(owning: raw)
+    }
+
+    public borrowing func next() -> Event? {
+        var fromKernel = false
+        let number = unsafe cp_next_signal(descriptor.raw, &fromKernel)
+        return number == 0 ? nil : Event(number: number, fromKernel: fromKernel)
+    }
+}
+
+/// Both ends of a pipe, close-on-exec.
+public struct Pipe: ~Copyable {
+    public var reader: Descriptor?
+    public var writer: Descriptor?
+
+    public init() throws(QuireError) {
+        var ends: (Int32, Int32) = (-1, -1)
+        let code = unsafe withUnsafeMutableBytes(of: &ends) { bytes in
+            unsafe cp_pipe(bytes.baseAddress!.assumingMemoryBound(to: Int32.self))
+        }
+        guard code == 0 else { throw .system("cannot create a pipe") }
+        reader = Descriptor(owning: ends.0)
+        writer = Descriptor(owning: ends.1)
+    }
+
+    public mutating func closeWriter() { writer = nil }
+    public mutating func closeReader() { reader = nil }
+    public mutating func takeReader() -> Descriptor { reader.take()! }
+    public mutating func takeWriter() -> Descriptor { writer.take()! }
+}
