@@ -10,13 +10,25 @@ let settings: [SwiftSetting] = [.strictMemorySafety(), .enableUpcomingFeature("E
 let package = Package(
     name: "quire",
     products: [
+        .library(name: "VhostBackend", targets: ["VhostBackend"]),
     ],
     dependencies: [
+        .package(url: "https://github.com/apple/swift-log", from: "1.16.2"),
     ],
     targets: [
         .target(name: "CQuireLayout"),
         .target(name: "CPlatform"),
         .target(name: "Platform", dependencies: ["CPlatform"], swiftSettings: settings),
         .target(name: "GuestMemory", dependencies: ["Platform"], swiftSettings: settings),
+        .target(
+            name: "VhostBackend",
+            dependencies: ["Platform", "GuestMemory", .product(name: "Logging", package: "swift-log")],
+            swiftSettings: settings),
+        .testTarget(
+            name: "VhostBackendTests",
+            dependencies: [
+                "CPlatform", "Platform", "GuestMemory", "VhostBackend", .product(name: "Logging", package: "swift-log"),
+            ],
+            swiftSettings: settings),
     ]
 )

@@ -1,0 +1,69 @@
+import Logging
+import Platform
+import Synchronization
+
+/// Accepts front ends for one device, one after the other.
+public final class Server: Sendable {
+    /// When the message that is being handled arrived; 0 between messages. A front end waits meanwhile, and with it the
+    /// whole VM, so a supervisor wants to know.
+    private let handlingSince = Atomic<UInt64>(0)
+
+    /// How long the current message has been in the making, in nanoseconds.
+    public var handlingNanoseconds: UInt64 {
+        let since = handlingSince.load(ordering: .relaxed)
+        return since == 0 ? 0 : monotonicNanoseconds() &- since
+    }
+
+    private let connected = Atomic<Bool>(false)
+    /// Whether a front end is connected now.
+    public var isConnected: Bool { connected.load(ordering: .relaxed) }
+
+    private func serve(_ connection: consuming UnixSocket) {
+        connected.store(true, ordering: .relaxed)
+        defer { connected.store(false, ordering: .relaxed) }
+        Session(socket: connection, device: device, logger: logger, protocolFeatures: features) { [self] isHandling in
+            handlingSince.store(isHandling ? monotonicNanoseconds() : 0, ordering: .relaxed)
+        }.run()
+    }
+
+    private let socket: UnixSocket
+    private let isListening: Bool
+    private let device: any VhostUserDevice
+    private let logger: Logger
+    private let features: ProtocolFeatures
+
+    /// `socket` listens, or is already connected to the one front end that will ever be served.
+    public init(
+        socket: consuming UnixSocket, device: any VhostUserDevice, logger: Logger,
+        features: ProtocolFeatures = .supported
+    ) throws(QuireError) {
+        self.features = features
+        isListening = try socket.isListening()
+        self.socket = socket
+        self.device = device
+        self.logger = logger
+    }
+
+    /// Serves until the socket is shut down (listening), or until its front end has gone (connected).
+    public func run() {
+        guard isListening else {
+            do throws(QuireError) {
+                let connection = UnixSocket(adopting: try socket.descriptor.duplicate())
+                serve(connection)
+            } catch {
+                logger.error("\(error)")
+            }
+            return
+        }
+        while true {
+            do throws(QuireError) {
+                let connection = try socket.accept()
+                logger.info("front end connected")
+                serve(connection)
+            } catch {
+                logger.error("\(error)")
+                return
+            }
+        }
+    }
+}

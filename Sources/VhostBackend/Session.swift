@@ -1,0 +1,507 @@
+import GuestMemory
+import Logging
+import Platform
+
+/// One front end's connection to one device: the vhost-user state machine.
+///
+/// Guarantees, each of which somebody's memory depends on:
+/// - Rings and the device run only between a complete set-up and the first message that stops or changes them; both are
+///   *joined* before that message is answered (GET_VRING_BASE above all: QEMU lets the guest go on after the answer).
+/// - Memory regions stay mapped as long as anything may use them; a table is replaced only while everything stands still.
+/// - A message that is malformed ends the connection with one clear line. One that is well-formed but refused is answered
+///   with an error if the front end asked for an answer (REPLY_ACK), and ends the connection otherwise: a front end that
+///   cannot hear "no" must not believe "yes".
+public final class Session {
+    private let socket: UnixSocket
+    private let device: any VhostUserDevice
+    private let logger: Logger
+    private let handling: @Sendable (Bool) -> Void
+
+    private var features: VirtioFeatures = []
+    private let offeredProtocolFeatures: ProtocolFeatures
+    private var protocolFeatures: ProtocolFeatures = []
+    private var isFirstMessage = true
+    /// See `noticeMissingHandshake`.
+    private var isUnnoticed = false
+    private var regions: [MemoryRegion] = []
+    private let tracker = DirtyTracker()
+    private var rings: [Vring] = []
+    private var inflight: InflightRegion?
+    /// The nonce of a front end without in-flight tracking: only as good as this connection, and gone at every stop.
+    private var ownNonce: UInt64 = 0
+    private var backendChannel: UnixSocket?
+    private var status: UInt8 = 0
+    private var isStarted = false
+
+    /// `handling` is told when a message begins and ends to be handled.
+    public init(
+        socket: consuming UnixSocket, device: any VhostUserDevice, logger: Logger,
+        protocolFeatures: ProtocolFeatures = .supported, handling: @escaping @Sendable (Bool) -> Void = { _ in }
+    ) {
+        offeredProtocolFeatures = protocolFeatures
+        self.handling = handling
+        self.socket = socket
+        self.device = device
+        self.logger = logger
+        rings = (0..<device.queueCount).map { Vring(index: $0, enabled: true) }
+    }
+
+    private var offeredFeatures: VirtioFeatures {
+        device.features.union([.version1, .indirectDescriptors, .eventIndex, .logAll, .protocolFeatures])
+    }
+
+    /// Serves the front end until it goes away or breaks the protocol. Nothing of the session runs when this returns.
+    public func run() {
+        defer {
+            stopEverything()
+            // The next front end starts without logging; whoever paused for this one must hear that it has ended.
+            if tracker.isEnabled { device.lifecycle?.loggingChanged(false) }
+        }
+        do throws(QuireError) {
+            while try serveOne() {}
+            logger.info("front end disconnected")
+        } catch {
+            logger.error("connection closed: \(error)")
+        }
+    }
+
+    private func serveOne() throws(QuireError) -> Bool {
+        var descriptors = UnixSocket.PassedDescriptors()
+        let limit = Message.maxTableRegions
+        guard
+            let head = try socket.receive(
+                count: MessageHeader.byteCount, maxDescriptors: limit, into: &descriptors)
+        else { return false }
+        handling(true)
+        defer { handling(false) }
+        let header = try MessageHeader(head)
+        var payload: [UInt8] = []
+        if header.payloadBytes > 0 {
+            guard let body = try socket.receive(count: header.payloadBytes, maxDescriptors: limit, into: &descriptors)
+            else { throw QuireError(.closed, "the front end closed the connection in the middle of a message") }
+            payload = body
+        }
+        guard let request = FrontendRequest(rawValue: header.request) else {
+            throw QuireError(.unsupported, "unknown message \(header.request)")
+        }
+        if isFirstMessage {
+            isFirstMessage = false
+            if request == .setFeatures { noticeMissingHandshake() }
+        }
+        guard request.descriptorCount.contains(descriptors.count) else {
+            throw QuireError(
+                .invalid, "\(request) came with \(descriptors.count) descriptors, expected "
+                    + (request.descriptorCount.count == 1
+                        ? "\(request.descriptorCount.lowerBound)"
+                        : "\(request.descriptorCount.lowerBound) to \(request.descriptorCount.upperBound)"))
+        }
+        let wantsAck = header.needsReply && protocolFeatures.contains(.replyAck)
+        do throws(QuireError) {
+            if let answer = try handle(request, payload, &descriptors) {
+                try reply(request, answer)
+            } else if wantsAck {
+                try reply(request, Answer(littleEndian(UInt64(0))))
+            }
+        } catch {
+            let named = QuireError(error.code, "\(request)", errno: error.errno == nil ? nil : error.errno, cause: error)
+            guard wantsAck, error.code != .closed else { throw named }
+            logger.error("refused: \(named.message): \(error)")
+            try reply(request, Answer(littleEndian(UInt64(1))))
+        }
+        return true
+    }
+
+    /// QEMU 7.2 to 9.0 forget to begin anew when their back end ended while the device was stopped, or in the middle of
+    /// being stopped (vhost_user_async_close_bh calls nobody if there is no vdev; cured in 9.1). They connect again, say
+    /// nothing, and when the guest starts the device they go straight on with what they agreed on with the dead back end:
+    /// so that is taken as agreed. Without it QEMU would wait for answers that never come, and the guest with it.
+    ///
+    /// And such a QEMU looks for the end of a connection no more: if this process ended, too, nobody would start the device
+    /// for the next one. The device is told, so that nobody ever has to wait for us.
+    private func noticeMissingHandshake() {
+        protocolFeatures = offeredProtocolFeatures
+        isUnnoticed = true
+        logger.warning("the front end goes on without a handshake: QEMU before 9.1 does so when a back end ended while its device was stopped")
+    }
+
+    /// The payload of a reply, and a descriptor to pass with it (its owner outlives the reply).
+    private struct Answer {
+        let payload: [UInt8]
+        let descriptor: Int32?
+        init(_ payload: [UInt8], passing descriptor: Int32? = nil) {
+            self.payload = payload
+            self.descriptor = descriptor
+        }
+    }
+
+    private func reply(_ request: FrontendRequest, _ answer: Answer) throws(QuireError) {
+        let passed = answer.descriptor.map { [$0] } ?? []
+        try socket.send(Message.reply(to: request.rawValue, answer.payload), passing: passed)
+    }
+
+    // MARK: - Messages
+
+    /// Carries out one request. Returns its own answer where the request has one.
+    private func handle(
+        _ request: FrontendRequest, _ payload: [UInt8], _ descriptors: inout UnixSocket.PassedDescriptors
+    ) throws(QuireError) -> Answer? {
+        var reader = PayloadReader(payload)
+        switch request {
+        case .getFeatures:
+            try reader.end()
+            return Answer(littleEndian(offeredFeatures.rawValue))
+        case .setFeatures:
+            try setFeatures(VirtioFeatures(rawValue: try single(&reader)))
+        case .getProtocolFeatures:
+            try reader.end()
+            return Answer(littleEndian(offeredProtocolFeatures.rawValue))
+        case .setProtocolFeatures:
+            let wanted = ProtocolFeatures(rawValue: try single(&reader))
+            guard wanted.isSubset(of: offeredProtocolFeatures) else {
+                throw QuireError(.invalid, "protocol features that were not offered")
+            }
+            protocolFeatures = wanted
+        case .setOwner:
+            try reader.end()
+        case .resetOwner, .resetDevice:
+            try reader.end()
+            stopEverything()
+        case .getQueueCount:
+            try reader.end()
+            return Answer(littleEndian(UInt64(device.queueCount)))
+        case .getMaxMemorySlots:
+            try reader.end()
+            return Answer(littleEndian(UInt64(Message.maxMemorySlots)))
+        case .setMemoryTable:
+            try setMemoryTable(&reader, &descriptors)
+        case .addMemoryRegion:
+            try addRegion(&reader, &descriptors)
+        case .removeMemoryRegion:
+            try removeRegion(&reader)
+        case .setLogBase:
+            return try setLogBase(&reader, &descriptors)
+        case .setLogDescriptor:
+            // An eventfd to announce new dirty pages; QEMU never waits on it. Taken and closed.
+            _ = descriptors.next()
+        case .setVringNum:
+            let (ring, value) = try vringState(&reader)
+            guard value > 0, value <= 32768, value & (value - 1) == 0 else {
+                throw QuireError(.invalid, "a ring of \(value) entries: the size must be a power of two up to 32768")
+            }
+            stop(ring)
+            ring.size = UInt16(value)
+        case .setVringBase:
+            let (ring, value) = try vringState(&reader)
+            guard value <= UInt16.max else { throw QuireError(.invalid, "ring base \(value) exceeds 16 bits") }
+            stop(ring)
+            ring.base = UInt16(value)
+        case .setVringAddress:
+            let addresses = try VringAddresses(&reader)
+            try reader.end()
+            let ring = try vring(addresses.index)
+            // While logging starts and stops the front end sends the addresses again with another flag.
+            try whileStandingStill { ring.addresses = addresses }
+        case .getVringBase:
+            let (ring, _) = try vringState(&reader)
+            stop(ring)
+            // The specification: a ring is stopped until the next kick descriptor comes.
+            ring.kick = nil
+            return Answer(littleEndian(UInt32(ring.index)) + littleEndian(UInt32(ring.base)))
+        case .setVringEnable:
+            let (ring, value) = try vringState(&reader)
+            if value == 0 {
+                stop(ring)
+                ring.isEnabled = false
+            } else {
+                ring.isEnabled = true
+                try startWhatIsReady()
+            }
+        case .setVringKick:
+            let ring = try vringOfDescriptor(&reader, descriptors.count)
+            stop(ring)
+            ring.kick = descriptors.next()
+            try startWhatIsReady()
+        case .setVringCall:
+            let ring = try vringOfDescriptor(&reader, descriptors.count)
+            // The front end exchanges it while the ring runs (masking of interrupts): restart the thread with the new one.
+            try whileRingStandsStill(ring) { ring.call = descriptors.next() }
+        case .setVringError:
+            let ring = try vringOfDescriptor(&reader, descriptors.count)
+            try whileRingStandsStill(ring) { ring.error = descriptors.next() }
+        case .setBackendRequestDescriptor:
+            try reader.end()
+            if let descriptor = descriptors.next() { backendChannel = UnixSocket(adopting: descriptor) }
+        case .getConfig:
+            return try getConfiguration(&reader)
+        case .setConfig:
+            let offset = Int(try reader.u32())
+            let count = Int(try reader.u32())
+            _ = try reader.u32()
+            let bytes = reader.rest()
+            guard bytes.count == count, offset + count <= device.configuration.count else {
+                throw QuireError(.invalid, "\(count) bytes at \(offset) exceed the configuration space")
+            }
+            try device.writeConfiguration(offset: offset, bytes)
+        case .getInflightDescriptor:
+            let wanted = try InflightDescription(&reader)
+            guard wanted.queueCount > 0, wanted.queueCount <= device.queueCount, wanted.queueSize > 0,
+                wanted.queueSize <= 32768
+            else { throw QuireError(.invalid, "\(wanted.queueCount) queues of \(wanted.queueSize) entries") }
+            stopEverything()
+            let region = try InflightRegion(queueCount: wanted.queueCount, queueSize: wanted.queueSize)
+            inflight = region
+            return Answer(region.description.encoded, passing: region.file.raw())
+        case .setInflightDescriptor:
+            let described = try InflightDescription(&reader)
+            stopEverything()
+            guard let descriptor = descriptors.next() else { throw QuireError(.invalid, "no descriptor") }
+            inflight = try InflightRegion(described, descriptor: descriptor)
+        case .setStatus:
+            let value = try single(&reader)
+            guard value <= 255 else { throw QuireError(.invalid, "status \(value) exceeds 8 bits") }
+            // Zero is a stop, not a proof of a reset: QEMU sends it for a pause, too.
+            if value == 0 { stopEverything() }
+            status = UInt8(value)
+        case .getStatus:
+            try reader.end()
+            return Answer(littleEndian(UInt64(status)))
+        }
+        return nil
+    }
+
+    private func single(_ reader: inout PayloadReader) throws(QuireError) -> UInt64 {
+        let value = try reader.u64()
+        try reader.end()
+        return value
+    }
+
+    private func vring(_ index: Int) throws(QuireError) -> Vring {
+        guard index < rings.count else { throw QuireError(.invalid, "ring \(index) of a device with \(rings.count)") }
+        return rings[index]
+    }
+
+    private func vringState(_ reader: inout PayloadReader) throws(QuireError) -> (Vring, UInt32) {
+        let index = Int(try reader.u32())
+        let value = try reader.u32()
+        try reader.end()
+        return (try vring(index), value)
+    }
+
+    /// SET_VRING_KICK, CALL, ERR: bits 0-7 the ring, bit 8 "no descriptor: poll".
+    private func vringOfDescriptor(_ reader: inout PayloadReader, _ count: Int) throws(QuireError) -> Vring {
+        let value = try single(&reader)
+        let ring = try vring(Int(value & 0xff))
+        let expectsOne = value & 0x100 == 0
+        guard (count == 1) == expectsOne else {
+            throw QuireError(.invalid, "the descriptor does not match the message's flag")
+        }
+        return ring
+    }
+
+    private func setFeatures(_ wanted: VirtioFeatures) throws(QuireError) {
+        guard wanted.isSubset(of: offeredFeatures) else {
+            throw QuireError(
+                .invalid, "features 0x\(String(wanted.subtracting(offeredFeatures).rawValue, radix: 16)) were not offered")
+        }
+        let ringFeatures: VirtioFeatures = [.eventIndex, .indirectDescriptors, .protocolFeatures]
+        let logging = wanted.contains(.logAll)
+        if features.intersection(ringFeatures) != wanted.intersection(ringFeatures) {
+            // Rings start enabled only for a front end without protocol features.
+            let startEnabled = !wanted.contains(.protocolFeatures)
+            stopEverything()
+            for ring in rings where ring.addresses == nil { ring.isEnabled = startEnabled }
+        }
+        features = wanted
+        if logging != tracker.isEnabled {
+            tracker.setEnabled(logging)
+            device.lifecycle?.loggingChanged(logging)
+        }
+    }
+
+    private func setMemoryTable(
+        _ reader: inout PayloadReader, _ descriptors: inout UnixSocket.PassedDescriptors
+    ) throws(QuireError) {
+        let count = Int(try reader.u32())
+        _ = try reader.u32()
+        guard count >= 1, count <= Message.maxTableRegions, count == descriptors.count else {
+            throw QuireError(.invalid, "a table of \(count) regions with \(descriptors.count) descriptors")
+        }
+        var described: [RegionDescription] = []
+        for _ in 0..<count { described.append(try RegionDescription(&reader)) }
+        try reader.end()
+        var table: [MemoryRegion] = []
+        for region in described { table.append(try makeRegion(region, &descriptors)) }
+        _ = try GuestMemory(table, log: tracker)
+        try whileStandingStill(memoryChanges: true) { regions = table }
+    }
+
+    private func makeRegion(
+        _ region: RegionDescription, _ descriptors: inout UnixSocket.PassedDescriptors
+    ) throws(QuireError) -> MemoryRegion {
+        guard let descriptor = descriptors.next() else {
+            throw QuireError(
+                .invalid, "a memory region without a descriptor: guest RAM must be shared (share=on, "
+                    + "<access mode='shared'/>)")
+        }
+        return try MemoryRegion(
+            guestAddress: region.guestAddress, byteCount: region.byteCount, userAddress: region.userAddress,
+            fileOffset: region.fileOffset, descriptor: descriptor)
+    }
+
+    private func addRegion(
+        _ reader: inout PayloadReader, _ descriptors: inout UnixSocket.PassedDescriptors
+    ) throws(QuireError) {
+        _ = try reader.u64()
+        let described = try RegionDescription(&reader)
+        try reader.end()
+        guard regions.count < Message.maxMemorySlots else {
+            throw QuireError(.invalid, "more than \(Message.maxMemorySlots) memory regions")
+        }
+        let table = regions + [try makeRegion(described, &descriptors)]
+        _ = try GuestMemory(table, log: tracker)
+        try whileStandingStill(memoryChanges: true) { regions = table }
+    }
+
+    private func removeRegion(_ reader: inout PayloadReader) throws(QuireError) {
+        _ = try reader.u64()
+        let described = try RegionDescription(&reader)
+        try reader.end()
+        guard
+            let index = regions.firstIndex(where: {
+                $0.guestAddress == described.guestAddress && $0.byteCount == described.byteCount
+                    && $0.userAddress == described.userAddress
+            })
+        else { throw QuireError(.invalid, "no such memory region") }
+        try whileStandingStill(memoryChanges: true) { _ = regions.remove(at: index) }
+    }
+
+    private func setLogBase(
+        _ reader: inout PayloadReader, _ descriptors: inout UnixSocket.PassedDescriptors
+    ) throws(QuireError) -> Answer? {
+        let byteCount = try reader.u64()
+        let offset = try reader.u64()
+        try reader.end()
+        guard let descriptor = descriptors.next() else { throw QuireError(.invalid, "no descriptor") }
+        tracker.setLog(try DirtyLog(descriptor, offset: offset, byteCount: byteCount))
+        // With shared memory the front end waits for an answer, whatever its flags say.
+        return protocolFeatures.contains(.logSharedMemory) ? Answer(littleEndian(UInt64(0))) : nil
+    }
+
+    private func getConfiguration(_ reader: inout PayloadReader) throws(QuireError) -> Answer {
+        let offset = try reader.u32()
+        let count = try reader.u32()
+        let flags = try reader.u32()
+        // The front end sends as many bytes as it wants back; what they hold does not matter.
+        guard reader.rest().count == Int(count) else { throw QuireError(.invalid, "wrong size of the configuration") }
+        let all = device.configuration
+        guard offset <= all.count, count <= 256 else {
+            throw QuireError(.invalid, "\(count) bytes at \(offset) exceed the configuration space of \(all.count)")
+        }
+        // Reading past the end gives zeros: front ends ask for the size of their own structure.
+        var bytes = Array(all[Int(offset)...].prefix(Int(count)))
+        bytes += [UInt8](repeating: 0, count: Int(count) - bytes.count)
+        return Answer(littleEndian(offset) + littleEndian(count) + littleEndian(flags) + bytes)
+    }
+
+    /// Tells the front end that the configuration space has changed (VHOST_USER_BACKEND_CONFIG_CHANGE_MSG).
+    public func announceConfigurationChange() throws(QuireError) {
+        guard backendChannel != nil else { return }
+        try backendChannel!.send(Message.encode(2, []))
+    }
+
+    // MARK: - Starting and stopping
+
+    /// Starts the rings that are set up, and the device with them. The device first: a ring that runs finds it running.
+    private func startWhatIsReady() throws(QuireError) {
+        let fresh = rings.filter { $0.isConfigured && !$0.isRunning }
+        guard !fresh.isEmpty, !regions.isEmpty else { return }
+        let memory = try GuestMemory(regions, log: tracker)
+        let running = rings.filter { $0.isRunning }
+        // What cannot be started leaves what runs alone.
+        try prepare(fresh, memory)
+        for ring in running { ring.stop() }
+        try prepare(running, memory)
+        runDevice(memory)
+    }
+
+    /// Makes rings ready to serve; none of them if one fails.
+    private func prepare(_ rings: [Vring], _ memory: GuestMemory) throws(QuireError) {
+        do throws(QuireError) {
+            for ring in rings {
+                try ring.start(device: device, memory: memory, features: features, inflight: inflight, logger: logger)
+                ring.isResting = false
+            }
+        } catch {
+            for ring in rings { ring.stop() }
+            throw error
+        }
+    }
+
+    /// (Re)starts the device with the rings that are ready, then lets those run.
+    private func runDevice(_ memory: GuestMemory) {
+        if isStarted { device.lifecycle?.deviceStopping() }
+        isStarted = true
+        device.lifecycle?.deviceStarted(
+            DeviceStart(memory: memory, rings: rings.compactMap(\.layout), nonce: nonce, isUnnoticed: isUnnoticed))
+        for ring in rings { ring.release() }
+    }
+
+    private var nonce: UInt64 {
+        if let inflight, inflight.nonce != 0 { return inflight.nonce }
+        if ownNonce == 0 { ownNonce = UInt64.random(in: 1...UInt64.max) }
+        return ownNonce
+    }
+
+    private func stopDevice() {
+        if isStarted { device.lifecycle?.deviceStopping() }
+        isStarted = false
+        ownNonce = 0
+    }
+
+    /// Stops one ring, and the device with it. The ring first: a request that is being answered is answered, by a device
+    /// that still runs.
+    private func stop(_ ring: Vring) {
+        ring.isResting = false
+        ring.stop()
+        stopDevice()
+    }
+
+    private func stopEverything() {
+        for ring in rings {
+            ring.isResting = false
+            ring.stop()
+        }
+        stopDevice()
+    }
+
+    /// Exchanges a ring's descriptor; the device's engines need not stop for that.
+    private func whileRingStandsStill(_ ring: Vring, _ change: () -> Void) throws(QuireError) {
+        let wasRunning = ring.isRunning
+        ring.stop()
+        change()
+        if wasRunning {
+            try prepare([ring], GuestMemory(regions, log: tracker))
+            ring.release()
+        }
+    }
+
+    /// Runs `change` while neither rings nor device run; they go on afterwards, for the same guest. A ring whose memory
+    /// is gone after a change of the memory rests until it is back: QEMU replaces a region by removing and adding it.
+    private func whileStandingStill(memoryChanges: Bool = false, _ change: () -> Void) throws(QuireError) {
+        for ring in rings where ring.isRunning {
+            ring.stop()
+            ring.isResting = true
+        }
+        if isStarted { device.lifecycle?.deviceStopping() }
+        isStarted = false
+        change()
+        let memory = try GuestMemory(regions, log: tracker)
+        let goingOn = rings.filter { $0.isResting && $0.isConfigured && (!memoryChanges || $0.fits(memory)) }
+        guard !goingOn.isEmpty else { return }
+        do throws(QuireError) { try prepare(goingOn, memory) } catch {
+            for ring in goingOn { ring.isResting = false }
+            throw error
+        }
+        runDevice(memory)
+    }
+}
