@@ -11,6 +11,7 @@ let package = Package(
     name: "quire",
     products: [
         .library(name: "VhostBackend", targets: ["VhostBackend"]),
+        .library(name: "Engines", targets: ["Engines"]),
     ],
     dependencies: [
         .package(url: "https://github.com/apple/swift-log", from: "1.16.2"),
@@ -24,11 +25,16 @@ let package = Package(
             name: "VhostBackend",
             dependencies: ["Platform", "GuestMemory", .product(name: "Logging", package: "swift-log")],
             swiftSettings: settings),
+        .target(
+            name: "Engines", dependencies: ["CQuireLayout", "Platform", "GuestMemory"], swiftSettings: settings),
         .testTarget(
             name: "VhostBackendTests",
             dependencies: [
                 "CPlatform", "Platform", "GuestMemory", "VhostBackend", .product(name: "Logging", package: "swift-log"),
             ],
+            swiftSettings: settings),
+        .testTarget(
+            name: "EnginesTests", dependencies: ["CPlatform", "CQuireLayout", "Platform", "GuestMemory", "Engines"],
             swiftSettings: settings),
     ]
 )
