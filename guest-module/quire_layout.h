@@ -1,0 +1,1 @@
+../Sources/CQuireLayout/include/quire_layout.h
