@@ -12,8 +12,11 @@ let package = Package(
     products: [
         .library(name: "VhostBackend", targets: ["VhostBackend"]),
         .library(name: "Engines", targets: ["Engines"]),
+        .executable(name: "quire", targets: ["quire"]),
+        .executable(name: "quire-backend", targets: ["quire-backend"]),
     ],
     dependencies: [
+        .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
         .package(url: "https://github.com/apple/swift-log", from: "1.16.2"),
     ],
     targets: [
@@ -27,6 +30,32 @@ let package = Package(
             swiftSettings: settings),
         .target(
             name: "Engines", dependencies: ["CQuireLayout", "Platform", "GuestMemory"], swiftSettings: settings),
+        .target(
+            name: "Host",
+            dependencies: [
+                "CQuireLayout", "Platform", "GuestMemory", "VhostBackend", "Engines",
+                .product(name: "Logging", package: "swift-log"),
+            ],
+            swiftSettings: settings),
+        .executableTarget(
+            name: "quire-backend",
+            dependencies: [
+                "Host", .product(name: "ArgumentParser", package: "swift-argument-parser"),
+            ],
+            swiftSettings: settings),
+        .executableTarget(
+            name: "quire",
+            dependencies: [
+                "Host", .product(name: "ArgumentParser", package: "swift-argument-parser"),
+            ],
+            swiftSettings: settings),
+        .testTarget(
+            name: "HostTests",
+            dependencies: [
+                "Host", "Platform", "CQuireLayout", "GuestMemory", "Engines", "VhostBackend", "quire",
+                .product(name: "Logging", package: "swift-log"),
+            ],
+            swiftSettings: settings),
         .testTarget(
             name: "VhostBackendTests",
             dependencies: [

@@ -1,0 +1,344 @@
+import Engines
+import Glibc
+import GuestMemory
+import Logging
+import Platform
+import Synchronization
+import VhostBackend
+
+/// The per-VM process: its devices, its engine, its heartbeat. `quire-backend` is the command line in front of it.
+public final class BackendProcess: Sendable {
+    /// One device and the socket that it is served on.
+    public struct Device: Sendable, Equatable {
+        public enum Kind: Sendable, Equatable {
+            case control
+            case file(path: String, isReadOnly: Bool, queueCount: Int, serial: String, blockBytes: UInt32)
+        }
+        public enum Endpoint: Sendable, Equatable {
+            case path(String)
+            /// A descriptor that the process inherited: listening, or connected.
+            case descriptor(Int32)
+        }
+        public let kind: Kind
+        public let endpoint: Endpoint
+
+        public init(kind: Kind, endpoint: Endpoint) {
+            self.kind = kind
+            self.endpoint = endpoint
+        }
+
+        /// `TYPE,key=value,…` as `--device` takes it.
+        public init(parsing text: String) throws(QuireError) {
+            let parts = text.split(separator: ",", omittingEmptySubsequences: false).map(String.init)
+            var options: [String: String] = [:]
+            for part in parts.dropFirst() {
+                guard let equals = part.firstIndex(of: "=") else {
+                    throw QuireError(.invalid, "--device \(text): '\(part)' is no key=value")
+                }
+                guard options.updateValue(String(part[part.index(after: equals)...]), forKey: String(part[..<equals])) == nil
+                else { throw QuireError(.invalid, "--device \(text): \(part[..<equals]) is given twice") }
+            }
+            func take(_ key: String) -> String? { options.removeValue(forKey: key) }
+            func number(_ key: String, in range: ClosedRange<Int>, or value: Int) throws(QuireError) -> Int {
+                guard let text = take(key) else { return value }
+                guard let number = Int(text), range.contains(number) else {
+                    throw QuireError(.invalid, "--device: \(key)=\(text): choose \(range.lowerBound) to \(range.upperBound)")
+                }
+                return number
+            }
+            switch (take("socket"), take("fd")) {
+            case (let path?, nil): endpoint = .path(path)
+            case (nil, let number?):
+                guard let raw = Int32(number), raw >= 0 else {
+                    throw QuireError(.invalid, "--device: fd=\(number) is no descriptor")
+                }
+                endpoint = .descriptor(raw)
+            default: throw QuireError(.invalid, "--device \(text): give one of socket=PATH and fd=N")
+            }
+            switch parts[0] {
+            case "control": kind = .control
+            case "file":
+                guard let path = take("path") else { throw QuireError(.invalid, "--device \(text): path=FILE is missing") }
+                let readOnly = take("read-only") ?? "off"
+                guard readOnly == "on" || readOnly == "off" else {
+                    throw QuireError(.invalid, "--device: read-only=\(readOnly): choose on or off")
+                }
+                let block = try number("block", in: 512...4096, or: 4096)
+                guard block == 512 || block == 4096 else {
+                    throw QuireError(.invalid, "--device: block=\(block): choose 512 or 4096")
+                }
+                kind = .file(
+                    path: path, isReadOnly: readOnly == "on", queueCount: try number("queues", in: 1...64, or: 1),
+                    serial: take("serial") ?? "quire-file", blockBytes: UInt32(block))
+            default: throw QuireError(.invalid, "--device \(text): unknown type '\(parts[0])', choose control or file")
+            }
+            if let unknown = options.keys.sorted().first {
+                throw QuireError(.invalid, "--device \(text): unknown option '\(unknown)'")
+            }
+        }
+    }
+
+    /// Guest RAM that this side owns (DESIGN, "Guest RAM").
+    public enum RAM: Sendable, Equatable {
+        /// A memory file that whoever started us made; QEMU inherits it, too.
+        case descriptor(Int32)
+        /// One that we make; QEMU opens it through a link.
+        case create(byteCount: UInt64, link: String)
+
+        /// `fd=N` or `size=SIZE,link=PATH`.
+        public init(parsing text: String) throws(QuireError) {
+            var options: [String: String] = [:]
+            for part in text.split(separator: ",") {
+                let pair = part.split(separator: "=", maxSplits: 1).map(String.init)
+                guard pair.count == 2 else { throw QuireError(.invalid, "--ram \(text): '\(part)' is no key=value") }
+                options[pair[0]] = pair[1]
+            }
+            if options.count == 1, let number = options["fd"], let raw = Int32(number), raw >= 0 {
+                self = .descriptor(raw)
+            } else if options.count == 2, let size = options["size"], let link = options["link"] {
+                guard let bytes = Size.parse(size), bytes > 0, bytes % pageBytes == 0 else {
+                    throw QuireError(.invalid, "--ram \(text): size=\(size) is no size in whole pages of 4 KiB")
+                }
+                self = .create(byteCount: bytes, link: link)
+            } else {
+                throw QuireError(.invalid, "--ram \(text): give fd=N, or size=SIZE,link=PATH")
+            }
+        }
+    }
+
+    public struct Options: Sendable {
+        public var name = ""
+        public var devices: [Device] = []
+        public var ram: [RAM] = []
+        public var pageMap: Int32?
+        public var statusPath: String?
+        /// The read end of a pipe whose other end only the supervisor holds.
+        public var supervisor: Int32?
+        /// For QEMU 9.1 and later: more than 8 regions of memory.
+        public var offersMemorySlots = false
+        public var engine: RecycleEngine.Configuration
+        public init(engine: RecycleEngine.Configuration) { self.engine = engine }
+    }
+
+    private let options: Options
+    private let logger: Logger
+    private let map: PageMap
+    private let engine: RecycleEngine
+    private let disk: ControlDisk
+    private let servers: [Server]
+    private let links: [String]
+    /// Keeps owned RAM alive and its descriptors open.
+    private let ram: RAMFiles
+    private let isEnding = Monitor(false)
+    private let started = monotonicNanoseconds()
+
+    private struct RAMFiles: ~Copyable, Sendable { var files: [OwnedFile] }
+    private final class OwnedFile: Sendable {
+        let descriptor: Descriptor
+        init(_ descriptor: consuming Descriptor) { self.descriptor = descriptor }
+    }
+
+    /// Opens everything; the sockets listen when this returns. Every error says what to do.
+    public init(_ options: Options, logger: Logger) throws(QuireError) {
+        guard options.devices.count(where: { $0.kind == .control }) <= 1 else {
+            throw QuireError(.invalid, "a VM has one control disk: give --device control once")
+        }
+        var files: [OwnedFile] = []
+        var links: [String] = []
+        for entry in options.ram {
+            switch entry {
+            case .descriptor(let raw):
+                let descriptor = try Self.inherit(raw, "--ram fd=\(raw)")
+                guard try Memfd.kind(of: descriptor.raw) == .shmem else {
+                    throw QuireError(.invalid, "--ram fd=\(raw) is not a memory file without huge pages")
+                }
+                files.append(OwnedFile(descriptor))
+            case .create(let bytes, let link):
+                let file = OwnedFile(try Memfd(name: "quire-ram", byteCount: bytes).takeDescriptor())
+                let target = "/proc/\(getpid())/fd/\(file.descriptor.raw)"
+                if let old = Files.target(ofLink: link), old.hasPrefix("/proc/") { Files.remove(link) }
+                guard unsafe symlink(target, link) == 0 else { throw .system("cannot create the link \(link)") }
+                links.append(link)
+                files.append(file)
+            }
+        }
+        if let raw = options.pageMap {
+            map = try PageMap(Self.inherit(raw, "--page-map-fd \(raw)"))
+        } else {
+            map = try PageMap(PageMap.makeFile())
+        }
+        engine = try RecycleEngine(options.engine, map: map)
+        disk = ControlDisk(engine: engine, map: map, logger: logger)
+        var servers: [Server] = []
+        for device in options.devices {
+            var logger = logger
+            let block: VirtioBlock
+            switch device.kind {
+            case .control:
+                logger[metadataKey: "device"] = "control"
+                block = VirtioBlock(storage: disk, queueCount: 1, lifecycle: disk, logger: logger)
+            case .file(let path, let isReadOnly, let queueCount, let serial, let blockBytes):
+                logger[metadataKey: "device"] = "\(serial)"
+                let storage = try FileStorage(
+                    path: path, isReadOnly: isReadOnly, serial: serial, logicalBlockBytes: blockBytes)
+                block = VirtioBlock(storage: storage, queueCount: queueCount, logger: logger)
+            }
+            let socket: UnixSocket
+            switch device.endpoint {
+            case .path(let path): socket = try UnixSocket.listen(at: path)
+            case .descriptor(let raw): socket = UnixSocket(adopting: try Self.inherit(raw, "descriptor \(raw)"))
+            }
+            servers.append(
+                try Server(
+                    socket: socket, device: block, logger: logger,
+                    features: options.offersMemorySlots ? .supported : .supportedWithoutMemorySlots))
+        }
+        self.servers = servers
+        self.links = links
+        self.ram = RAMFiles(files: files)
+        self.options = options
+        self.logger = logger
+    }
+
+    /// Takes over a descriptor that the command line names.
+    private static func inherit(_ raw: Int32, _ what: String) throws(QuireError) -> Descriptor {
+        guard fcntl(raw, F_GETFD) >= 0 else { throw QuireError(.invalid, "\(what): no such descriptor was passed") }
+        _ = cloexec(raw)
+        return Descriptor(owning: raw)
+    }
+    private static func cloexec(_ raw: Int32) -> Int32 { fcntl(raw, F_SETFD, FD_CLOEXEC) }
+
+    /// Serves until a signal asks to end, until every connected (not listening) socket has lost its front end, or until
+    /// the supervisor and the front end are both gone. Guest memory is left alone when this returns.
+    public func run() throws(QuireError) {
+        let signals = try SignalDescriptor([SIGTERM, SIGINT, SIGHUP])
+        ProcessCalls.ignoreBrokenPipes()
+        let finished = try EventDescriptor()
+        let finishedRaw = finished.descriptor.raw
+        let counter = Counter(servers.count)
+        for (number, server) in servers.enumerated() {
+            _ = try JoinableThread("device-\(number)") {
+                server.run()
+                if counter.decrement() == 0 { EventDescriptor.signal(finishedRaw) }
+            }
+        }
+        let heart = try JoinableThread("heartbeat") { [self] in beat() }
+        let reporter = try JoinableThread("status") { [self] in report() }
+        var watched = [signals.descriptor.raw, finishedRaw]
+        if let supervisor = options.supervisor { watched.append(supervisor) }
+        var isOrphaned = false
+        var idleSince = monotonicNanoseconds()
+        loop: while true {
+            if servers.contains(where: \.isConnected) { idleSince = monotonicNanoseconds() }
+            if isOrphaned, monotonicNanoseconds() - idleSince > 5_000_000_000 { break }
+            for index in waitReadable(watched, timeoutMilliseconds: isOrphaned ? 1000 : -1) {
+                switch index {
+                case 0:
+                    if let event = signals.next() {
+                        logger.info("signal \(event.number): ending")
+                        break loop
+                    }
+                case 1: break loop
+                default:
+                    // Nobody would rescue a guest that waits for us: claim nothing any more, and go when QEMU has gone.
+                    logger.error("the supervisor is gone: recycling stops")
+                    engine.setPaused(.unsupervised, true)
+                    watched.removeLast()
+                    isOrphaned = true
+                }
+            }
+        }
+        engine.end()
+        isEnding.update { $0 = true }
+        heart.join()
+        reporter.join()
+        for link in links { Files.remove(link) }
+    }
+
+    private final class Counter: Sendable {
+        private let value: Atomic<Int>
+        init(_ value: Int) { self.value = Atomic(value) }
+        func decrement() -> Int { value.subtract(1, ordering: .acquiringAndReleasing).newValue }
+    }
+
+    // MARK: - Heartbeat and status
+
+    /// A claim or a message that takes longer than this stops the heart: the supervisor then ends the process.
+    private static let stuckNanoseconds: UInt64 = 400_000_000
+
+    private var isStuck: Bool {
+        let now = monotonicNanoseconds()
+        // Claims from before our time are a dead process's: they wait for QEMU to say which guest runs.
+        return map.openClaims.contains { $0.since >= started && now > $0.since && now - $0.since > Self.stuckNanoseconds }
+            || servers.contains { $0.handlingNanoseconds > Self.stuckNanoseconds }
+    }
+
+    /// The heart beats in memory, and its thread does nothing else: the status page may lie on a disk that is slow.
+    private func beat() {
+        map.takeOver(pid: getpid())
+        while !isEnding.read({ $0 }) {
+            if !isStuck { map.beat() }
+            ProcessCalls.sleep(milliseconds: 100)
+        }
+    }
+
+    private func report() {
+        guard let path = options.statusPath else { return }
+        do throws(QuireError) {
+            let page = try StatusPage.Writer(path: path, name: options.name, pid: getpid())
+            page.setPeriod(milliseconds: options.engine.periodMilliseconds)
+            var rate = RateWindow(nanoseconds: max(UInt64(options.engine.periodMilliseconds) * 1_000_000, 1_000_000_000))
+            while !isEnding.read({ $0 }) {
+                update(page, &rate)
+                page.beat()
+                _ = isEnding.wait(until: monotonicNanoseconds() + 1_000_000_000) { $0 ? () : nil }
+            }
+        } catch {
+            logger.error("no status page: \(error)")
+        }
+    }
+
+    private func update(_ page: borrowing StatusPage.Writer, _ rate: inout RateWindow) {
+        let statistics = engine.snapshot
+        let now = monotonicNanoseconds()
+        if let memory = disk.memory {
+            page.setRAM(bytes: memory.byteCount, resident: RecycleEngine.residentPages(memory) * pageBytes)
+        } else {
+            let files = ram.files.compactMap { try? $0.descriptor.status() }
+            page.setRAM(
+                bytes: files.reduce(0) { $0 + $1.byteCount }, resident: files.reduce(0) { $0 + $1.allocatedBytes })
+        }
+        page.setRecycled(
+            now: UInt64(statistics.recycledNowPages), total: statistics.recycledTotalPages,
+            rateMillipages: rate.add(statistics.recycledTotalPages, at: now))
+        page.setGuest(
+            freeMarkedPages: UInt64(statistics.markedPages), waits: statistics.waits,
+            refilledPages: statistics.refilledPages)
+        let state: RecycleState =
+            switch statistics.phase {
+            case .idle: .noGuest
+            case .active: .active
+            case .paused: .paused
+            case .refused: .refused
+            }
+        page.setState(state, reason: statistics.reason)
+        page.setCosts(cpuNanoseconds: processCPUNanoseconds(), mapBytes: map.allocatedBytes)
+        page.setUpdated(nanoseconds: now)
+    }
+}
+
+/// Turns a counter into a rate over a sliding window.
+struct RateWindow: Sendable {
+    private let nanoseconds: UInt64
+    private var samples: [(time: UInt64, count: UInt64)] = []
+
+    init(nanoseconds: UInt64) { self.nanoseconds = nanoseconds }
+
+    /// Notes a sample; returns the rate over the window, in thousandths a second.
+    mutating func add(_ count: UInt64, at time: UInt64) -> UInt64 {
+        samples.append((time, count))
+        while samples.count > 2, time - samples[1].time >= nanoseconds { samples.removeFirst() }
+        guard let first = samples.first, time > first.time, count >= first.count else { return 0 }
+        return UInt64(Double(count - first.count) * 1e12 / Double(time - first.time))
+    }
+}

@@ -1,0 +1,216 @@
+import CQuireLayout
+import Glibc
+import Platform
+
+/// Why a VM's pages are recycled or not. `enum quire_recycle_state`.
+public enum RecycleState: UInt32, Sendable, Codable {
+    case noGuest = 0
+    case active = 1
+    case paused = 2
+    case refused = 3
+
+    public init(_ raw: UInt32) { self = RecycleState(rawValue: raw) ?? .noGuest }
+}
+
+/// A copy of a status page: `struct quire_status`, by value.
+public struct StatusSnapshot: Sendable, Equatable {
+    /// Of the backend; 0 while none has ever written the page.
+    public var pid: Int32 = 0
+    public var heartbeat: UInt64 = 0
+    public var ramBytes: UInt64 = 0
+    public var residentBytes: UInt64 = 0
+    public var recycledNowPages: UInt64 = 0
+    public var recycledTotalPages: UInt64 = 0
+    /// Pages a second, times 1000.
+    public var recycledRateMillipages: UInt64 = 0
+    public var cpuNanoseconds: UInt64 = 0
+    public var freeMarkedPages: UInt64 = 0
+    public var waits: UInt64 = 0
+    public var refilledPages: UInt64 = 0
+    public var state: RecycleState = .noGuest
+    public var periodMilliseconds: UInt32 = 0
+    public var mapBytes: UInt64 = 0
+    /// CLOCK_MONOTONIC.
+    public var updatedNanoseconds: UInt64 = 0
+    public var restarts: UInt64 = 0
+    public var reason = ""
+    public var name = ""
+
+    public init() {}
+}
+
+/// The page in which a backend tells its supervisor and `quire status` how it is: a file of one page in the VM's folder.
+///
+/// Each process has the role that is its own: the backend a `Writer`, its supervisor a `Supervisor`, anybody else a
+/// `Reader`. Fields are single aligned words, so a reader sees each one whole, though not all of the same instant.
+public enum StatusPage {
+    public static let byteCount = Int(QUIRE_PAGE_BYTES)
+    static let magic = Array(QUIRE_STATUS_MAGIC.utf8)
+    static let reasonBytes = 256
+    static let nameBytes = 128
+
+    /// The offset of a field in the C struct, which is where the layout stands.
+    static func offset<T>(_ field: KeyPath<quire_status, T>) -> Int {
+        MemoryLayout<quire_status>.offset(of: field)!
+    }
+
+    static let magicAt = offset(\.magic)
+    static let versionAt = offset(\.version)
+    static let pidAt = offset(\.pid)
+    static let heartbeatAt = offset(\.heartbeat)
+    static let ramBytesAt = offset(\.ram_bytes)
+    static let residentBytesAt = offset(\.resident_bytes)
+    static let recycledNowAt = offset(\.recycled_now_pages)
+    static let recycledTotalAt = offset(\.recycled_total_pages)
+    static let recycledRateAt = offset(\.recycled_rate_millipages)
+    static let cpuAt = offset(\.cpu_ns)
+    static let freeMarkedAt = offset(\.free_marked_pages)
+    static let waitsAt = offset(\.waits)
+    static let refilledAt = offset(\.refilled_pages)
+    static let stateAt = offset(\.recycle_state)
+    static let periodAt = offset(\.period_ms)
+    static let mapBytesAt = offset(\.map_bytes)
+    static let updatedAt = offset(\.updated_ns)
+    static let restartsAt = offset(\.restarts)
+    static let reasonAt = offset(\.reason)
+    static let nameAt = offset(\.name)
+
+    static func snapshot(_ page: borrowing Mapping) -> StatusSnapshot {
+        var s = StatusSnapshot()
+        s.pid = Int32(truncatingIfNeeded: page.load32(pidAt))
+        s.heartbeat = page.load64(heartbeatAt)
+        s.ramBytes = page.load64(ramBytesAt)
+        s.residentBytes = page.load64(residentBytesAt)
+        s.recycledNowPages = page.load64(recycledNowAt)
+        s.recycledTotalPages = page.load64(recycledTotalAt)
+        s.recycledRateMillipages = page.load64(recycledRateAt)
+        s.cpuNanoseconds = page.load64(cpuAt)
+        s.freeMarkedPages = page.load64(freeMarkedAt)
+        s.waits = page.load64(waitsAt)
+        s.refilledPages = page.load64(refilledAt)
+        s.state = RecycleState(page.load32(stateAt))
+        s.periodMilliseconds = page.load32(periodAt)
+        s.mapBytes = page.load64(mapBytesAt)
+        s.updatedNanoseconds = page.load64(updatedAt)
+        s.restarts = page.load64(restartsAt)
+        s.reason = page.loadText(reasonAt, capacity: reasonBytes)
+        s.name = page.loadText(nameAt, capacity: nameBytes)
+        return s
+    }
+
+    /// Opens a page of the full size, created if it is missing, with what it holds left as it is.
+    static func map(_ path: String) throws(QuireError) -> Mapping {
+        let file = try Descriptor.open(path, O_RDWR | O_CREAT | O_NOFOLLOW)
+        return try map(file)
+    }
+
+    static func map(_ file: borrowing Descriptor) throws(QuireError) -> Mapping {
+        if try file.status().byteCount != UInt64(byteCount) { try file.truncate(to: UInt64(byteCount)) }
+        return try Mapping(file, byteCount: byteCount)
+    }
+
+    static func isValid(_ page: borrowing Mapping) -> Bool { page.copyOut(magicAt, count: magic.count) == magic }
+
+    /// The backend's role: it writes everything but `restarts`.
+    public struct Writer: ~Copyable, Sendable {
+        private let page: Mapping
+
+        /// Takes the page over: all fields zero, then name and pid of this process, then magic and version. What the
+        /// supervisor has written stays. The heartbeat starts at 0: `beat()` says that the backend is ready.
+        public init(path: String, name: String, pid: Int32) throws(QuireError) {
+            self.init(taking: try StatusPage.map(path), name: name, pid: pid)
+        }
+
+        public init(_ file: borrowing Descriptor, name: String, pid: Int32) throws(QuireError) {
+            self.init(taking: try StatusPage.map(file), name: name, pid: pid)
+        }
+
+        private init(taking mapping: consuming Mapping, name: String, pid: Int32) {
+            page = mapping
+            let restarts = StatusPage.isValid(page) ? page.load64(restartsAt) : 0
+            // The pid goes first and comes last: a reader never takes numbers of the old backend for the new one's.
+            page.store32(pidAt, 0)
+            page.store64(heartbeatAt, 0)
+            page.copyIn(ramBytesAt, [UInt8](repeating: 0, count: restartsAt - ramBytesAt))
+            page.store64(restartsAt, restarts)
+            page.storeText(reasonAt, capacity: reasonBytes, "")
+            page.storeText(nameAt, capacity: nameBytes, name)
+            page.store32(versionAt, UInt32(QUIRE_STATUS_VERSION))
+            page.copyIn(magicAt, magic)
+            page.store32(pidAt, UInt32(bitPattern: pid))
+        }
+
+        /// Counts the heartbeat up.
+        public borrowing func beat() { page.add64(heartbeatAt, 1) }
+        public borrowing func setRAM(bytes: UInt64, resident: UInt64) {
+            page.store64(ramBytesAt, bytes)
+            page.store64(residentBytesAt, resident)
+        }
+        public borrowing func setRecycled(now: UInt64, total: UInt64, rateMillipages: UInt64) {
+            page.store64(recycledNowAt, now)
+            page.store64(recycledTotalAt, total)
+            page.store64(recycledRateAt, rateMillipages)
+        }
+        public borrowing func setGuest(freeMarkedPages: UInt64, waits: UInt64, refilledPages: UInt64) {
+            page.store64(freeMarkedAt, freeMarkedPages)
+            page.store64(waitsAt, waits)
+            page.store64(refilledAt, refilledPages)
+        }
+        /// `reason` is one line for a person: why nothing is recycled.
+        public borrowing func setState(_ state: RecycleState, reason: String) {
+            page.storeText(reasonAt, capacity: reasonBytes, reason)
+            page.store32(stateAt, state.rawValue)
+        }
+        public borrowing func setPeriod(milliseconds: UInt32) { page.store32(periodAt, milliseconds) }
+        public borrowing func setCosts(cpuNanoseconds: UInt64, mapBytes: UInt64) {
+            page.store64(cpuAt, cpuNanoseconds)
+            page.store64(mapBytesAt, mapBytes)
+        }
+        public borrowing func setUpdated(nanoseconds: UInt64) { page.store64(updatedAt, nanoseconds) }
+    }
+
+    /// The supervisor's role: it reads, and counts the restarts. The page need not have been written yet.
+    public struct Supervisor: ~Copyable, Sendable {
+        private let page: Mapping
+
+        public init(path: String) throws(QuireError) { page = try StatusPage.map(path) }
+
+        public borrowing func countRestart() { page.add64(restartsAt, 1) }
+        public var restarts: UInt64 { page.load64(restartsAt) }
+        /// The heartbeat of the backend `pid`: nil until that very process has taken the page over.
+        public borrowing func heartbeat(of pid: Int32) -> UInt64? {
+            guard page.load32(pidAt) == UInt32(bitPattern: pid), StatusPage.isValid(page) else { return nil }
+            return page.load64(heartbeatAt)
+        }
+    }
+
+    /// Anybody's role.
+    public struct Reader: ~Copyable, Sendable {
+        private let page: Mapping
+
+        /// Throws `.invalid` if the file is no status page, `.unsupported` if it is one of another version, `.closed`
+        /// if no backend has written it yet.
+        public init(path: String) throws(QuireError) {
+            let file = try Descriptor.open(path, O_RDONLY | O_NOFOLLOW)
+            // Beyond the end of a file its mapping raises SIGBUS.
+            guard try file.status().byteCount >= UInt64(byteCount) else {
+                throw QuireError(.invalid, "\(path) is no status page: it has less than \(byteCount) bytes")
+            }
+            let mapped = try Mapping(file, byteCount: byteCount, access: .readOnly)
+            let found = mapped.copyOut(magicAt, count: magic.count)
+            if found.allSatisfy({ $0 == 0 }) {
+                throw QuireError(.closed, "\(path): no backend has written its status yet")
+            }
+            guard found == magic else { throw QuireError(.invalid, "\(path) is no status page: wrong magic") }
+            let version = mapped.load32(versionAt)
+            guard version == UInt32(QUIRE_STATUS_VERSION) else {
+                throw QuireError(
+                    .unsupported,
+                    "\(path) has version \(version), this quire reads version \(QUIRE_STATUS_VERSION): use the quire that started the VM")
+            }
+            page = mapped
+        }
+
+        public borrowing func snapshot() -> StatusSnapshot { StatusPage.snapshot(page) }
+    }
+}

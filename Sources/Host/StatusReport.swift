@@ -1,0 +1,202 @@
+import FoundationEssentials
+import Platform
+
+/// What `quire status` says about one VM. Encoded as JSON, the names below are the interface; numbers are exact.
+public struct StatusReport: Sendable, Equatable, Codable {
+    /// `active`: pages are recycled. `paused`: not for now, `reason` says why. `refused`: the guest's table was refused or
+    /// dropped. `no-guest`: no guest module has registered. `starting`: no backend has reported yet. `down`: the backend
+    /// is dead; if the VM is supervised, another one is on its way. `unknown`: the status page cannot be read.
+    public enum State: String, Sendable, Codable {
+        case active, paused, refused, starting, down, unknown
+        case noGuest = "no-guest"
+    }
+
+    public var name: String
+    public var state: State
+    /// One line for a person; empty if there is nothing to say.
+    public var reason: String
+    /// Of the backend; 0 if there was none yet.
+    public var pid: Int32
+    public var ramBytes: UInt64 = 0
+    /// Of the RAM, what the host has allocated.
+    public var residentBytes: UInt64 = 0
+    /// Recycled and not in use again.
+    public var recycledPages: UInt64 = 0
+    public var recycledBytes: UInt64 = 0
+    /// In this VM's life.
+    public var recycledTotalPages: UInt64 = 0
+    public var recycledTotalBytes: UInt64 = 0
+    /// Over the last period.
+    public var recycledPagesPerSecond: Double = 0
+    /// Marked free by the guest, not yet recycled.
+    public var freeMarkedPages: UInt64 = 0
+    /// Allocations in the guest that waited for the host, as the guest says.
+    public var waits: UInt64 = 0
+    /// Recycled pages that somebody else had filled, and that were recycled again.
+    public var refilledPages: UInt64 = 0
+    /// Of the backend process since its start, in percent of one CPU.
+    public var cpuPercent: Double = 0
+    public var cpuSeconds: Double = 0
+    public var uptimeSeconds: Double = 0
+    public var periodMilliseconds: UInt32 = 0
+    /// Metadata of the host for this VM.
+    public var mapBytes: UInt64 = 0
+    /// Backends that had to be replaced.
+    public var restarts: UInt64 = 0
+    /// Since the backend last wrote these numbers.
+    public var ageMilliseconds: UInt64 = 0
+
+    enum CodingKeys: String, CodingKey {
+        case name, state, reason, pid, waits, restarts
+        case ramBytes = "ram_bytes"
+        case residentBytes = "resident_bytes"
+        case recycledPages = "recycled_pages"
+        case recycledBytes = "recycled_bytes"
+        case recycledTotalPages = "recycled_total_pages"
+        case recycledTotalBytes = "recycled_total_bytes"
+        case recycledPagesPerSecond = "recycled_pages_per_second"
+        case freeMarkedPages = "free_marked_pages"
+        case refilledPages = "refilled_pages"
+        case cpuPercent = "cpu_percent"
+        case cpuSeconds = "cpu_seconds"
+        case uptimeSeconds = "uptime_seconds"
+        case periodMilliseconds = "period_ms"
+        case mapBytes = "map_bytes"
+        case ageMilliseconds = "age_ms"
+    }
+
+    init(name: String, state: State, reason: String) {
+        self.name = name
+        self.state = state
+        self.reason = reason
+        pid = 0
+    }
+
+    /// - Parameters:
+    ///   - started: when the backend was started; nil if it is dead.
+    ///   - now: both of CLOCK_MONOTONIC in nanoseconds.
+    public init(name: String, page: StatusSnapshot, started: UInt64?, now: UInt64) {
+        self.name = name
+        reason = page.reason
+        pid = page.pid
+        switch page.state {
+        case .active: state = .active
+        case .paused: state = .paused
+        case .refused: state = .refused
+        case .noGuest: state = .noGuest
+        }
+        ramBytes = page.ramBytes
+        residentBytes = page.residentBytes
+        recycledPages = page.recycledNowPages
+        recycledBytes = page.recycledNowPages &* 4096
+        recycledTotalPages = page.recycledTotalPages
+        recycledTotalBytes = page.recycledTotalPages &* 4096
+        recycledPagesPerSecond = Double(page.recycledRateMillipages) / 1000
+        freeMarkedPages = page.freeMarkedPages
+        waits = page.waits
+        refilledPages = page.refilledPages
+        cpuSeconds = Double(page.cpuNanoseconds) / 1e9
+        periodMilliseconds = page.periodMilliseconds
+        mapBytes = page.mapBytes
+        restarts = page.restarts
+        ageMilliseconds = now > page.updatedNanoseconds ? (now - page.updatedNanoseconds) / 1_000_000 : 0
+        if pid == 0 {
+            state = .starting
+        } else if let started {
+            uptimeSeconds = now > started ? Double(now - started) / 1e9 : 0
+            // The start is known to a clock tick only: no share of less than a tenth of a second.
+            if uptimeSeconds >= 0.1 { cpuPercent = cpuSeconds / uptimeSeconds * 100 }
+        } else {
+            state = .down
+            reason = "the backend, process \(pid), is dead"
+            recycledPagesPerSecond = 0
+        }
+    }
+
+    /// Of one running VM, as its page says now.
+    public static func read(_ name: String, in directory: RuntimeDirectory) -> StatusReport {
+        do {
+            let page = try StatusPage.Reader(path: directory.statusPath(name)).snapshot()
+            return StatusReport(
+                name: name, page: page, started: ProcessCalls.startTime(of: page.pid), now: monotonicNanoseconds())
+        } catch {
+            // Created, but no backend has taken it over yet.
+            if error.code == .closed || error.errno == 2 {
+                return StatusReport(name: name, state: .starting, reason: "")
+            }
+            return StatusReport(name: name, state: .unknown, reason: error.description)
+        }
+    }
+
+    /// All running VMs, or those of `names`; throws for a name that is not running.
+    public static func collect(_ names: [String], in directory: RuntimeDirectory) throws(QuireError) -> [StatusReport] {
+        if names.isEmpty { return directory.running().map { read($0, in: directory) } }
+        for name in names where !directory.isRunning(name) {
+            throw QuireError(.invalid, "no VM '\(name)' is running: quire status lists those that are")
+        }
+        return names.map { read($0, in: directory) }
+    }
+
+    public static func json(_ reports: [StatusReport]) -> String {
+        let encoder = JSONEncoder()
+        encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
+        // Numbers and text always encode.
+        return String(decoding: (try? encoder.encode(reports)) ?? Data(), as: UTF8.self)
+    }
+
+    /// The reports that `json` wrote.
+    public static func parse(json text: String) throws(QuireError) -> [StatusReport] {
+        do { return try JSONDecoder().decode([StatusReport].self, from: Data(text.utf8)) } catch {
+            throw QuireError(.invalid, "this is not what quire status --json prints", cause: error)
+        }
+    }
+
+    private static let columns: [(title: String, isNumber: Bool)] = [
+        ("NAME", false), ("STATE", false), ("RAM", true), ("RESIDENT", true), ("RECYCLED", true), ("TOTAL", true),
+        ("RATE", true), ("CPU", true), ("PERIOD", true), ("PID", true),
+    ]
+
+    private var cells: [String] {
+        guard pid != 0 else { return [name, state.rawValue] + Array(repeating: "-", count: 8) }
+        return [
+            name, state.rawValue, Size.text(ramBytes), Size.text(residentBytes), Size.text(recycledBytes),
+            Size.text(recycledTotalBytes), Size.text(UInt64(max(0, recycledPagesPerSecond) * 4096)) + "/s",
+            Size.decimal(cpuPercent, digits: 1) + "%", Size.duration(milliseconds: UInt64(periodMilliseconds)), "\(pid)",
+        ]
+    }
+
+    /// Lines of aligned columns, then a line for each VM that has something to say about itself.
+    public static func table(_ reports: [StatusReport], colours: Bool) -> String {
+        let rows = [columns.map(\.title)] + reports.map(\.cells)
+        let widths = columns.indices.map { column in rows.map { $0[column].count }.max() ?? 0 }
+        var lines: [String] = []
+        for (index, row) in rows.enumerated() {
+            var line = ""
+            for (column, cell) in row.enumerated() {
+                let padding = String(repeating: " ", count: widths[column] - cell.count)
+                var text = cell
+                if colours && index == 0 { text = "\u{1B}[1m\(cell)\u{1B}[0m" }
+                if colours && index > 0 && column == 1 { text = "\u{1B}[\(reports[index - 1].state.colour)m\(cell)\u{1B}[0m" }
+                if column > 0 { line += "  " }
+                line += columns[column].isNumber ? padding + text : text + padding
+            }
+            lines.append(line)
+        }
+        for report in reports where !report.reason.isEmpty && report.state != .active {
+            lines.append("\(report.name): \(report.reason)")
+        }
+        return lines.joined(separator: "\n")
+    }
+}
+
+extension StatusReport.State {
+    /// An ANSI colour.
+    var colour: Int {
+        switch self {
+        case .active: 32
+        case .paused, .starting: 33
+        case .refused, .down, .unknown: 31
+        case .noGuest: 2
+        }
+    }
+}

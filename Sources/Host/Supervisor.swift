@@ -1,0 +1,277 @@
+import Glibc
+import Platform
+
+/// `quire run`: one QEMU, its backend, and what has to outlive a backend: guest RAM, the page map, the socket that
+/// QEMU connects to, and the VM's name.
+///
+/// The backend is watched and replaced whenever it dies or is stuck; QEMU notices no more than a pause of its control
+/// disk. A new backend starts only after the old one was waited for, so that no thread of the old one runs any more.
+/// If the supervisor itself dies, QEMU and the backend go on: the backend sees that the lifeline has closed.
+///
+/// One thread, no locks: signals and the ends of children arrive through a signalfd, everything else every 100 ms.
+public struct Supervisor: ~Copyable {
+    public struct Configuration: Sendable {
+        /// Nil: QEMU's -name, else qemu-PID.
+        public var name: String?
+        public var periodMilliseconds: UInt64 = 10_000
+        public var workers = 1
+        public var backendPath: String
+        public var logLevel = "notice"
+        /// QEMU's program and arguments.
+        public var arguments: [String]
+        /// One line for the user.
+        public var log: @Sendable (String) -> Void = { writeStandardError("quire: " + $0) }
+        public init(backendPath: String, arguments: [String]) {
+            self.backendPath = backendPath
+            self.arguments = arguments
+        }
+    }
+
+    static let tick: Int32 = 100
+    /// Waking up is nearly all that a supervisor costs.
+    static let calmTick: Int32 = 200
+    static let readyWithin: UInt64 = 10_000_000_000
+    static let endWithin: UInt64 = 2_000_000_000
+    static let forwarded: [Int32] = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2]
+    /// QEMU's descriptors of ours start here, out of the way of what the user passes down (`fd=3`).
+    static let firstQEMUDescriptor: Int32 = 100
+
+    private let configuration: Configuration
+    private let memorySlots: Bool
+    private let name: String
+    private let ram: DescriptorList
+    private let pageMap: PageMapFile
+    private let control: UnixSocket
+    private let status: StatusPage.Supervisor
+    private let lifelineReader: Descriptor
+    /// Its end of file tells a backend that nobody watches it any more. No child has it.
+    private let lifelineWriter: Descriptor
+    private let signals: SignalDescriptor
+    private let statusPath: String
+
+    private var backend: ChildProcess?
+    private var watch = BackendWatch(startedAt: 0)
+    private var backendStarted: UInt64 = 0
+    private var backoff = RestartBackoff()
+    /// Why the last backend had to go, to be said when the next one starts.
+    private var lossReason = ""
+    private var restartAt: UInt64 = 0
+
+    /// Runs QEMU to its end. Returns the status to exit with: QEMU's own, or 128 and the number of the signal that killed
+    /// it. Throws if it could not be started.
+    public static func run(
+        _ configuration: Configuration, directory: RuntimeDirectory
+    ) throws(QuireError) -> Int32 {
+        ProcessCalls.ignoreBrokenPipes()
+        let signals = try SignalDescriptor(forwarded + [SIGCHLD])
+
+        guard let program = configuration.arguments.first else {
+            throw QuireError(.invalid, "no QEMU command: put it behind --, as in: quire run -- qemu-system-x86_64 -m 2G …")
+        }
+        guard Files.isExecutable(configuration.backendPath) else {
+            throw QuireError(
+                .invalid, "there is no program \(configuration.backendPath): install quire-backend beside quire, or name it with --backend")
+        }
+        let version = QEMUCommandLine.Version(
+            versionOutput: try ChildProcess.output(of: [program, "--version"]))
+        let name = configuration.name ?? QEMUCommandLine.vmName(configuration.arguments) ?? "qemu-\(ProcessCalls.ownPID)"
+        try RuntimeDirectory.checkName(name)
+        let command = try QEMUCommandLine(
+            configuration.arguments, controlSocket: directory.folder(name) + "/control.sock", version: version)
+
+        let claim = try directory.claim(name)
+        let result: Int32
+        do {
+            // Older ones may lose track of a backend that is replaced; memory slots would then be fatal.
+            let offersSlots = version.map { $0 >= QEMUCommandLine.Version(9, 1) } == true
+            var supervisor = try Supervisor(configuration, claim, command.ramFiles, signals, memorySlots: offersSlots)
+            result = try supervisor.run(command, lock: claim.lock)
+        } catch {
+            claim.remove()
+            throw error
+        }
+        claim.remove()
+        return result
+    }
+
+    private init(
+        _ configuration: Configuration, _ claim: borrowing RuntimeDirectory.Claim, _ files: [QEMUCommandLine.RAMFile],
+        _ signals: consuming SignalDescriptor, memorySlots: Bool
+    ) throws(QuireError) {
+        self.configuration = configuration
+        self.memorySlots = memorySlots
+        name = claim.name
+        statusPath = claim.statusPath
+        var list = DescriptorList()
+        for file in files {
+            let memfd = try Memfd(name: "quire-\(claim.name)-\(file.id)", byteCount: file.byteCount)
+            list.append(try memfd.descriptor.duplicate(atLeast: Self.firstQEMUDescriptor))
+        }
+        let map = try PageMapFile(name: "quire-\(claim.name)-map")
+        let socket = try UnixSocket.listen(at: claim.controlSocketPath)
+        let page = try StatusPage.Supervisor(path: claim.statusPath)
+        var pipe = try Pipe()
+        ram = list
+        pageMap = map
+        control = socket
+        status = page
+        lifelineReader = pipe.takeReader()
+        lifelineWriter = pipe.takeWriter()
+        self.signals = signals
+    }
+
+    // MARK: The backend
+
+    private mutating func startBackend(now: UInt64) throws(QuireError) {
+        var options = ChildProcess.Options()
+        // Nothing to read; and stdout is QEMU's, which may carry a guest's console.
+        let null = try Descriptor.open("/dev/null", O_RDWR)
+        options.passing = [
+            .init(from: null.raw, to: 0), .init(from: 2, to: 1),
+            .init(from: control.descriptor.raw, to: 3), .init(from: pageMap.file.descriptor.raw, to: 4),
+            .init(from: lifelineReader.raw, to: 5),
+        ]
+        options.ownGroup = true
+        var arguments = [configuration.backendPath, "--name", name, "--device", "control,fd=3"]
+        for (index, raw) in ram.raw.enumerated() {
+            options.passing.append(.init(from: raw, to: Int32(6 + index)))
+            arguments += ["--ram", "fd=\(6 + index)"]
+        }
+        arguments += [
+            "--page-map-fd", "4", "--status", statusPath, "--supervisor-fd", "5",
+            "--period", "\(configuration.periodMilliseconds)ms", "--workers", "\(configuration.workers)",
+            "--log-level", configuration.logLevel,
+        ]
+        if memorySlots { arguments.append("--memory-slots") }
+        backend = try ChildProcess(arguments, options)
+        backendStarted = now
+        watch = BackendWatch(startedAt: now)
+    }
+
+    /// Looks after the backend once.
+    private mutating func tend(now: UInt64) {
+        if let pid = backend?.pid {
+            if let end = backend?.poll() {
+                let reason = lossReason.isEmpty ? "\(end)" : lossReason
+                lossReason = "backend \(pid) \(reason)"
+                backend = nil
+                restartAt = now + backoff.delay(afterLifetime: now - backendStarted)
+            } else if let trouble = watch.check(
+                now: now, heartbeat: pageMap.heartbeat(of: pid), claims: pageMap.openClaims()), lossReason.isEmpty
+            {
+                // SIGKILL also ends a stopped or frozen-and-thawed process. We go on when it has been waited for.
+                lossReason = trouble
+                backend?.signal(SIGKILL)
+            }
+        }
+        if backend == nil && now >= restartAt {
+            status.countRestart()
+            do {
+                try startBackend(now: now)
+                configuration.log("\(name): \(lossReason): started another (restart \(status.restarts))")
+                lossReason = ""
+            } catch {
+                configuration.log("\(name): \(lossReason): \(error), trying again")
+                restartAt = now + backoff.delay(afterLifetime: 0)
+            }
+        }
+    }
+
+    private mutating func endBackend() {
+        guard backend != nil else { return }
+        backend!.signal(SIGTERM)
+        // A stopped process takes no SIGTERM.
+        backend!.signal(SIGCONT)
+        let deadline = monotonicNanoseconds() + Self.endWithin
+        while backend!.poll() == nil && monotonicNanoseconds() < deadline {
+            _ = waitReadable([signals.descriptor.raw], timeoutMilliseconds: 20)
+            while signals.next() != nil {}
+        }
+        if backend!.poll() == nil {
+            backend!.signal(SIGKILL)
+            backend!.wait()
+        }
+        backend = nil
+    }
+
+    // MARK: QEMU
+
+    private mutating func run(_ command: QEMUCommandLine, lock: borrowing Descriptor) throws(QuireError) -> Int32 {
+        let started = monotonicNanoseconds()
+        do {
+            try startBackend(now: started)
+        } catch {
+            throw QuireError(.system, "cannot start the backend \(configuration.backendPath)", errno: error.errno)
+        }
+        if let interrupted = try awaitBackend(since: started) {
+            endBackend()
+            return interrupted
+        }
+
+        var options = ChildProcess.Options()
+        // The RAM at the numbers that the command line names; the lock, so that the name stays taken while QEMU lives.
+        options.passing = ram.raw.map { .init(from: $0, to: $0) } + [.init(from: lock.raw, to: Self.lockDescriptor(ram.raw))]
+        options.inheritOthers = true
+        var qemu: ChildProcess
+        do {
+            qemu = try ChildProcess(command.arguments(ramDescriptors: ram.raw), options)
+        } catch {
+            endBackend()
+            throw error
+        }
+        // Whatever fails from here on, QEMU runs; a name that is noted badly is no reason to end it.
+        do { try lockNote(lock, qemu.pid) } catch { configuration.log("\(name): \(error)") }
+
+        while true {
+            _ = waitReadable([signals.descriptor.raw], timeoutMilliseconds: watch.isCalm ? Self.calmTick : Self.tick)
+            while let event = signals.next() {
+                guard event.number != SIGCHLD else { continue }
+                // What the terminal sends, it sends to the whole foreground group, QEMU included.
+                if !event.fromKernel { qemu.signal(event.number) }
+            }
+            if let end = qemu.poll() {
+                endBackend()
+                return end.shellStatus
+            }
+            tend(now: monotonicNanoseconds())
+        }
+    }
+
+    private func lockNote(_ lock: borrowing Descriptor, _ pid: Int32) throws(QuireError) {
+        try lock.replaceContent("\(ProcessCalls.ownPID)\n\(pid)\n")
+    }
+
+    private static func lockDescriptor(_ taken: [Int32]) -> Int32 { (taken.max() ?? firstQEMUDescriptor) + 1 }
+
+    /// Waits until the backend has beaten once. Returns a status to exit with if a signal came instead.
+    private mutating func awaitBackend(since started: UInt64) throws(QuireError) -> Int32? {
+        while true {
+            let pid = backend?.pid ?? 0
+            if (pageMap.heartbeat(of: pid) ?? 0) > 0 { return nil }
+            if let end = backend!.poll() {
+                throw QuireError(.closed, "the backend \(end) before it was ready: see its message above")
+            }
+            if monotonicNanoseconds() - started > Self.readyWithin {
+                endBackend()
+                throw QuireError(.closed, "the backend was not ready within \(Self.readyWithin / 1_000_000_000) s: try --log-level debug")
+            }
+            _ = waitReadable([signals.descriptor.raw], timeoutMilliseconds: 5)
+            while let event = signals.next() {
+                if event.number != SIGCHLD { return 128 + event.number }
+            }
+        }
+    }
+}
+
+extension QEMUCommandLine {
+    /// QEMU's `-name`, made a valid VM name; nil without one.
+    public static func vmName(_ arguments: [String]) -> String? {
+        guard let guest = guestName(arguments), !guest.isEmpty else { return nil }
+        var name = String(guest.unicodeScalars.map { scalar in
+            let character = Character(scalar)
+            return RuntimeDirectory.isValidName("x" + String(character)) ? character : "-"
+        }.prefix(64))
+        if name.hasPrefix(".") { name = "-" + name.dropFirst() }
+        return name
+    }
+}

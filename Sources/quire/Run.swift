@@ -1,0 +1,80 @@
+import ArgumentParser
+import Host
+import Platform
+
+extension Quire {
+    struct Run: ParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Runs a QEMU virtual machine whose freed memory goes back to the host.",
+            discussion: """
+                Puts guest RAM on memory files that quire owns, adds the control disk by which the guest's module \
+                reaches its backend, starts the backend, and then QEMU with your terminal. Everything else on QEMU's \
+                command line stays as you wrote it. A backend that dies or hangs is replaced while the guest runs on.
+
+                Signals that quire gets are passed on to QEMU. Exits as QEMU does; 128 and the signal's number when a \
+                signal killed QEMU; 1 if it could not be started.
+
+                Example: quire run --period 10s -- qemu-system-x86_64 -m 2G -enable-kvm disk.qcow2
+                """)
+
+        @Option(help: ArgumentHelp("The VM's name in 'quire status' (default: QEMU's -name, else qemu-PID).", valueName: "name"))
+        var name: String?
+
+        @Option(
+            help: ArgumentHelp("How long a page has to be free before the host takes it: 500ms, 10s, 2m.", valueName: "time"),
+            transform: Self.milliseconds)
+        var period: UInt64 = 10_000
+
+        @Option(help: ArgumentHelp("Threads of the backend that recycle, 1 to 16.", valueName: "n"))
+        var workers = 1
+
+        @Option(help: ArgumentHelp("The backend's program (default: quire-backend beside quire).", valueName: "path"))
+        var backend: String?
+
+        @Option(help: ArgumentHelp("What the backend logs to stderr: trace, debug, info, notice, warning, error, critical.", valueName: "level"))
+        var logLevel = LogLevel.notice
+
+        @Argument(
+            parsing: .postTerminator,
+            help: ArgumentHelp("QEMU and its arguments, behind --.", valueName: "qemu-command"))
+        var command: [String] = []
+
+        enum LogLevel: String, ExpressibleByArgument, CaseIterable {
+            case trace, debug, info, notice, warning, error, critical
+        }
+
+        static func milliseconds(_ text: String) throws -> UInt64 {
+            guard let value = Size.milliseconds(text), (100...3_600_000).contains(value) else {
+                throw ValidationError("'\(text)' is no period: use 100ms to 1h, such as 500ms, 10s or 2m")
+            }
+            return value
+        }
+
+        func validate() throws {
+            guard (1...16).contains(workers) else { throw ValidationError("--workers is \(workers): use 1 to 16") }
+            guard !command.isEmpty else {
+                throw ValidationError("no QEMU command: put it behind --, as in: quire run -- qemu-system-x86_64 -m 2G …")
+            }
+        }
+
+        func run() throws {
+            let status = try failing { () throws(QuireError) -> Int32 in
+                var configuration = Supervisor.Configuration(
+                    backendPath: backend ?? Self.backendBesideUs(), arguments: command)
+                configuration.name = name
+                configuration.periodMilliseconds = period
+                configuration.workers = workers
+                configuration.logLevel = logLevel.rawValue
+                return try Supervisor.run(configuration, directory: RuntimeDirectory.standard())
+            }
+            throw ExitCode(status)
+        }
+
+        private static func backendBesideUs() -> String {
+            guard let own = Files.target(ofLink: "/proc/self/exe"), let slash = own.lastIndex(of: "/") else {
+                return "quire-backend"
+            }
+            return own[..<slash] + "/quire-backend"
+        }
+    }
+}

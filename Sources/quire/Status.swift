@@ -1,0 +1,45 @@
+import ArgumentParser
+import Host
+import Platform
+
+extension Quire {
+    struct Status: ParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Shows the running VMs and what was recycled.",
+            discussion: """
+                RESIDENT is what the host has allocated of the guest's RAM; RECYCLED what the guest has freed and the \
+                host holds no page for, TOTAL all that was ever recycled, RATE that of the last period; CPU the \
+                backend's share of one CPU since it was started. Sizes are in binary units.
+
+                With --json: an array of objects with name, state, reason, pid, ram_bytes, resident_bytes, \
+                recycled_pages, recycled_bytes, recycled_total_pages, recycled_total_bytes, \
+                recycled_pages_per_second, free_marked_pages, waits, refilled_pages, cpu_percent, cpu_seconds, \
+                uptime_seconds, period_ms, map_bytes, restarts, age_ms. A page has 4096 bytes.
+
+                States: active; paused (for now); refused (the guest's table); no-guest (no guest module has \
+                registered); starting; down (the backend is dead); unknown (its status cannot be read).
+
+                Exit status: 0, also when no VM runs; 1 if a named VM does not run.
+                """)
+
+        @Flag(help: "Prints JSON with exact numbers.")
+        var json = false
+
+        @Argument(help: ArgumentHelp("Only these VMs.", valueName: "name"))
+        var names: [String] = []
+
+        func run() throws {
+            let reports = try failing { () throws(QuireError) -> [StatusReport] in
+                try StatusReport.collect(names, in: RuntimeDirectory.standard())
+            }
+            if json {
+                print(StatusReport.json(reports))
+            } else if reports.isEmpty {
+                print("No VM is running. Start one with: quire run -- qemu-system-x86_64 -m 2G …")
+            } else {
+                let colours = ProcessCalls.isTerminal(1) && ProcessCalls.environment("NO_COLOR") == nil
+                print(StatusReport.table(reports, colours: colours))
+            }
+        }
+    }
+}

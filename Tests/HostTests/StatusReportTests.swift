@@ -1,0 +1,86 @@
+import Glibc
+import Host
+import Platform
+import Testing
+
+struct StatusReportTests {
+    private func page(_ name: String = "demo") -> StatusSnapshot {
+        var page = StatusSnapshot()
+        page.pid = 4242
+        page.name = name
+        page.state = .active
+        page.ramBytes = 2 << 30
+        page.residentBytes = 300 << 20
+        page.recycledNowPages = 400_000
+        page.recycledTotalPages = 1_000_000
+        page.recycledRateMillipages = 2_560_500
+        page.cpuNanoseconds = 500_000_000
+        page.periodMilliseconds = 10_000
+        page.updatedNanoseconds = 99_900_000_000
+        page.restarts = 2
+        return page
+    }
+
+    @Test func tableIsAligned() {
+        let seconds: UInt64 = 1_000_000_000
+        let demo = StatusReport(name: "demo", page: page(), started: 0, now: 100 * seconds)
+        var sleeping = page()
+        sleeping.state = .paused
+        sleeping.reason = "migration is running"
+        let paused = StatusReport(name: "a-longer-name", page: sleeping, started: 0, now: 100 * seconds)
+        let dead = StatusReport(name: "gone", page: page(), started: nil, now: 100 * seconds)
+        let fresh = StatusReport(name: "new", page: StatusSnapshot(), started: nil, now: 100 * seconds)
+        #expect(
+            StatusReport.table([demo, paused, dead, fresh], colours: false) == """
+                NAME           STATE      RAM  RESIDENT  RECYCLED  TOTAL   RATE   CPU  PERIOD   PID
+                demo           active    2.0G      300M      1.5G   3.8G  10M/s  0.5%     10s  4242
+                a-longer-name  paused    2.0G      300M      1.5G   3.8G  10M/s  0.5%     10s  4242
+                gone           down      2.0G      300M      1.5G   3.8G    0/s  0.0%     10s  4242
+                new            starting     -         -         -      -      -     -       -     -
+                a-longer-name: migration is running
+                gone: the backend, process 4242, is dead
+                """)
+        #expect(StatusReport.table([demo], colours: true).contains("\u{1B}[32mactive\u{1B}[0m  2.0G"))
+    }
+
+    @Test func jsonHasExactNumbersUnderDocumentedNames() throws {
+        let report = StatusReport(name: "demo", page: page(), started: 0, now: 100_000_000_000)
+        let text = StatusReport.json([report])
+        #expect(try StatusReport.parse(json: text) == [report])
+        for line in [
+            "\"name\" : \"demo\"", "\"state\" : \"active\"", "\"ram_bytes\" : 2147483648", "\"resident_bytes\" : 314572800",
+            "\"recycled_pages\" : 400000", "\"recycled_bytes\" : 1638400000", "\"recycled_total_pages\" : 1000000",
+            "\"recycled_total_bytes\" : 4096000000", "\"recycled_pages_per_second\" : 2560.5", "\"cpu_percent\" : 0.5",
+            "\"cpu_seconds\" : 0.5", "\"uptime_seconds\" : 100", "\"period_ms\" : 10000", "\"pid\" : 4242",
+            "\"restarts\" : 2", "\"age_ms\" : 100", "\"free_marked_pages\" : 0", "\"waits\" : 0", "\"refilled_pages\" : 0",
+            "\"map_bytes\" : 0", "\"reason\" : \"\"",
+        ] { #expect(text.contains(line), "\(line)") }
+        #expect(StatusReport.json([]).filter { !$0.isWhitespace } == "[]")
+    }
+
+    @Test func collectsRunningVMs() throws {
+        let folder = try TemporaryFolder()
+        let directory = RuntimeDirectory(base: folder.path)
+        let one = try directory.claim("one")
+        let two = try directory.claim("two")
+        let writer = try StatusPage.Writer(path: one.statusPath, name: "one", pid: ProcessCalls.ownPID)
+        writer.setState(.active, reason: "")
+        _ = try StatusPage.Writer(path: two.statusPath, name: "two", pid: 2_147_483_647)
+        let three = try directory.claim("three")
+        let reports = try StatusReport.collect([], in: directory)
+        #expect(reports.map(\.name) == ["one", "three", "two"])
+        #expect(reports.map(\.state) == [.active, .starting, .down])
+        #expect(reports[0].uptimeSeconds > 0)
+        #expect(try StatusReport.collect(["two"], in: directory).map(\.name) == ["two"])
+        #expect(
+            message { try StatusReport.collect(["four"], in: directory) }
+                == "no VM 'four' is running: quire status lists those that are")
+        _ = try folder.write("three/status", "?")
+        let broken = try StatusReport.collect(["three"], in: directory)
+        #expect(broken.map(\.state) == [.unknown])
+        #expect(broken[0].reason == "\(folder.path)/three/status is no status page: it has less than 4096 bytes")
+        one.remove()
+        two.remove()
+        three.remove()
+    }
+}
