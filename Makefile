@@ -1,0 +1,55 @@
+# Two commands: `make demo` and `make test`. Each does everything it needs on a fresh Debian 12 with Swift: installs
+# missing Debian packages, builds, prepares guest kernels in a cache outside of the clone.
+#
+#   make demo            a guest frees memory, the host has it back: watch it happen
+#   make test            everything that CI runs
+#   make soak            the same tests for longer (FACTOR=20)
+#   make bench-recycle   the recycle engine and the guest module against their bars (BENCH=--quick: a shorter run)
+#   make build           the programs, in .build/release
+#   make guest           what test guests boot, in build/guest
+#   make install         into DESTDIR/PREFIX
+#   make clean
+
+SWIFT ?= swift
+PREFIX ?= /usr/local
+DESTDIR ?=
+# One build configuration for everything.
+BUILD := $(SWIFT) build -c release
+BIN := .build/release
+
+.PHONY: build guest assets prerequisites demo test soak bench-recycle install clean
+
+build: prerequisites
+	$(BUILD) --product quire
+	$(BUILD) --product quire-backend
+
+prerequisites:
+	@scripts/prerequisites
+
+assets: prerequisites
+	@scripts/guest-assets
+
+guest: assets
+	@scripts/guest-build
+
+demo: build guest
+	@scripts/demo
+
+test: guest
+	$(BUILD) --build-tests
+	$(SWIFT) test -c release --skip-build --no-parallel
+
+soak: export QUIRE_TEST_FACTOR := $(or $(FACTOR),20)
+soak: test
+
+bench-recycle: build guest
+	$(BUILD) --product quire-bench
+	@$(BIN)/quire-bench recycle --guests build/guest $(BENCH)
+
+install: build
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/qemu/vhost-user
+	install -m 755 $(BIN)/quire $(BIN)/quire-backend $(DESTDIR)$(PREFIX)/bin/
+	sed 's,@PREFIX@,$(PREFIX),' qemu-config/50-quire.json > $(DESTDIR)$(PREFIX)/share/qemu/vhost-user/50-quire.json
+
+clean:
+	rm -rf .build build
