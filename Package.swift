@@ -14,6 +14,7 @@ let package = Package(
         .library(name: "Engines", targets: ["Engines"]),
         .executable(name: "quire", targets: ["quire"]),
         .executable(name: "quire-backend", targets: ["quire-backend"]),
+        .executable(name: "quire-bench", targets: ["quire-bench"]),
     ],
     dependencies: [
         .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
@@ -49,6 +50,17 @@ let package = Package(
                 "Host", .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             swiftSettings: settings),
+        // Benchmarks: what they have in common, and the program. Nothing depends on them.
+        .target(name: "CBench"),
+        .target(name: "Bench", dependencies: ["Platform"], swiftSettings: settings),
+        .executableTarget(
+            name: "quire-bench",
+            dependencies: [
+                "Bench", "CBench", "CQuireLayout", "Platform", "GuestMemory", "Engines", "Host",
+                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+            ],
+            swiftSettings: settings),
+        .testTarget(name: "BenchTests", dependencies: ["Bench"], swiftSettings: settings),
         .testTarget(
             name: "HostTests",
             dependencies: [

@@ -1,0 +1,120 @@
+import ArgumentParser
+import Bench
+import Glibc
+import Host
+import Platform
+
+@main
+struct QuireBench: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "quire-bench",
+        abstract: "Measures Quire against its bars.",
+        discussion: """
+            Progress goes to stderr. On stdout: a table for people, and as the last line one JSON object with benchmark, \
+            machine, results and bars. Exit status: 0 only if every bar holds.
+            """,
+        version: quireVersion,
+        subcommands: [Recycle.self, TouchMemory.self, FakeQEMU.self])
+}
+
+struct Recycle: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "The recycle engine and the guest module.",
+        discussion: "Parts: host, threads, idle, fragmented, hooks. The bars on metadata come with host, fragmented and hooks.")
+
+    @Flag(help: "Fewer repetitions, one window of idling, one guest kernel: for a look, not for figures to quote.")
+    var quick = false
+
+    @Option(help: ArgumentHelp("What scripts/guest-build made.", valueName: "folder"))
+    var guests = "build/guest"
+
+    @Option(help: ArgumentHelp("Only this part; repeatable.", valueName: "part"))
+    var only: [String] = []
+
+    static let parts = ["host", "threads", "idle", "fragmented", "hooks"]
+
+    func validate() throws {
+        for name in only where !Self.parts.contains(name) {
+            throw ValidationError("'\(name)' is no part: choose of \(Self.parts.joined(separator: ", "))")
+        }
+    }
+
+    func run() throws {
+        let programs: Programs
+        let runtime: String
+        do {
+            programs = try Programs(guests: guests)
+            runtime = try Self.makeRuntimeDirectory()
+        } catch {
+            writeStandardError("quire-bench: \(error)")
+            throw ExitCode(1)
+        }
+        defer { Files.removeDirectory(runtime) }
+        ProcessCalls.ignoreBrokenPipes()
+
+        let accelerator = Machine.hasKVM ? ["-accel", "kvm", "-cpu", "host", "-smp", "2"] : ["-accel", "tcg,thread=multi", "-smp", "2"]
+        var report = Report(
+            benchmark: "recycle",
+            machine: Machine.describe(qemu: programs.qemuVersion, accelerator: Machine.hasKVM ? "KVM; TCG for instructions" : "TCG"))
+        func part(_ name: String, bars: [Bar], _ body: (inout Report) throws -> Void) {
+            guard only.isEmpty || only.contains(name) else { return }
+            do { try body(&report) } catch {
+                progress("\(name): \(error)")
+                let known = Set(report.bars.map(\.name))
+                report.fail(name, "\(error)", bars: bars.filter { !known.contains($0.name) })
+            }
+        }
+
+        var guestShares: [(String, Double)] = []
+        var hostShares: [(String, Double)] = []
+        let pages = (quick ? 512 : 1024) * 256
+        part("host", bars: HostCost.bars) {
+            hostShares.append(("all recycled, without a guest", try HostCost(pageCount: pages, repetitions: quick ? 3 : 7).run(into: &$0)))
+        }
+        part("threads", bars: []) { try Threads(pageCount: pages, repetitions: quick ? 2 : 3).run(into: &$0) }
+        part("idle", bars: IdleCPU.bars) { try IdleCPU(windows: quick ? 1 : 4, programs: programs).run(into: &$0) }
+        part("fragmented", bars: Fragmented.bars) {
+            let found = try Fragmented(
+                mebibytes: quick ? 512 : 1024, periodMilliseconds: 10_000, accelerator: accelerator, programs: programs
+            ).run(into: &$0)
+            guestShares.append(("6.1, fragmented guest", found.guestShare))
+            hostShares.append(("fragmented guest", found.hostShare))
+        }
+        let lines = quick ? ["6.1"] : ["6.1", "6.12"]
+        part("hooks", bars: GuestHooks.bars(lines)) {
+            for (line, share) in try GuestHooks(lines: lines, programs: programs).run(into: &$0) {
+                guestShares.append(("\(line), 512 MiB", share))
+            }
+        }
+        metadata(guestShares, hostShares, &report)
+        report.machine.append(("load_after", .text(Machine.load)))
+
+        print(report.text)
+        print(report.json.line)
+        guard report.holds else { throw ExitCode(1) }
+    }
+
+    private func metadata(_ guest: [(String, Double)], _ host: [(String, Double)], _ report: inout Report) {
+        guard only.isEmpty || !guest.isEmpty || !host.isEmpty else { return }
+        var table = Table(title: "metadata over guest RAM", columns: ["", "of guest RAM"])
+        for (name, share) in guest { table.row("in the guest (\(name))", Table.percent(share)) }
+        for (name, share) in host { table.row("on the host (\(name))", Table.percent(share)) }
+        table.note("Guest: state table, directory and what goes with them, as the module counts. Host: memory of the page map.")
+        func list(_ shares: [(String, Double)]) -> JSON { .object(shares.map { ($0.0, .number($0.1 * 100)) }) }
+        report.add("metadata_percent", ["guest": list(guest), "host": list(host)], table: table)
+        if only.isEmpty || !guest.isEmpty {
+            report.add(Bar("metadata in the guest", guest.map(\.1).max().map { $0 * 100 }, atMost: 0.05, "% of guest RAM"))
+        }
+        if only.isEmpty || !host.isEmpty {
+            report.add(Bar("metadata on the host", host.map(\.1).max().map { $0 * 100 }, atMost: 0.25, "% of guest RAM"))
+        }
+    }
+
+    /// The VMs of a benchmark are not among the user's.
+    private static func makeRuntimeDirectory() throws(QuireError) -> String {
+        let base = (ProcessCalls.environment("TMPDIR") ?? "/tmp") + "/quire-bench-\(ProcessCalls.ownPID)"
+        try Files.makeDirectory(base, mode: 0o700)
+        unsafe setenv("QUIRE_RUNTIME_DIR", base, 1)
+        return base
+    }
+}
