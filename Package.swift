@@ -77,5 +77,10 @@ let package = Package(
         .testTarget(
             name: "EnginesTests", dependencies: ["CPlatform", "CQuireLayout", "Platform", "GuestMemory", "Engines"],
             swiftSettings: settings),
+        // Real guests: what `make guest` prepares has to be there.
+        .testTarget(
+            name: "IntegrationTests",
+            dependencies: ["Host", "Platform", "CPlatform", "CQuireLayout", "quire", "quire-backend"],
+            swiftSettings: settings),
     ]
 )

@@ -1,0 +1,178 @@
+import Glibc
+import Host
+import Platform
+import Testing
+
+extension Integration {
+    /// The backend may die or freeze at any instant. The guest must not lose a byte, and a vCPU that waits for a page in
+    /// the middle of being discarded must go on as soon as there is a backend again.
+    @Suite(.serialized) struct BackendDeath {
+        /// Killed in the middle of a claim, again and again: the guest goes on, those who waited too; restarts are counted;
+        /// recycling goes on under the same registration.
+        @Test func killedInTheMiddleOfAClaim() throws {
+            let guest = try Guest()
+            try guest.watched {
+                try guest.loadModule()
+                try guest.waitForActive()
+                try guest.startChurn()
+                for kill in 1...Effort.kills {
+                    let pid = try guest.freezeInClaim()
+                    // Time for a vCPU to want a claimed page; less than the supervisor's patience.
+                    ProcessCalls.sleep(milliseconds: UInt32.random(in: 0...300))
+                    ProcessCalls.signal(pid, SIGKILL)
+                    try guest.waitForSuccessor(of: pid)
+                    #expect(guest.status.restarts == UInt64(kill), "\(guest.stderr)")
+                    try guest.waitForRecycling()
+                    try guest.expectChurnGoesOn()
+                }
+                try guest.stopChurn()
+                // The nonce proves that it is the same guest: nobody had to register again.
+                #expect(try guest.figure("registrations") == 1)
+                try guest.expectRecycling()
+                try guest.expectQuietLog()
+                print("waits \(try guest.figure("waits")), longest \(try guest.figure("longest_wait_ns") / 1_000_000) ms")
+            }
+        }
+
+        /// Frozen, in a claim and outside of one: the supervisor notices by itself, kills it and starts another.
+        @Test func frozen() throws {
+            let guest = try Guest()
+            try guest.watched {
+                try guest.loadModule()
+                try guest.waitForActive()
+                try guest.startChurn()
+                var pid = try guest.freezeInClaim()
+                try guest.waitForSuccessor(of: pid)
+                try guest.expectChurnGoesOn()
+
+                pid = guest.backendPID
+                #expect(ProcessCalls.signal(pid, SIGSTOP))
+                try guest.waitForSuccessor(of: pid)
+                try guest.waitForRecycling()
+                try guest.expectChurnGoesOn()
+                try guest.stopChurn()
+                try guest.expectQuietLog()
+                #expect(guest.stderr.contains("stood still") || guest.stderr.contains("held a claim"))
+            }
+        }
+
+        /// Killed in the middle of a claim, and the guest is reset before there is a backend again: the one that comes back
+        /// finds claims in the journal which are not this kernel's, and must leave its memory alone.
+        @Test(arguments: [QEMU.distribution, .ten])
+        func killedInAClaimThenReset(_ qemu: QEMU) throws {
+            let guest = try Guest(Machine(qemu: qemu))
+            try guest.watched {
+                try guest.loadModule()
+                try guest.waitForActive()
+                try guest.startChurn()
+                let pid = try guest.freezeInClaim()
+                let claims = guest.view.openClaims
+                // Nobody starts another one yet.
+                guest.signal(SIGSTOP)
+                ProcessCalls.signal(pid, SIGKILL)
+                try guest.qmp.command("system_reset")
+                ProcessCalls.sleep(milliseconds: 300)
+                #expect(guest.view.openClaims == claims)
+                guest.signal(SIGCONT)
+                try guest.console.expectReady()
+                #expect(guest.view.openClaims.isEmpty)
+                #expect(guest.view.registeredTable == nil)
+                try guest.churn(250, seconds: 3)
+                try expectService(guest)
+                try guest.churn(250)
+                try guest.expectQuietLog()
+            }
+        }
+
+        /// Dies or freezes while QEMU starts the device, in the middle of a message: the guest boots all the same.
+        @Test(arguments: [QEMU.distribution, .ten])
+        func diesWhileTheDeviceStarts(_ qemu: QEMU) throws {
+            let guest = try Guest(Machine(qemu: qemu))
+            try guest.watched {
+                for delay in [0, 150, 400, 1200, 2500] as [UInt32] {
+                    let restarts = guest.status.restarts
+                    let pid = guest.backendPID
+                    try guest.qmp.command("system_reset")
+                    ProcessCalls.sleep(milliseconds: delay)
+                    // QEMU's next message waits for an answer that never comes; the supervisor ends that.
+                    ProcessCalls.signal(pid, SIGSTOP)
+                    try guest.wait(for: "the supervisor to replace a frozen backend") { guest.backendPID != pid }
+                    try guest.console.expectReady()
+                    #expect(guest.status.restarts == restarts + 1, "\(guest.stderr)")
+                    try expectService(guest)
+                    try guest.expectQuietLog()
+                }
+            }
+        }
+
+        /// QEMU 7.2 may have lost track of its control disk: then the guest works, and nothing is recycled, so that it never
+        /// waits for a backend whose end QEMU would not notice. Later ones go on as if nothing had been.
+        private func expectService(_ guest: Guest) throws {
+            try guest.loadModule()
+            let mayPause = guest.machine.qemu == .distribution
+            try guest.wait(for: "the registration") {
+                guest.status.state == .active || mayPause && guest.status.state == .paused
+            }
+            if guest.status.state == .active {
+                try guest.expectRecycling()
+            } else {
+                #expect(guest.status.reason.contains("lost track"))
+                try guest.churn(200, seconds: 3)
+                #expect(guest.view.openClaims.isEmpty)
+            }
+            try guest.sh("rmmod quire")
+        }
+
+        /// Ended while the guest does not use the device: before its driver is there, after it has gone, and in a pause.
+        /// When the device is started again, it works.
+        @Test(arguments: [QEMU.distribution, .ten])
+        func diesWhileTheDeviceIsStopped(_ qemu: QEMU) throws {
+            let guest = try Guest(Machine(qemu: qemu))
+            try guest.watched {
+                func end(_ signal: Int32) throws {
+                    let pid = guest.backendPID
+                    ProcessCalls.signal(pid, signal)
+                    try guest.wait(for: "another backend") { guest.backendPID != pid && guest.status.ageMilliseconds < 2000 }
+                    // QEMU 7.2 connects again after a second.
+                    ProcessCalls.sleep(milliseconds: 1500)
+                }
+                let driver = "/sys/bus/virtio/drivers/virtio_blk"
+                let device = try guest.sh("cd \(driver); echo virtio*").filter { !$0.isWhitespace }
+                for signal in [SIGTERM, SIGKILL] {
+                    try guest.sh("echo \(device) > \(driver)/unbind")
+                    try end(signal)
+                    try guest.sh("echo \(device) > \(driver)/bind; ls /dev/vda")
+                    try expectService(guest)
+                    try guest.qmp.command("stop")
+                    try end(signal)
+                    try guest.qmp.command("cont")
+                    try expectService(guest)
+                }
+                try guest.qmp.command("system_reset")
+                try end(SIGKILL)
+                try guest.console.expectReady()
+                try expectService(guest)
+                try guest.expectQuietLog()
+            }
+        }
+
+        /// Killed when idle, politely and not: QEMU connects again, and the registration is still in force.
+        @Test func endedWhenIdle() throws {
+            let guest = try Guest()
+            try guest.watched {
+                try guest.loadModule()
+                try guest.waitForActive()
+                for (number, signal) in [SIGTERM, SIGKILL, SIGTERM].enumerated() {
+                    try guest.settle()
+                    let pid = guest.backendPID
+                    ProcessCalls.signal(pid, signal)
+                    try guest.waitForSuccessor(of: pid)
+                    #expect(guest.status.restarts == UInt64(number + 1), "\(guest.stderr)")
+                    try guest.expectRecycling()
+                    try guest.churn(200, seconds: 3)
+                }
+                try guest.expectQuietLog()
+            }
+        }
+    }
+}

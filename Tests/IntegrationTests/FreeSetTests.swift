@@ -1,0 +1,92 @@
+import Host
+import Testing
+
+extension Integration {
+    /// The module's promise, held against the kernel's own lists: no page in use is ever marked. quire_check.ko stops the
+    /// machine every round, builds the exact set of free pages and compares; its load takes memory by every path that the
+    /// allocator has, and it discards what is marked, as a host would, so that a wrong mark has consequences.
+    @Suite(.serialized) struct FreeSet {
+        /// Compaction, file caches that are reclaimed, memory taken until nothing is left, and the OOM killer.
+        private static let pressure = """
+            mkdir -p /tmp/m; modprobe ext4; mkfs.ext4 -q -F /dev/vda && mount /dev/vda /mnt; \
+            (while [ ! -e /tmp/stop ]; do echo 1 > /proc/sys/vm/compact_memory; sleep 1; done) & \
+            (while [ ! -e /tmp/stop ]; do quire-load churn 120 3 --threads 2 --file /mnt >> /tmp/churn 2>&1 || break; done) & \
+            (while [ ! -e /tmp/stop ]; do cat /mnt/big > /dev/null 2>&1 || \
+            dd if=/dev/urandom of=/mnt/big bs=1M count=300 2> /dev/null; done) & \
+            (while [ ! -e /tmp/stop ]; do echo 1000 > /proc/self/oom_score_adj; sh -c 'echo 1000 > /proc/self/oom_score_adj; \
+            exec quire-load hold 1024 0' > /dev/null 2>&1; sleep 2; done) &
+            """
+
+        private static func violations(_ machine: Machine, module: String, rounds: Int) throws -> (violations: Int, corruptions: Int, text: String) {
+            let folder = try Folder()
+            var machine = machine
+            machine.memory = "384M"
+            machine.arguments += ["-drive", "file=\(try folder.sparseFile("disk", byteCount: 512 << 20)),format=raw,if=virtio"]
+            let guest = try Guest(machine, in: folder)
+            return try guest.watched {
+                try guest.sh("insmod /lib/quire/\(module).ko")
+                try guest.waitForActive()
+                try guest.sh(Self.pressure, within: Guest.patience(for: 30))
+                // A control breaks the guest in time: it may die of that, and then says so.
+                if module != "quire" { guest.console.mayPanic = true }
+                try guest.sh("insmod /lib/quire/quire_check.ko rounds=\(rounds) gap_ms=100")
+                var text = ""
+                do {
+                    try guest.wait(for: "\(rounds) rounds", within: Guest.patience(for: rounds * 3)) {
+                        let now = try guest.sh("cat /sys/kernel/debug/quire_check/result")
+                        text = now
+                        return now.hasPrefix("FINAL") || module != "quire" && Self.number("violations", in: now) > 0
+                    }
+                } catch where module != "quire" {
+                    text = "violations=1 (the guest died: \(error))"
+                }
+                if module == "quire" {
+                    try guest.sh("touch /tmp/stop")
+                    let wrong = try guest.run("grep -v '^ok ' /tmp/churn")
+                    #expect(wrong.status == 1, "\(wrong.text)")
+                    #expect(guest.status.recycledTotalPages > 0)
+                }
+                return (Self.number("violations", in: text), Self.number("corruptions", in: text), text)
+            }
+        }
+
+        private static func number(_ name: String, in text: String) -> Int {
+            for word in text.split(whereSeparator: \.isWhitespace) where word.hasPrefix(name + "=") {
+                return Int(word.dropFirst(name.count + 1)) ?? -1
+            }
+            return -1
+        }
+
+        static let oldest = Machine(kernel: .v6_1, qemu: .distribution)
+        static let newest = Machine(kernel: .v6_12, qemu: .ten)
+
+        @Test func noPageInUseIsMarkedOn61() throws {
+            let result = try Self.violations(Self.oldest, module: "quire", rounds: Effort.checkRounds)
+            #expect(result.violations == 0 && result.corruptions == 0, "\(result.text)")
+        }
+
+        @Test func noPageInUseIsMarkedOn612() throws {
+            let result = try Self.violations(Self.newest, module: "quire", rounds: Effort.checkRounds)
+            #expect(result.violations == 0 && result.corruptions == 0, "\(result.text)")
+        }
+
+        /// The checker finds what it looks for: each hook that is left out is noticed.
+        @Test(arguments: ["quire_nobulk", "quire_noisolate"])
+        func aMissingHookIsNoticed(_ module: String) throws {
+            try expectNotice(Self.oldest, module, rounds: Effort.controlRounds)
+        }
+
+        /// By the checker; or by the kernel, which crashes when the host or the checker has discarded what it uses.
+        private func expectNotice(_ machine: Machine, _ module: String, rounds: Int) throws {
+            do {
+                let result = try Self.violations(machine, module: module, rounds: rounds)
+                #expect(result.violations > 0, "\(result.text)")
+            } catch let failure as Guest.Failure where "\(failure.error)".hasPrefix("the guest says") {}
+        }
+
+        /// Only 6.12 has that hook.
+        @Test func aMissingCompactionHookIsNoticed() throws {
+            try expectNotice(Self.newest, "quire_nocompaction", rounds: Effort.controlRounds * 3)
+        }
+    }
+}
