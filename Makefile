@@ -37,7 +37,7 @@ demo: build guest
 
 test: guest
 	$(BUILD) --build-tests
-	$(SWIFT) test -c release --skip-build --no-parallel
+	@SWIFT=$(SWIFT) scripts/test
 
 soak: export QUIRE_TEST_FACTOR := $(or $(FACTOR),20)
 soak: test

@@ -15,8 +15,6 @@ public enum Machine {
     /// The three load averages: who else was at work.
     public static var load: String { line("/proc/loadavg").split(separator: " ").prefix(3).joined(separator: " ") }
 
-    public static var hasKVM: Bool { Files.isWritable("/dev/kvm") }
-
     private static var cpuModel: String {
         let text = (try? Files.read("/proc/cpuinfo")) ?? ""
         let model = text.split(separator: "\n").first { $0.hasPrefix("model name") }

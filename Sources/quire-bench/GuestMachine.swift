@@ -25,6 +25,9 @@ struct Programs: Sendable {
         guard Files.isExecutable(quire) else { throw QuireError(.invalid, "there is no \(quire): run make build") }
     }
 
+    /// Whether guests run on this host's CPU: scripts/accelerator has tried.
+    var hasKVM: Bool { (try? Files.read(guests + "/accelerator"))?.hasPrefix("kvm") ?? false }
+
     var qemuVersion: String {
         let text = (try? ChildProcess.output(of: [qemu, "--version"])) ?? ""
         return text.split(separator: "\n").first.map { String($0).replacing("QEMU emulator version ", with: "") } ?? "unknown"

@@ -52,10 +52,10 @@ struct Recycle: ParsableCommand {
         defer { Files.removeDirectory(runtime) }
         ProcessCalls.ignoreBrokenPipes()
 
-        let accelerator = Machine.hasKVM ? ["-accel", "kvm", "-cpu", "host", "-smp", "2"] : ["-accel", "tcg,thread=multi", "-smp", "2"]
+        let accelerator = programs.hasKVM ? ["-accel", "kvm", "-cpu", "host", "-smp", "2"] : ["-accel", "tcg,thread=multi", "-smp", "2"]
         var report = Report(
             benchmark: "recycle",
-            machine: Machine.describe(qemu: programs.qemuVersion, accelerator: Machine.hasKVM ? "KVM; TCG for instructions" : "TCG"))
+            machine: Machine.describe(qemu: programs.qemuVersion, accelerator: programs.hasKVM ? "KVM; TCG for instructions" : "TCG"))
         func part(_ name: String, bars: [Bar], _ body: (inout Report) throws -> Void) {
             guard only.isEmpty || only.contains(name) else { return }
             do { try body(&report) } catch {

@@ -61,11 +61,8 @@ enum QEMU: CustomStringConvertible {
     }
     var description: String { self == .distribution ? "QEMU 7.2" : "QEMU 10" }
 
-    /// Whether this host can run guests on its CPU; an emulated CPU otherwise.
-    static let hasKVM: Bool = {
-        guard let device = try? Descriptor.open("/dev/kvm", O_RDWR) else { return false }
-        return device.raw >= 0
-    }()
+    /// Whether guests run on this host's CPU (scripts/accelerator has tried); on an emulated one otherwise.
+    static let hasKVM = (try? Files.read(Program.top + "/build/guest/accelerator"))?.hasPrefix("kvm") ?? false
 
     /// `patchingCode`: the guest patches its kernel under load. Multi-threaded emulation then loses it now and then: a CPU
     /// goes on with the breakpoint that stood at a tracepoint's branch while it was patched, and takes it again and again, in
