@@ -288,10 +288,12 @@ public final class BackendProcess: Sendable {
             let page = try StatusPage.Writer(path: path, name: options.name, pid: getpid())
             page.setPeriod(milliseconds: options.engine.periodMilliseconds)
             var rate = RateWindow(nanoseconds: max(UInt64(options.engine.periodMilliseconds) * 1_000_000, 1_000_000_000))
+            // Every second; with a shorter period, every period.
+            let interval = UInt64(min(1000, max(100, options.engine.periodMilliseconds))) * 1_000_000
             while !isEnding.read({ $0 }) {
                 update(page, &rate)
                 page.beat()
-                _ = isEnding.wait(until: monotonicNanoseconds() + 1_000_000_000) { $0 ? () : nil }
+                _ = isEnding.wait(until: monotonicNanoseconds() + interval) { $0 ? () : nil }
             }
         } catch {
             logger.error("no status page: \(error)")

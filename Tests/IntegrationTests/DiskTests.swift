@@ -21,7 +21,7 @@ extension Integration {
                 let image = try folder.sparseFile("image", byteCount: 128 << 20)
                 backendArguments = [
                     Program.backend, "--device", "control,socket=\(control)",
-                    "--device", "file,socket=\(file),path=\(image),queues=2,serial=data", "--period", "1s",
+                    "--device", "file,socket=\(file),path=\(image),queues=2,serial=data", "--period", Guest.period,
                     "--status", folder.path + "/status",
                 ]
                 backend = try Self.start(backendArguments, folder)

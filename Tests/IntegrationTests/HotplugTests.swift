@@ -38,7 +38,7 @@ extension Integration {
                         try guest.figure("page_count") > pages && guest.figure("marking") == 1 && guest.figure("registered") == 1
                     }
                     try guest.waitForActive()
-                    #expect(guest.status.ramBytes > 1000 << 20)
+                    try guest.wait(for: "the status to count the DIMM") { guest.status.ramBytes > 1000 << 20 }
                     try guest.expectChurnGoesOn()
                     try guest.stopChurn()
 

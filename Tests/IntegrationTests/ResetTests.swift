@@ -9,7 +9,7 @@ extension Integration {
     /// pages of the next kernel.
     @Suite(.serialized) struct Reset {
         enum Way: String, CaseIterable {
-            case reboot, systemReset, systemResetInChurn, kexec, kexecInChurn, panic
+            case reboot, systemReset, kexec, panic
         }
 
         /// A disk with what kexec boots.
@@ -36,7 +36,7 @@ extension Integration {
                     try guest.waitForActive()
                     // Marks that are not old enough yet, and some that are.
                     try guest.sh("quire-load hold 250 0", within: Guest.patience(for: 20))
-                    if way == .systemResetInChurn || way == .kexecInChurn {
+                    if way == .systemReset || way == .kexec {
                         try guest.startChurn()
                         try guest.waitForRecycling()
                     }
@@ -45,8 +45,8 @@ extension Integration {
 
                     switch way {
                     case .reboot: try guest.console.send("reboot -f")
-                    case .systemReset, .systemResetInChurn: try guest.qmp.command("system_reset")
-                    case .kexec, .kexecInChurn:
+                    case .systemReset: try guest.qmp.command("system_reset")
+                    case .kexec:
                         try guest.sh(
                             """
                             modprobe ext4; for d in /dev/vd?; do mount -t ext4 -o ro $d /mnt 2>/dev/null && break; done; \
@@ -97,7 +97,7 @@ extension Integration {
                 for gfn in stale { try guest.view.punch(gfn: gfn) }
                 try guest.console.send("")
                 // A wrong byte, or a kernel that is too broken to say so.
-                let end = try? guest.console.finish(load, within: 30)
+                let end = try? guest.console.finish(load, within: 15)
                 #expect(end == nil || end!.status == 1 && end!.text.contains("WRONG"), "\(String(describing: end))")
             }
         }

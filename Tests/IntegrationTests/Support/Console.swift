@@ -39,11 +39,13 @@ final class Console {
                 return
             }
             let text = String(decoding: bytes, as: UTF8.self)
+            // What is looked for may have come in two parts.
+            let recent = log.suffix(32) + text
             log += text
             unread += text
             // A bug in the guest's kernel is never what a test wants, whatever else it finds.
             for bad in ["Kernel panic", "BUG:", "Oops:", "WARNING: CPU", "soft lockup", "rcu: INFO", "Bad page state", "quire-guest: shell ended"]
-            where !mayPanic && text.contains(bad) {
+            where !mayPanic && recent.contains(bad) {
                 ProcessCalls.sleep(milliseconds: 1500)
                 if !waitReadable([output.raw], timeoutMilliseconds: 0).isEmpty {
                     log += String(decoding: try readSome(output.raw), as: UTF8.self)

@@ -12,8 +12,8 @@ enum Effort {
     static let churnSeconds = scaled(8)
     /// Backends killed in the middle of a claim, in one guest.
     static let kills = scaled(5)
-    static let reloads = scaled(20)
-    static let cpuCycles = scaled(8)
+    static let reloads = scaled(10)
+    static let cpuCycles = scaled(5)
     /// Rounds of the comparison with the free lists: those that must be clean, and those in which a control must fail.
     static let checkRounds = scaled(40)
     static let controlRounds = scaled(40)
