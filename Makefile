@@ -17,7 +17,7 @@ DESTDIR ?=
 BUILD := $(SWIFT) build -c release
 BIN := .build/release
 
-.PHONY: build guest assets prerequisites demo test soak bench-recycle install clean
+.PHONY: build guest assets prerequisites demo test tests soak bench-recycle install clean
 
 build: prerequisites
 	$(BUILD) --product quire
@@ -35,9 +35,13 @@ guest: assets
 demo: build guest
 	@scripts/demo
 
-test: guest
-	$(BUILD) --build-tests
+# Guests and tests are built side by side: neither keeps two cores busy.
+test: prerequisites
+	@$(MAKE) --no-print-directory -j2 guest tests
 	@SWIFT=$(SWIFT) scripts/test
+
+tests: prerequisites
+	$(BUILD) --build-tests
 
 soak: export QUIRE_TEST_FACTOR := $(or $(FACTOR),20)
 soak: test
