@@ -131,3 +131,13 @@ unsigned cp_census(const uint8_t *bytes, unsigned blocks, uint64_t *others)
 	*others = found;
 	return ones;
 }
+
+int cp_peer(int socket, pid_t *pid, uid_t *uid)
+{
+	struct ucred who;
+	socklen_t size = sizeof who;
+	if (getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &who, &size) < 0) return -1;
+	*pid = who.pid;
+	*uid = who.uid;
+	return 0;
+}

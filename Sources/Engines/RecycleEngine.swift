@@ -72,9 +72,12 @@ public final class RecycleEngine: Sendable {
         public static let unsupervised = Pause(rawValue: 2)
         /// Nobody would start the device for our successor: a guest that waits for a claim would wait for ever.
         public static let unnoticed = Pause(rawValue: 4)
+        /// Whoever locked the memory wants it resident.
+        public static let locked = Pause(rawValue: 8)
 
         var reason: String {
             if contains(.dirtyLogging) { return "paused: the guest's memory is being logged for migration" }
+            if contains(.locked) { return "paused: QEMU has locked its memory, start it without mem-lock=on" }
             if contains(.unsupervised) { return "paused: the supervisor is gone" }
             return "paused: QEMU has lost track of its control disk (cured in QEMU 9.1), start the VM anew to recycle again"
         }

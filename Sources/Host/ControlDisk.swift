@@ -49,11 +49,14 @@ public final class ControlDisk: BlockStorage, DeviceLifecycle {
             $0.refusal = nil
         }
         engine.setPaused(.unnoticed, start.isUnnoticed)
+        let isLocked = start.frontEnd.map { ProcessCalls.lockedBytes(of: $0) >= start.memory.byteCount } ?? false
+        engine.setPaused(.locked, isLocked)
         let rings = start.rings.flatMap(\.ranges)
         engine.start(memory: start.memory, rings: rings, nonce: start.nonce)
         let resumed = engine.snapshot.phase == .idle ? "" : ", the guest's table is registered already"
         let size = "\(start.memory.byteCount >> 20) MiB of guest RAM in \(start.memory.regions.count) regions"
         logger.info("device started: \(size)\(resumed)")
+        if isLocked { logger.error("QEMU has locked its memory: nothing of it is recycled, start it without mem-lock=on") }
         for region in start.memory.regions where region.kind != .shmem {
             let address = "0x" + String(region.guestAddress, radix: 16)
             logger.warning("memory region at \(address) is not a memory file: nothing of it is recycled")

@@ -75,6 +75,13 @@ public enum ProcessCalls {
 
     public static func isAlive(_ pid: pid_t) -> Bool { pid > 0 && (kill(pid, 0) == 0 || cp_errno() == EPERM) }
 
+    /// What a process has locked in memory (mlock), in bytes; 0 if that cannot be seen.
+    public static func lockedBytes(of pid: pid_t) -> UInt64 {
+        let lines = (try? Files.read("/proc/\(pid)/status", limit: 16384))?.split(separator: "\n") ?? []
+        let line = lines.first { $0.hasPrefix("VmLck:") }
+        return (line?.split(whereSeparator: \.isWhitespace).dropFirst().first).flatMap { UInt64($0) }.map { $0 * 1024 } ?? 0
+    }
+
     public static var ownPID: pid_t { getpid() }
     public static var isRoot: Bool { geteuid() == 0 }
     public static func isTerminal(_ raw: Int32) -> Bool { isatty(raw) == 1 }

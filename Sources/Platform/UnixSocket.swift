@@ -109,6 +109,14 @@ public struct UnixSocket: ~Copyable, Sendable {
         }
     }
 
+    /// The process that connected, as the kernel says.
+    public borrowing func peer() throws(QuireError) -> (pid: Int32, uid: UInt32) {
+        var pid: pid_t = 0
+        var uid: uid_t = 0
+        guard unsafe cp_peer(descriptor.raw, &pid, &uid) == 0 else { throw .system("cannot tell who connected") }
+        return (pid, uid)
+    }
+
     /// Ends the connection in both directions: a thread that reads from it sees the end of the stream.
     public borrowing func shutDown() { shutdown(descriptor.raw, Int32(SHUT_RDWR)) }
 }

@@ -55,11 +55,16 @@ public struct DeviceStart: Sendable {
     /// The front end would not notice the end of this process (a bug of QEMU before 9.1): nobody would finish what we began.
     /// Nothing may be begun that the guest has to wait for.
     public let isUnnoticed: Bool
+    /// The process of the front end; nil where the kernel cannot tell.
+    public let frontEnd: Int32?
 
-    public init(memory: GuestMemory, rings: [SplitRing.Layout], nonce: UInt64, isUnnoticed: Bool = false) {
+    public init(
+        memory: GuestMemory, rings: [SplitRing.Layout], nonce: UInt64, isUnnoticed: Bool = false, frontEnd: Int32? = nil
+    ) {
         self.memory = memory
         self.rings = rings
         self.nonce = nonce
         self.isUnnoticed = isUnnoticed
+        self.frontEnd = frontEnd
     }
 }

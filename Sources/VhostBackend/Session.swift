@@ -442,7 +442,9 @@ public final class Session {
         if isStarted { device.lifecycle?.deviceStopping() }
         isStarted = true
         device.lifecycle?.deviceStarted(
-            DeviceStart(memory: memory, rings: rings.compactMap(\.layout), nonce: nonce, isUnnoticed: isUnnoticed))
+            DeviceStart(
+                memory: memory, rings: rings.compactMap(\.layout), nonce: nonce, isUnnoticed: isUnnoticed,
+                frontEnd: (try? socket.peer())?.pid))
         for ring in rings { ring.release() }
     }
 

@@ -4,17 +4,20 @@ import Platform
 import Testing
 
 extension Integration {
-    /// A backend that is started by hand, for a QEMU that owns its RAM, and a disk that the backend serves.
+    /// A backend that is started by hand, as qemu-config/README.md shows it, and a disk that the backend serves.
     @Suite(.serialized) struct Disk {
         /// A plain QEMU and its backend. Its end ends both, by number.
-        final class Adopted {
+        final class ByHand {
             let folder: Folder
             let console: Console
             private var qemu: ChildProcess
             private var backend: ChildProcess
             private let backendArguments: [String]
 
-            init(_ qemu: QEMU, _ kernel: Kernel) throws {
+            /// Whose RAM it is: QEMU's, which the backend adopts, or the backend's, which QEMU opens through a link.
+            enum RAM { case adopted, owned }
+
+            init(_ qemu: QEMU, _ kernel: Kernel, _ ram: RAM, _ more: [String] = []) throws {
                 ProcessCalls.ignoreBrokenPipes()
                 folder = try Folder()
                 let control = folder.path + "/control.sock", file = folder.path + "/file.sock"
@@ -23,8 +26,13 @@ extension Integration {
                     Program.backend, "--device", "control,socket=\(control)",
                     "--device", "file,socket=\(file),path=\(image),queues=2,serial=data", "--period", Guest.period,
                     "--status", folder.path + "/status",
-                ]
+                ] + (ram == .owned ? ["--ram", "size=512M,link=\(folder.path)/ram"] : [])
                 backend = try Self.start(backendArguments, folder)
+                try waitUntil("the backend to listen") { Files.identity(of: file) != nil }
+                let memory =
+                    ram == .owned
+                    ? "memory-backend-file,id=ram,size=512M,mem-path=\(folder.path)/ram,share=on"
+                    : "memory-backend-memfd,id=ram,size=512M,share=on"
                 let reconnect = qemu == .ten ? "reconnect-ms=100" : "reconnect=1"
                 var toGuest = try Pipe(), fromGuest = try Pipe()
                 let stdin = toGuest.takeReader(), stdout = fromGuest.takeWriter()
@@ -37,12 +45,12 @@ extension Integration {
                 self.qemu = try ChildProcess(
                     [qemu.program] + qemu.acceleration(for: kernel)
                         + ["-m", "512M", "-smp", "2", "-display", "none", "-monitor", "none", "-serial", "stdio"]
-                        + ["-object", "memory-backend-memfd,id=ram,size=512M,share=on", "-machine", "memory-backend=ram"]
+                        + ["-object", memory, "-machine", "memory-backend=ram"]
                         + ["-chardev", "socket,id=c,path=\(control),\(reconnect)"]
                         + ["-device", "vhost-user-blk-pci,chardev=c,num-queues=1"]
                         + ["-chardev", "socket,id=f,path=\(file),\(reconnect)"]
                         + ["-device", "vhost-user-blk-pci,chardev=f,num-queues=2,id=data"]
-                        + Guest.kernelArguments(Machine(kernel: kernel)), options)
+                        + Guest.kernelArguments(Machine(kernel: kernel)) + more, options)
                 console = Console(input: toGuest.takeWriter(), output: fromGuest.takeReader())
             }
 
@@ -83,12 +91,33 @@ extension Integration {
             }
         }
 
+        /// What QEMU has locked cannot be given back: the status says so, the guest works, and nothing is recycled. And a
+        /// second backend for the same VM is refused with one line.
+        @Test func lockedMemoryAndASecondBackend() throws {
+            let guest = try ByHand(.distribution, .v6_1, .adopted, ["-overcommit", "mem-lock=on"])
+            try guest.watched {
+                try guest.console.expectReady()
+                _ = try guest.sh("insmod /lib/quire/quire.ko")
+                try waitUntil("recycling to be off") { guest.status?.state == .paused }
+                #expect(guest.status?.reason.contains("locked") == true)
+                _ = try guest.sh("quire-load hold 100 0", within: Guest.patience(for: 20))
+                ProcessCalls.sleep(milliseconds: 1500)
+                #expect(guest.status?.recycledTotalPages == 0)
+
+                let second = try Program.run([Program.backend, "--socket-path", guest.folder.path + "/control.sock"])
+                #expect(second.status == 1)
+                #expect(second.text.contains("is in use by a running process"), "\(second.text)")
+                #expect(second.text.filter { $0 == "\n" }.count == 1, "\(second.text)")
+                _ = try guest.sh("rmmod quire; ! dmesg | grep -E 'I/O error|BUG|WARNING|stall|blocked for'")
+            }
+        }
+
         /// Written at random through two queues, then read back and compared, while freed memory is recycled: no error.
         /// And again while the backend is killed and started anew: requests in flight are found in QEMU's in-flight
         /// region and run again, and the guest sees no more than a pause.
         @Test(arguments: [QEMU.distribution, .ten])
         func verifiesAcrossDeaths(_ qemu: QEMU) throws {
-            let guest = try Adopted(qemu, .v6_1)
+            let guest = try ByHand(qemu, .v6_1, qemu == .distribution ? .adopted : .owned)
             try guest.watched {
                 try guest.console.expectReady()
                 let disk = try guest.sh(
@@ -105,7 +134,7 @@ extension Integration {
                 }
                 _ = try guest.sh(fio(1), within: Guest.patience(for: 60))
                 _ = try guest.sh("quire-load hold 200 0", within: Guest.patience(for: 20))
-                try waitUntil("adopted memory to be recycled") { (guest.status?.recycledTotalPages ?? 0) > 20_000 }
+                try waitUntil("memory to be recycled") { (guest.status?.recycledTotalPages ?? 0) > 20_000 }
                 for number in 2...3 {
                     let load = try guest.console.start(fio(number))
                     for _ in 0..<Effort.scaled(3) {

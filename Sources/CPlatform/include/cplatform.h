@@ -79,6 +79,7 @@ static inline int cp_is_listening(int fd)
 	socklen_t size = sizeof value;
 	return getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &size) < 0 ? -1 : value;
 }
+int cp_peer(int socket, pid_t *pid, uid_t *uid);   /* SO_PEERCRED: who connected, as the kernel says */
 static inline bool cp_is_socket(const char *path)
 {
 	struct stat s;
