@@ -82,6 +82,19 @@ public enum ProcessCalls {
         return (line?.split(whereSeparator: \.isWhitespace).dropFirst().first).flatMap { UInt64($0) }.map { $0 * 1024 } ?? 0
     }
 
+    /// Whether a process has mapped `file` at `address` for itself alone (MAP_PRIVATE), so that what it writes there is in
+    /// no file. False if that cannot be seen: proc(5) shows a process's mappings to its own user and to root.
+    public static func maps(_ file: FileStatus.Identity, privatelyAt address: UInt64, in pid: pid_t) -> Bool {
+        for line in (try? Files.read("/proc/\(pid)/maps", limit: 1 << 25))?.split(separator: "\n") ?? [] {
+            // start-end perms offset device inode path
+            let words = line.split(separator: " ", maxSplits: 5, omittingEmptySubsequences: true)
+            let ends = words.first?.split(separator: "-").compactMap { UInt64($0, radix: 16) } ?? []
+            guard words.count >= 5, ends.count == 2, (ends[0]..<ends[1]).contains(address) else { continue }
+            return words[1].hasSuffix("p") && UInt64(words[4]) == file.inode
+        }
+        return false
+    }
+
     public static var ownPID: pid_t { getpid() }
     public static var isRoot: Bool { geteuid() == 0 }
     public static func isTerminal(_ raw: Int32) -> Bool { isatty(raw) == 1 }

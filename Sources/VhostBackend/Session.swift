@@ -343,6 +343,12 @@ public final class Session {
                 .invalid, "a memory region without a descriptor: guest RAM must be shared (share=on, "
                     + "<access mode='shared'/>)")
         }
+        let file = try descriptor.status().identity
+        if let peer = try? socket.peer(), ProcessCalls.maps(file, privatelyAt: region.userAddress, in: peer.pid) {
+            throw QuireError(
+                .invalid, "guest RAM is private to QEMU (share=off), so nobody else sees what the guest writes: use share=on "
+                    + "(libvirt: <access mode='shared'/>)")
+        }
         return try MemoryRegion(
             guestAddress: region.guestAddress, byteCount: region.byteCount, userAddress: region.userAddress,
             fileOffset: region.fileOffset, descriptor: descriptor)

@@ -14,8 +14,9 @@ extension Integration {
             private var backend: ChildProcess
             private let backendArguments: [String]
 
-            /// Whose RAM it is: QEMU's, which the backend adopts, or the backend's, which QEMU opens through a link.
-            enum RAM { case adopted, owned }
+            /// Whose RAM it is: QEMU's, which the backend adopts, or the backend's, which QEMU opens through a link; or
+            /// QEMU's alone.
+            enum RAM { case adopted, owned, unshared }
 
             init(_ qemu: QEMU, _ kernel: Kernel, _ ram: RAM, _ more: [String] = []) throws {
                 ProcessCalls.ignoreBrokenPipes()
@@ -32,7 +33,7 @@ extension Integration {
                 let memory =
                     ram == .owned
                     ? "memory-backend-file,id=ram,size=512M,mem-path=\(folder.path)/ram,share=on"
-                    : "memory-backend-memfd,id=ram,size=512M,share=on"
+                    : "memory-backend-memfd,id=ram,size=512M,share=\(ram == .adopted ? "on" : "off")"
                 let reconnect = qemu == .ten ? "reconnect-ms=100" : "reconnect=1"
                 var toGuest = try Pipe(), fromGuest = try Pipe()
                 let stdin = toGuest.takeReader(), stdout = fromGuest.takeWriter()
@@ -68,6 +69,7 @@ extension Integration {
                 backend = try Self.start(backendArguments, folder)
             }
 
+            var errors: String { (try? Files.read(folder.path + "/errors")) ?? "" }
             var status: StatusSnapshot? { try? StatusPage.Reader(path: folder.path + "/status").snapshot() }
 
             deinit {
@@ -85,8 +87,7 @@ extension Integration {
 
             func watched(_ body: () throws -> Void) throws {
                 do { try body() } catch {
-                    let log = (try? Files.read(folder.path + "/errors")) ?? ""
-                    throw Trouble("\(error)\n--- stderr ---\n\(log)\n--- console ---\n\(console.log.suffix(6000))")
+                    throw Trouble("\(error)\n--- stderr ---\n\(errors)\n--- console ---\n\(console.log.suffix(6000))")
                 }
             }
         }
@@ -109,6 +110,15 @@ extension Integration {
                 #expect(second.text.contains("is in use by a running process"), "\(second.text)")
                 #expect(second.text.filter { $0 == "\n" }.count == 1, "\(second.text)")
                 _ = try guest.sh("rmmod quire; ! dmesg | grep -E 'I/O error|BUG|WARNING|stall|blocked for'")
+            }
+        }
+
+        /// RAM that QEMU keeps to itself: said in one line, and the backend lives.
+        @Test func privateMemoryIsRefused() throws {
+            let guest = try ByHand(.distribution, .v6_1, .unshared)
+            try guest.watched {
+                try waitUntil("the refusal") { guest.errors.contains("guest RAM is private to QEMU (share=off)") }
+                #expect(guest.status != nil)
             }
         }
 
