@@ -95,7 +95,7 @@ public final class PageMap: Sendable {
 
     /// Whether the file has memory for any of these entries: false is certain, true is not.
     func hasEntries(_ gfns: Range<GFN>) -> Bool {
-        Memfd.nextData(descriptor.raw, from: UInt64(entry(gfns.lowerBound)), to: UInt64(entry(gfns.upperBound))) != nil
+        Memfd.hasData(descriptor.raw, UInt64(entry(gfns.lowerBound))..<UInt64(entry(gfns.upperBound)))
     }
 
     // MARK: - Registration

@@ -28,6 +28,12 @@ public struct Memfd: ~Copyable, Sendable {
         }
     }
 
+    /// Whether the range has any pages. Half the price of `nextData`, which also looks for the end of what it finds.
+    public static func hasData(_ raw: Int32, _ range: Range<UInt64>) -> Bool {
+        let data = cp_seek_data(raw, off_t(range.lowerBound))
+        return data >= 0 && UInt64(data) < range.upperBound
+    }
+
     /// The next range at or after `offset` that has pages, within `end`; nil if there is none.
     public static func nextData(_ raw: Int32, from offset: UInt64, to end: UInt64) -> Range<UInt64>? {
         let data = cp_seek_data(raw, off_t(offset))

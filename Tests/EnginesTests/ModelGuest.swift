@@ -107,10 +107,7 @@ final class ModelGuest: Sendable {
     }
 
     /// Host memory behind a page?
-    func isResident(_ gfn: Int) -> Bool {
-        let seekData: Int32 = 3  // <linux/fs.h>; SEEK_HOLE, too, would walk over all the data behind
-        return lseek(file.raw, off_t(gfn) * 4096, seekData) == off_t(gfn) * 4096
-    }
+    func isResident(_ gfn: Int) -> Bool { Memfd.hasData(file.raw, UInt64(gfn) * 4096..<UInt64(gfn + 1) * 4096) }
     var residentPages: Int { Int((try? file.status().allocatedBytes) ?? 0) / 4096 }
 
     /// All of guest RAM, read past the mapping so that holes stay holes.

@@ -88,6 +88,23 @@ import Testing
         #expect(map.openClaims.map(\.gfns) == [8190..<8192])
     }
 
+    /// Data and holes of a file, as the page map asks for them when it opens.
+    @Test func dataIsFound() throws {
+        let file = try Memfd(name: "holes", byteCount: 8 * 4096).takeDescriptor()
+        let mapping = try Mapping(file, byteCount: 8 * 4096)
+        mapping.store8(3 * 4096 + 5, 1)
+        func hasData(_ pages: Range<UInt64>) -> Bool {
+            let range = pages.lowerBound * 4096..<pages.upperBound * 4096
+            let isThere = Memfd.hasData(file.raw, range)
+            #expect(isThere == (Memfd.nextData(file.raw, from: range.lowerBound, to: range.upperBound) != nil))
+            return isThere
+        }
+        #expect(hasData(3..<4) && hasData(0..<8) && hasData(0..<4) && hasData(3..<8))
+        #expect(!hasData(0..<3) && !hasData(4..<8) && !hasData(7..<9))
+        try Memfd.punch(file.raw, offset: 3 * 4096, byteCount: 4096)
+        #expect(!hasData(0..<8))
+    }
+
     @Test func foreignFilesAreRefused() throws {
         func refuses(_ size: UInt64, _ change: (borrowing Mapping) -> Void) throws -> Bool {
             let file = try PageMap.makeFile(pageCount: 512)
