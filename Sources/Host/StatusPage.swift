@@ -177,11 +177,6 @@ public enum StatusPage {
 
         public borrowing func countRestart() { page.add64(restartsAt, 1) }
         public var restarts: UInt64 { page.load64(restartsAt) }
-        /// The heartbeat of the backend `pid`: nil until that very process has taken the page over.
-        public borrowing func heartbeat(of pid: Int32) -> UInt64? {
-            guard page.load32(pidAt) == UInt32(bitPattern: pid), StatusPage.isValid(page) else { return nil }
-            return page.load64(heartbeatAt)
-        }
     }
 
     /// Anybody's role.
