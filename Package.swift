@@ -72,6 +72,7 @@ let package = Package(
             name: "VhostBackendTests",
             dependencies: [
                 "CPlatform", "Platform", "GuestMemory", "VhostBackend", .product(name: "Logging", package: "swift-log"),
+                .product(name: "InMemoryLogging", package: "swift-log"),
             ],
             swiftSettings: settings),
         .testTarget(

@@ -6,6 +6,7 @@
 
 int cp_memfd_create(const char *name, unsigned flags) { return (int)syscall(SYS_memfd_create, name, flags); }
 int cp_seal_size(int fd) { return fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW); }
+int cp_seal_shrink(int fd) { return fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK); }
 off_t cp_seek_data(int fd, off_t offset) { return lseek(fd, offset, SEEK_DATA); }
 off_t cp_seek_hole(int fd, off_t offset) { return lseek(fd, offset, SEEK_HOLE); }
 int cp_accept(int fd) { return accept4(fd, NULL, NULL, SOCK_CLOEXEC); }

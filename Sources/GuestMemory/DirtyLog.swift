@@ -7,12 +7,14 @@ public final class DirtyLog: Sendable {
     private let mapping: Mapping
 
     /// `byteCount` bytes of log at `offset` (page-aligned) of the file.
-    public init(_ descriptor: borrowing Descriptor, offset: UInt64, byteCount: UInt64) throws(QuireError) {
+    public init(
+        _ descriptor: borrowing Descriptor, offset: UInt64, byteCount: UInt64, owner: FileOwner
+    ) throws(QuireError) {
         let size = try descriptor.status().byteCount
         guard byteCount > 0, offset % pageBytes == 0, offset <= size, byteCount <= size - offset else {
             throw QuireError(.invalid, "the dirty log of \(byteCount) bytes at \(offset) exceeds its file of \(size)")
         }
-        mapping = try Mapping(descriptor, offset: offset, byteCount: Int(byteCount))
+        mapping = try Mapping(descriptor, offset: offset, byteCount: Int(byteCount), owner: owner)
     }
 
     /// Pages that the log is too short for are passed over: the front end sized it.

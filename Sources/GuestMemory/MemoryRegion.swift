@@ -23,7 +23,7 @@ public final class MemoryRegion: Sendable {
     /// Checks everything that a lying front end could get wrong, then maps.
     public init(
         guestAddress: UInt64, byteCount: UInt64, userAddress: UInt64, fileOffset: UInt64,
-        descriptor: consuming Descriptor
+        descriptor: consuming Descriptor, owner: FileOwner
     ) throws(QuireError) {
         let name = "memory region at guest address 0x\(String(guestAddress, radix: 16))"
         guard byteCount > 0 else { throw QuireError(.invalid, "\(name) is empty") }
@@ -35,7 +35,6 @@ public final class MemoryRegion: Sendable {
             byteCount <= UInt64(Int.max)
         else { throw QuireError(.invalid, "\(name) wraps around the end of the address space") }
         let status = try descriptor.status()
-        guard status.isRegularFile else { throw QuireError(.invalid, "\(name) is backed by something that is no file") }
         guard fileOffset <= status.byteCount, byteCount <= status.byteCount - fileOffset else {
             throw QuireError(
                 .invalid, "\(name) needs \(byteCount) bytes at offset \(fileOffset) of a file of \(status.byteCount)")
@@ -46,7 +45,7 @@ public final class MemoryRegion: Sendable {
                 .unsupported, "\(name) is backed by huge pages, which cannot be given back one by one: use a memory "
                     + "backend without hugetlb=on or /dev/hugepages")
         }
-        self.mapping = try Mapping(descriptor, offset: fileOffset, byteCount: Int(byteCount))
+        self.mapping = try Mapping(descriptor, offset: fileOffset, byteCount: Int(byteCount), owner: owner)
         mapping.excludeFromDumps()
         self.guestAddress = guestAddress
         self.byteCount = byteCount
@@ -55,6 +54,12 @@ public final class MemoryRegion: Sendable {
         self.file = status.identity
         self.kind = kind
         self.descriptor = descriptor
+    }
+
+    /// Whether the file is too short for the region by now: its owner has truncated it.
+    public var isCutOff: Bool {
+        guard let status = try? descriptor.status() else { return false }
+        return status.byteCount < fileOffset + byteCount
     }
 
     public var gfns: Range<GFN> { guestAddress / pageBytes..<(guestAddress + byteCount) / pageBytes }

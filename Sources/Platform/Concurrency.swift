@@ -16,11 +16,13 @@ import CPlatform
         }
     }
 
-    /// Starts the thread. `name` shows in `top -H`, up to 15 bytes. All signals are blocked in it.
+    /// Starts the thread. `name` shows in `top -H`, up to 15 bytes. All signals are blocked in it but SIGBUS,
+    /// which is no event but an access that failed: blocked, it could only kill (`TruncationAlarm`).
     public init(_ name: String, _ run: @escaping @Sendable () -> Void) throws(QuireError) {
         let body = unsafe Unmanaged.passRetained(Body(name: String(name.prefix(15)), run: run))
         var all = sigset_t(), old = sigset_t()
         unsafe sigfillset(&all)
+        unsafe sigdelset(&all, SIGBUS)
         unsafe pthread_sigmask(SIG_SETMASK, &all, &old)
         var thread = pthread_t()
         // The retained body crosses to the new thread as an opaque pointer and is released there, once.

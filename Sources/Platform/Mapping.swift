@@ -9,26 +9,39 @@ import CPlatform
 ///
 /// Why the unsafe code in here is sound: `base` is valid for `byteCount` bytes from init to deinit, the type is
 /// non-copyable so there is one deinit, and no pointer leaves except in `unsafe`-marked calls whose callers state why.
-/// A file that is truncated while it is mapped would raise SIGBUS: memfds of ours are sealed against that.
+/// A file that is truncated while it is mapped would raise SIGBUS: memfds of ours are sealed against that, and mappings
+/// of what a peer passed are guarded (`FileOwner`).
 @safe public struct Mapping: ~Copyable, @unchecked Sendable {
     private let base: UnsafeMutableRawPointer
     /// Bytes.
     public let byteCount: Int
+    public let owner: FileOwner
 
     public enum Access: Sendable { case readOnly, readWrite }
 
     /// Maps `byteCount` bytes at `offset` of the file, shared. `offset` must be a multiple of the page size.
-    public init(_ descriptor: borrowing Descriptor, offset: UInt64 = 0, byteCount: Int, access: Access = .readWrite)
-        throws(QuireError)
-    {
+    /// `owner` is whose the file is: a peer's may be cut off under us.
+    public init(
+        _ descriptor: borrowing Descriptor, offset: UInt64 = 0, byteCount: Int, access: Access = .readWrite,
+        owner: FileOwner = .us
+    ) throws(QuireError) {
+        try owner.secure(descriptor)
         guard let address = unsafe cp_map_shared(descriptor.raw, off_t(offset), byteCount, access == .readWrite) else {
             throw .system("cannot map \(byteCount) bytes")
         }
+        do throws(QuireError) { try unsafe owner.guardMapping(address, byteCount: byteCount) } catch {
+            unsafe munmap(address, byteCount)
+            throw error
+        }
         unsafe base = address
         self.byteCount = byteCount
+        self.owner = owner
     }
 
-    deinit { unsafe munmap(base, byteCount) }
+    deinit {
+        unsafe owner.unguardMapping(base)
+        unsafe munmap(base, byteCount)
+    }
 
     /// Keeps the mapping out of children and of core dumps.
     public borrowing func excludeFromDumps() { _ = unsafe madvise(base, byteCount, MADV_DONTDUMP) }

@@ -52,7 +52,9 @@ final class InflightRegion: Sendable {
     }
 
     /// A region that the front end kept. It may be anything: checked before use; its nonce is 0 if it is not ours.
-    init(_ description: InflightDescription, descriptor: borrowing Descriptor) throws(QuireError) {
+    init(
+        _ description: InflightDescription, descriptor: borrowing Descriptor, alarm: TruncationAlarm
+    ) throws(QuireError) {
         let size = try descriptor.status().byteCount
         let (end, overflow) = description.offset.addingReportingOverflow(description.byteCount)
         guard !overflow, end <= size, description.offset % 4096 == 0, description.queueSize > 0,
@@ -63,7 +65,8 @@ final class InflightRegion: Sendable {
                 .invalid, "the in-flight region of \(description.byteCount) bytes at \(description.offset) does not fit "
                     + "its file of \(size) bytes or its \(description.queueCount) queues")
         }
-        mapping = try Mapping(descriptor, offset: description.offset, byteCount: Int(description.byteCount))
+        mapping = try Mapping(
+            descriptor, offset: description.offset, byteCount: Int(description.byteCount), owner: .peer(alarm))
         self.description = description
         file = nil
         let tail = Self.byteCount(queues: description.queueCount, size: description.queueSize)

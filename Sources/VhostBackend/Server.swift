@@ -18,14 +18,6 @@ public final class Server: Sendable {
     /// Whether a front end is connected now.
     public var isConnected: Bool { connected.load(ordering: .relaxed) }
 
-    private func serve(_ connection: consuming UnixSocket) {
-        connected.store(true, ordering: .relaxed)
-        defer { connected.store(false, ordering: .relaxed) }
-        Session(socket: connection, device: device, logger: logger, protocolFeatures: features) { [self] isHandling in
-            handlingSince.store(isHandling ? monotonicNanoseconds() : 0, ordering: .relaxed)
-        }.run()
-    }
-
     private let socket: UnixSocket
     private let isListening: Bool
     private let device: any VhostUserDevice
@@ -48,8 +40,7 @@ public final class Server: Sendable {
     public func run() {
         guard isListening else {
             do throws(QuireError) {
-                let connection = UnixSocket(adopting: try socket.descriptor.duplicate())
-                serve(connection)
+                try serve(UnixSocket(adopting: socket.descriptor.duplicate()))
             } catch {
                 logger.error("\(error)")
             }
@@ -59,11 +50,22 @@ public final class Server: Sendable {
             do throws(QuireError) {
                 let connection = try socket.accept()
                 logger.info("front end connected")
-                serve(connection)
+                try serve(connection)
             } catch {
                 logger.error("\(error)")
                 return
             }
         }
+    }
+
+    private func serve(_ connection: consuming UnixSocket) throws(QuireError) {
+        connected.store(true, ordering: .relaxed)
+        defer { connected.store(false, ordering: .relaxed) }
+        let session = try Session(
+            socket: connection, device: device, logger: logger, protocolFeatures: features
+        ) { [self] isHandling in
+            handlingSince.store(isHandling ? monotonicNanoseconds() : 0, ordering: .relaxed)
+        }
+        session.run()
     }
 }

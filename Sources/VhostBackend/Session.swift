@@ -11,8 +11,12 @@ import Platform
 /// - A message that is malformed ends the connection with one clear line. One that is well-formed but refused is answered
 ///   with an error if the front end asked for an answer (REPLY_ACK), and ends the connection otherwise: a front end that
 ///   cannot hear "no" must not believe "yes".
+/// - A file that the front end truncates while it is in use ends the connection. Nothing is answered that touched what
+///   was cut off.
 public final class Session {
     private let socket: UnixSocket
+    /// Goes off when the front end has truncated a file that it had passed.
+    private let alarm: TruncationAlarm
     private let device: any VhostUserDevice
     private let logger: Logger
     private let handling: @Sendable (Bool) -> Void
@@ -37,7 +41,8 @@ public final class Session {
     public init(
         socket: consuming UnixSocket, device: any VhostUserDevice, logger: Logger,
         protocolFeatures: ProtocolFeatures = .supported, handling: @escaping @Sendable (Bool) -> Void = { _ in }
-    ) {
+    ) throws(QuireError) {
+        alarm = try TruncationAlarm(shuttingDown: socket)
         offeredProtocolFeatures = protocolFeatures
         self.handling = handling
         self.socket = socket
@@ -59,13 +64,27 @@ public final class Session {
         }
         do throws(QuireError) {
             while try serveOne() {}
+            if alarm.isRaised { throw truncation }
             logger.info("front end disconnected")
         } catch {
-            logger.error("connection closed: \(error)")
+            // Whatever went wrong after that is a consequence.
+            logger.error("connection closed: \(alarm.isRaised ? truncation : error)")
         }
     }
 
+    private var truncation: QuireError {
+        guard let region = regions.first(where: \.isCutOff) else {
+            return QuireError(
+                .invalid, "a file that the front end shares has no room where it is used (in-flight region, dirty log "
+                    + "or memory): truncated by its owner, or on a full file system")
+        }
+        return QuireError(
+            .invalid, "the file of the memory region at guest address 0x\(String(region.guestAddress, radix: 16)) "
+                + "was truncated by its owner")
+    }
+
     private func serveOne() throws(QuireError) -> Bool {
+        if alarm.isRaised { return false }
         var descriptors = UnixSocket.PassedDescriptors()
         let limit = Message.maxTableRegions
         guard
@@ -255,7 +274,7 @@ public final class Session {
             let described = try InflightDescription(&reader)
             stopEverything()
             guard let descriptor = descriptors.next() else { throw QuireError(.invalid, "no descriptor") }
-            inflight = try InflightRegion(described, descriptor: descriptor)
+            inflight = try InflightRegion(described, descriptor: descriptor, alarm: alarm)
         case .setStatus:
             let value = try single(&reader)
             guard value <= 255 else { throw QuireError(.invalid, "status \(value) exceeds 8 bits") }
@@ -351,7 +370,7 @@ public final class Session {
         }
         return try MemoryRegion(
             guestAddress: region.guestAddress, byteCount: region.byteCount, userAddress: region.userAddress,
-            fileOffset: region.fileOffset, descriptor: descriptor)
+            fileOffset: region.fileOffset, descriptor: descriptor, owner: .peer(alarm))
     }
 
     private func addRegion(
@@ -388,7 +407,7 @@ public final class Session {
         let offset = try reader.u64()
         try reader.end()
         guard let descriptor = descriptors.next() else { throw QuireError(.invalid, "no descriptor") }
-        tracker.setLog(try DirtyLog(descriptor, offset: offset, byteCount: byteCount))
+        tracker.setLog(try DirtyLog(descriptor, offset: offset, byteCount: byteCount, owner: .peer(alarm)))
         // With shared memory the front end waits for an answer, whatever its flags say.
         return protocolFeatures.contains(.logSharedMemory) ? Answer(littleEndian(UInt64(0))) : nil
     }
@@ -434,7 +453,9 @@ public final class Session {
     private func prepare(_ rings: [Vring], _ memory: GuestMemory) throws(QuireError) {
         do throws(QuireError) {
             for ring in rings {
-                try ring.start(device: device, memory: memory, features: features, inflight: inflight, logger: logger)
+                try ring.start(
+                    device: device, memory: memory, features: features, inflight: inflight, alarm: alarm,
+                    logger: logger)
                 ring.isResting = false
             }
         } catch {

@@ -37,7 +37,7 @@ final class Vring {
     /// Gets ready to serve, from `release` on. `inflight`: requests that a dead back end left behind are run again first.
     func start(
         device: any VhostUserDevice, memory: GuestMemory, features: VirtioFeatures, inflight: InflightRegion?,
-        logger: Logger
+        alarm: TruncationAlarm, logger: Logger
     ) throws(QuireError) {
         guard runner == nil, let addresses, let kickRaw = kick.raw() else { return }
         var ring = try SplitRing(size: size, addresses: addresses, base: base, memory: memory, features: features)
@@ -54,7 +54,7 @@ final class Vring {
         ring.setNotifications(true)
         runner = try RingRunner(
             ring: ring, index: index, device: device, inflight: log, leftOver: leftOver,
-            wires: try RingWires(kick: kickCopy, call: callCopy, error: errorCopy),
+            wires: try RingWires(kick: kickCopy, call: callCopy, error: errorCopy), alarm: alarm,
             logger: logger)
     }
 
@@ -91,6 +91,7 @@ struct RingWires: ~Copyable, Sendable {
 /// The thread of a running ring.
 private final class RingRunner: Sendable {
     private let wires: RingWires
+    private let alarm: TruncationAlarm
     private let stopEvent: EventDescriptor
     private let stopping = Atomic<Bool>(false)
     private let position: Mutex<UInt16>
@@ -101,9 +102,10 @@ private final class RingRunner: Sendable {
 
     init(
         ring: SplitRing, index: Int, device: any VhostUserDevice, inflight: InflightRegion.InflightQueue?,
-        leftOver: [UInt16], wires: consuming RingWires, logger: Logger
+        leftOver: [UInt16], wires: consuming RingWires, alarm: TruncationAlarm, logger: Logger
     ) throws(QuireError) {
         self.wires = wires
+        self.alarm = alarm
         stopEvent = try EventDescriptor()
         position = Mutex(ring.nextAvailable)
         layout = ring.layout
@@ -112,9 +114,11 @@ private final class RingRunner: Sendable {
             var ring = ring
             do throws(QuireError) {
                 try serve(&ring, index, device, inflight, leftOver)
-            } catch {
+            } catch where !alarm.isRaised {
                 logger.error("ring \(index) stopped: \(error)")
                 self.wires.signalError()
+            } catch {
+                // Not the guest's mistake: the session says what it is.
             }
             position.withLock { $0 = ring.nextAvailable }
         }
@@ -132,6 +136,8 @@ private final class RingRunner: Sendable {
         return position.withLock { $0 }
     }
 
+    private var isStopping: Bool { stopping.load(ordering: .acquiring) || alarm.isRaised }
+
     private func serve(
         _ ring: inout SplitRing, _ index: Int, _ device: any VhostUserDevice,
         _ inflight: InflightRegion.InflightQueue?, _ leftOver: [UInt16]
@@ -142,15 +148,18 @@ private final class RingRunner: Sendable {
         var counter: UInt64 = 0
         func answer(_ ring: inout SplitRing, _ chain: DescriptorChain) throws(QuireError) {
             let written = try device.process(chain, queue: index)
+            // What was read or written may not have been guest memory: then nobody answers for it. The request stays in
+            // flight, and a new connection runs it again.
+            if alarm.isRaised { return }
             inflight?.willComplete(chain.head)
             ring.push(head: chain.head, written: written)
             inflight?.didComplete(chain.head, usedIndex: ring.nextUsed)
             if ring.needsNotification() { wires.signalCall() }
         }
-        if stopping.load(ordering: .acquiring) { return }
-        for head in leftOver { try answer(&ring, try ring.chain(head: head)) }
-        while !stopping.load(ordering: .acquiring) {
-            while !stopping.load(ordering: .acquiring), let chain = try ring.pop() {
+        if isStopping { return }
+        for head in leftOver where !alarm.isRaised { try answer(&ring, try ring.chain(head: head)) }
+        while !isStopping {
+            while !isStopping, let chain = try ring.pop() {
                 counter += 1
                 inflight?.begin(chain.head, counter: counter)
                 try answer(&ring, chain)

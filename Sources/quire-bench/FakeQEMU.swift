@@ -29,7 +29,8 @@ struct FakeQEMU: ParsableCommand {
         let byteCount = try file.status().byteCount
         let userAddress: UInt64 = 0x7f00_0000_0000
         let region = try MemoryRegion(
-            guestAddress: 0, byteCount: byteCount, userAddress: userAddress, fileOffset: 0, descriptor: try file.duplicate())
+            guestAddress: 0, byteCount: byteCount, userAddress: userAddress, fileOffset: 0,
+            descriptor: try file.duplicate(), owner: .us)
         let memory = try GuestMemory([region], log: DirtyTracker())
         let table = GuestTable(in: memory, pageCount: Int(byteCount / pageBytes))
         let states = (0..<GuestTable.statesPerPage).map { $0 % 2 == 0 ? PageMark.inUse : PageMark.recycled }

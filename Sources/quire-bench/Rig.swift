@@ -28,7 +28,7 @@ final class Rig {
             regions.append(
                 try MemoryRegion(
                     guestAddress: at, byteCount: each, userAddress: 0x7f00_0000_0000 + at, fileOffset: 0,
-                    descriptor: try Memfd(name: "quire-bench", byteCount: each).takeDescriptor()))
+                    descriptor: try Memfd(name: "quire-bench", byteCount: each).takeDescriptor(), owner: .us))
         }
         memory = try GuestMemory(regions, log: DirtyTracker())
         table = GuestTable(in: memory, pageCount: pageCount)

@@ -41,7 +41,7 @@ final class ModelGuest: Sendable {
             [
                 try MemoryRegion(
                     guestAddress: 0, byteCount: UInt64(pages) * 4096, userAddress: 0x7f00_0000_0000, fileOffset: 0,
-                    descriptor: file.duplicate())
+                    descriptor: file.duplicate(), owner: .us)
             ], log: log)
         writeTable()
     }

@@ -207,7 +207,7 @@ private final class Bench {
         let bench = try Bench(period: 10_000)
         let file = try Memfd(name: "log", byteCount: 4096).takeDescriptor()
         let bits = try Mapping(file, byteCount: 4096)
-        log.setLog(try DirtyLog(file, offset: 0, byteCount: 4096))
+        log.setLog(try DirtyLog(file, offset: 0, byteCount: 4096, owner: .us))
         log.setEnabled(true)
         bench.engine.setPaused(.dirtyLogging, true)
         bench.map.registration = .init(nonce: 3, headerAddress: guest.headerAddress)
@@ -377,7 +377,7 @@ private final class Bench {
             guest.memory.regions + [
                 try MemoryRegion(
                     guestAddress: high, byteCount: 1 << 20, userAddress: 0x7f80_0000_0000, fileOffset: 0,
-                    descriptor: file.duplicate())
+                    descriptor: file.duplicate(), owner: .us)
             ], log: guest.memory.log)
         let bench = try Bench(period: 10)
         bench.engine.start(memory: memory, rings: [], nonce: 1)
@@ -398,7 +398,7 @@ private final class Bench {
         func part(_ gfn: UInt64, _ offset: UInt64, _ pages: UInt64) throws -> MemoryRegion {
             try MemoryRegion(
                 guestAddress: gfn * 4096, byteCount: pages * 4096, userAddress: 0x7f90_0000_0000 + gfn * 4096,
-                fileOffset: offset * 4096, descriptor: file.duplicate())
+                fileOffset: offset * 4096, descriptor: file.duplicate(), owner: .us)
         }
         // gfns 2048..2147 are file pages 300..399; gfns 3000..3099 are file pages 10..109.
         let memory = try GuestMemory(

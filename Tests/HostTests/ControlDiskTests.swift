@@ -30,7 +30,7 @@ import VhostBackend
                 [
                     try MemoryRegion(
                         guestAddress: 0, byteCount: UInt64(Self.pages) * 4096, userAddress: 0x7f00_0000_0000,
-                        fileOffset: 0, descriptor: file)
+                        fileOffset: 0, descriptor: file, owner: .us)
                 ], log: DirtyTracker())
             ram.copyIn(4096, Array("QUIRETBL".utf8))
             ram.store32(4096 + 8, 1)

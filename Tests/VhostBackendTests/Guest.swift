@@ -12,12 +12,13 @@ final class GuestRAM {
         static let canaryBytes: UInt64 = 16384
         static let canary: UInt8 = 0xa5
 
-        /// `fileBytes` of RAM, then the canary.
-        init(guestAddress: UInt64, byteCount: UInt64, userAddress: UInt64) throws {
+        init(
+            guestAddress: UInt64, byteCount: UInt64, userAddress: UInt64, makeFile: (UInt64) throws -> Descriptor
+        ) throws {
             (self.guestAddress, self.byteCount, self.userAddress) = (guestAddress, byteCount, userAddress)
             fileOffset = Self.canaryBytes
             let total = byteCount + 2 * Self.canaryBytes
-            file = try Memfd(name: "test-ram", byteCount: total).takeDescriptor()
+            file = try makeFile(total)
             mapping = try Mapping(file, byteCount: Int(total))
             let wall = [UInt8](repeating: Self.canary, count: Int(Self.canaryBytes))
             mapping.copyIn(0, wall)
@@ -42,13 +43,18 @@ final class GuestRAM {
     static let lowBytes: UInt64 = 2 << 20, highBytes: UInt64 = 1 << 20
     static let lowUser: UInt64 = 0x7f00_0000_0000
 
+    static func sealedFile(_ byteCount: UInt64) throws -> Descriptor {
+        try Memfd(name: "test-ram", byteCount: byteCount).takeDescriptor()
+    }
+
     /// 2 MiB at 0; two neighbouring regions of 1 MiB, of different files, from 4 GiB on.
-    init() throws {
+    init(makeFile: (UInt64) throws -> Descriptor = sealedFile) throws {
+        func region(_ guestAddress: UInt64, _ byteCount: UInt64, _ userAddress: UInt64) throws -> Region {
+            try Region(guestAddress: guestAddress, byteCount: byteCount, userAddress: userAddress, makeFile: makeFile)
+        }
         regions = [
-            try Region(guestAddress: 0, byteCount: Self.lowBytes, userAddress: Self.lowUser),
-            try Region(guestAddress: Self.high, byteCount: Self.highBytes, userAddress: 0x7f10_0000_0000),
-            try Region(
-                guestAddress: Self.high + Self.highBytes, byteCount: Self.highBytes, userAddress: 0x7f20_0000_0000),
+            try region(0, Self.lowBytes, Self.lowUser), try region(Self.high, Self.highBytes, 0x7f10_0000_0000),
+            try region(Self.high + Self.highBytes, Self.highBytes, 0x7f20_0000_0000),
         ]
     }
 

@@ -1,5 +1,6 @@
 import GuestMemory
 import Glibc
+import InMemoryLogging
 import Logging
 import Platform
 import Synchronization
@@ -90,6 +91,13 @@ final class RecordingLifecycle: DeviceLifecycle {
     }
 }
 
+/// The warnings and errors that were logged: what a person would read.
+struct Complaints: Sendable {
+    private let handler = InMemoryLogHandler()
+    var logger: Logger { Logger(label: "test") { _ in handler } }
+    var all: [String] { handler.entries.filter { $0.level >= .warning }.map { "\($0.message)" } }
+}
+
 /// A server with a device on a thread of its own, at a socket of its own.
 final class TestServer {
     let path: String
@@ -98,20 +106,23 @@ final class TestServer {
     private let thread: JoinableThread
     private static let counter = Atomic<Int>(0)
 
-    init(_ device: any VhostUserDevice) throws {
+    init(_ device: any VhostUserDevice, logger: Logger = TestServer.quiet) throws {
         let number = Self.counter.add(1, ordering: .relaxed).newValue
         path = "/tmp/quire-unit-\(getpid())-\(number).sock"
         let socket = try UnixSocket.listen(at: path)
         listener = try socket.descriptor.duplicate()
-        let server = try Server(socket: socket, device: device, logger: TestServer.quiet)
+        let server = try Server(socket: socket, device: device, logger: logger)
         self.server = server
         thread = try JoinableThread("test-server") { server.run() }
     }
 
     static let quiet = Logger(label: "test") { _ in SwiftLogNoOpLogHandler() }
 
-    convenience init(_ storage: MemoryStorage, queues: Int = 1, lifecycle: RecordingLifecycle? = nil) throws {
-        try self.init(VirtioBlock(storage: storage, queueCount: queues, lifecycle: lifecycle, logger: Self.quiet))
+    convenience init(
+        _ storage: MemoryStorage, queues: Int = 1, lifecycle: RecordingLifecycle? = nil, logger: Logger = quiet
+    ) throws {
+        try self.init(
+            VirtioBlock(storage: storage, queueCount: queues, lifecycle: lifecycle, logger: Self.quiet), logger: logger)
     }
 
     func connect() throws -> FrontEnd { FrontEnd(try UnixSocket.connect(to: path), of: self) }

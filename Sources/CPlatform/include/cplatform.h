@@ -54,6 +54,7 @@ static inline void cp_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 static inline int cp_open(const char *path, int flags, mode_t mode) { return open(path, flags, mode); }
 int cp_memfd_create(const char *name, unsigned flags);
 int cp_seal_size(int fd);                          /* F_SEAL_SHRINK | F_SEAL_GROW */
+int cp_seal_shrink(int fd);                        /* F_SEAL_SHRINK */
 off_t cp_seek_data(int fd, off_t offset);          /* SEEK_DATA */
 off_t cp_seek_hole(int fd, off_t offset);          /* SEEK_HOLE */
 int cp_punch_hole(int fd, off_t offset, off_t length);
