@@ -35,6 +35,14 @@ public struct QuireError: Error, CustomStringConvertible, Sendable {
         QuireError(.system, what, errno: errno)
     }
 
+    /// The system lacked something that it may have a moment later, or a peer gave up on its own.
+    public var isTemporary: Bool {
+        switch errno {
+        case EMFILE, ENFILE, ENOMEM, ENOBUFS, ECONNABORTED, EINTR: true
+        default: false
+        }
+    }
+
     public var description: String {
         var text = message
         if let errno { text += ": " + Self.text(of: errno) }

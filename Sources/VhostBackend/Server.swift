@@ -1,3 +1,4 @@
+import CPlatform
 import Logging
 import Platform
 import Synchronization
@@ -36,6 +37,8 @@ public final class Server: Sendable {
         self.logger = logger
     }
 
+    private static let pauseMilliseconds: UInt32 = 100
+
     /// Serves until the socket is shut down (listening), or until its front end has gone (connected).
     public func run() {
         guard isListening else {
@@ -46,13 +49,21 @@ public final class Server: Sendable {
             }
             return
         }
+        // A state that may last is logged once, not at every attempt.
+        var isFailing = false
         while true {
             do throws(QuireError) {
                 let connection = try socket.accept()
                 logger.info("front end connected")
                 try serve(connection)
+                isFailing = false
+            } catch where error.isTemporary {
+                if !isFailing { logger.error("\(error): trying again") }
+                isFailing = true
+                ProcessCalls.sleep(milliseconds: Self.pauseMilliseconds)
             } catch {
-                logger.error("\(error)")
+                // What accept says of a socket that was shut down.
+                if error.errno != EINVAL { logger.error("\(error)") }
                 return
             }
         }

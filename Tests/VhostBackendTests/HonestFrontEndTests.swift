@@ -449,7 +449,7 @@ private typealias Kind = DriverDisk.Kind
         try frontEnd.tell(Request.setFeatures, le(features | FrontEnd.logAll))
         #expect(lifecycle.events.last == .logging(true))
         try frontEnd.tell(Request.setVringAddress, ring.wireAddresses(logFlag: true))
-        _ = eventually(seconds: 1) { false || !log.take().isEmpty }  // the ring's own flags at its start
+        _ = eventually(milliseconds: 1000) { false || !log.take().isEmpty }  // the ring's own flags at its start
 
         /// Runs one request; the gfns that it dirtied. `settle`: the ring writes its flags after the interrupt.
         func dirtied(_ run: () throws -> Void) throws -> Set<UInt64> {

@@ -148,8 +148,8 @@ final class TestServer {
 }
 
 /// Polls until it holds; generous, because the machine is shared.
-func eventually(seconds: UInt64 = 20, _ condition: () -> Bool) -> Bool {
-    let deadline = monotonicNanoseconds() + seconds * 1_000_000_000
+func eventually(milliseconds: UInt64 = 20_000, _ condition: () -> Bool) -> Bool {
+    let deadline = monotonicNanoseconds() + milliseconds * 1_000_000
     while monotonicNanoseconds() < deadline {
         if condition() { return true }
         ProcessCalls.sleep(milliseconds: 2)
