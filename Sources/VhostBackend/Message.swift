@@ -48,6 +48,18 @@ enum FrontendRequest: UInt32, Sendable {
     }
 }
 
+extension FrontendRequest {
+    /// Whether an answer of its own belongs to it. A front end would take any other answer for that.
+    var hasOwnAnswer: Bool {
+        switch self {
+        case .getFeatures, .getProtocolFeatures, .getVringBase, .getQueueCount, .getConfig, .getInflightDescriptor,
+            .getMaxMemorySlots, .getStatus, .setLogBase:
+            true
+        default: false
+        }
+    }
+}
+
 struct MessageHeader: Sendable {
     static let byteCount = 12
     static let version: UInt32 = 1

@@ -9,8 +9,8 @@ import Platform
 ///   *joined* before that message is answered (GET_VRING_BASE above all: QEMU lets the guest go on after the answer).
 /// - Memory regions stay mapped as long as anything may use them; a table is replaced only while everything stands still.
 /// - A message that is malformed ends the connection with one clear line. One that is well-formed but refused is answered
-///   with an error if the front end asked for an answer (REPLY_ACK), and ends the connection otherwise: a front end that
-///   cannot hear "no" must not believe "yes".
+///   with an error if the front end asked for an answer (REPLY_ACK) and could not mistake it for another, and ends the
+///   connection otherwise: a front end that cannot hear "no" must not believe "yes".
 /// - A file that the front end truncates while it is in use ends the connection. Nothing is answered that touched what
 ///   was cut off.
 public final class Session {
@@ -115,19 +115,23 @@ public final class Session {
                         : "\(request.descriptorCount.lowerBound) to \(request.descriptorCount.upperBound)"))
         }
         let wantsAck = header.needsReply && protocolFeatures.contains(.replyAck)
+        var answer: Answer?
         do throws(QuireError) {
-            if let answer = try handle(request, payload, &descriptors) {
-                try reply(request, answer)
-            } else if wantsAck {
-                try reply(request, Answer(littleEndian(UInt64(0))))
-            }
+            answer = try handle(request, payload, &descriptors) ?? (wantsAck ? Answer(littleEndian(UInt64(0))) : nil)
         } catch {
-            let named = QuireError(error.code, "\(request)", errno: error.errno == nil ? nil : error.errno, cause: error)
-            guard wantsAck, error.code != .closed else { throw named }
-            logger.error("refused: \(named.message): \(error)")
-            try reply(request, Answer(littleEndian(UInt64(1))))
+            let named = QuireError(error.code, "\(request)", cause: error)
+            guard let refusal = refusal(of: request, wantsAck: wantsAck) else { throw named }
+            logger.error("refused: \(named)")
+            answer = refusal
         }
+        if let answer { try reply(request, answer) }
         return true
+    }
+
+    /// How to say "no"; nil if there is no way. GET_CONFIG has one of its own, an answer without payload.
+    private func refusal(of request: FrontendRequest, wantsAck: Bool) -> Answer? {
+        if request == .getConfig { return Answer([]) }
+        return wantsAck && !request.hasOwnAnswer ? Answer(littleEndian(UInt64(1))) : nil
     }
 
     /// QEMU 7.2 to 9.0 forget to begin anew when their back end ended while the device was stopped, or in the middle of

@@ -16,6 +16,8 @@ final class FrontEnd {
         static let removeRegion: UInt32 = 38, setStatus: UInt32 = 39, getStatus: UInt32 = 40
         /// All that the back end is supposed to know.
         static let all: [UInt32] = Array(1...18) + [21, 24, 25, 31, 32, 34, 36, 37, 38, 39, 40]
+        /// Those that a front end waits for an answer to in any case.
+        static let answered: [UInt32] = [1, 6, 11, 15, 17, 24, 31, 36, 40]
     }
 
     enum Failure: Error { case closed, timeout, wrongReply(String) }

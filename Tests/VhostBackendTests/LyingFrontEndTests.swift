@@ -182,22 +182,46 @@ private typealias Kind = DriverDisk.Kind
             try frontEnd.handshake()
             if lie.isStarted { try frontEnd.start(props.ram, [ring]) }
             let passed = lie.passed.map { props.raw($0) }
-            if acknowledged {
-                // A malformed message ends the connection, one that is refused is answered; "yes" is wrong.
-                if let answer = try? frontEnd.acknowledged(lie.request, lie.payload, passing: passed) {
-                    #expect(answer == 1, "\(lie.name)")
-                    // The session goes on, in order.
-                    #expect((try? frontEnd.askNumber(Request.getQueueCount)) == 2, "\(lie.name)")
+            try? frontEnd.post(
+                lie.request, lie.payload, passing: passed,
+                flags: FrontEnd.version | (acknowledged ? FrontEnd.needReply : 0))
+            // A malformed message ends the connection; one that is refused is answered where there is an answer that means
+            // "no". A "yes", or what a front end could take for the answer that it hoped for, is wrong.
+            if let reply = try? frontEnd.receive() {
+                #expect(reply.request == lie.request, "\(lie.name)")
+                if lie.request == Request.getConfig {
+                    #expect(reply.payload.isEmpty, "\(lie.name)")
                 } else {
-                    #expect(frontEnd.isClosed(), "\(lie.name)")
+                    #expect(acknowledged && !Request.answered.contains(lie.request), "\(lie.name)")
+                    #expect(reply.payload == le(UInt64(1)), "\(lie.name)")
                 }
+                // The session goes on, in order.
+                #expect((try? frontEnd.askNumber(Request.getQueueCount)) == 2, "\(lie.name)")
             } else {
-                try? frontEnd.post(lie.request, lie.payload, passing: passed)
                 #expect(frontEnd.isClosed(), "\(lie.name)")
             }
             frontEnd.disconnect()
             #expect(props.ram.isIntact, "\(lie.name)")
         }
+        #expect(try server.servesHonestly())
+    }
+
+    /// GET_CONFIG is the one request with an answer of its own that can be refused by it; asked twice, with and without
+    /// need_reply, because that changes nothing.
+    @Test func refusalsThatAreAnswers() throws {
+        let server = try TestServer(MemoryStorage())
+        let beyond = le(UInt32(61)) + le(UInt32(1)) + le(UInt32(0)) + [1]
+        let frontEnd = try server.connect()
+        try frontEnd.handshake()
+        for flags in [0, FrontEnd.needReply] {
+            try frontEnd.post(Request.getConfig, beyond, flags: FrontEnd.version | flags)
+            #expect(try frontEnd.receive().payload.isEmpty)
+        }
+        // No ring 7: whatever came back would be its base.
+        try frontEnd.post(
+            Request.getVringBase, Self.state(7, 0), flags: FrontEnd.version | FrontEnd.needReply)
+        #expect(throws: FrontEnd.Failure.self) { _ = try frontEnd.receive() }
+        #expect(frontEnd.isClosed())
         #expect(try server.servesHonestly())
     }
 
