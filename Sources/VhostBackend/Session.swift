@@ -91,8 +91,6 @@ public final class Session {
             let head = try socket.receive(
                 count: MessageHeader.byteCount, maxDescriptors: limit, into: &descriptors)
         else { return false }
-        handling(true)
-        defer { handling(false) }
         let header = try MessageHeader(head)
         var payload: [UInt8] = []
         if header.payloadBytes > 0 {
@@ -100,6 +98,9 @@ public final class Session {
             else { throw QuireError(.closed, "the front end closed the connection in the middle of a message") }
             payload = body
         }
+        // Not before the message is complete: until then the front end does not wait for us.
+        handling(true)
+        defer { handling(false) }
         guard let request = FrontendRequest(rawValue: header.request) else {
             throw QuireError(.unsupported, "unknown message \(header.request)")
         }

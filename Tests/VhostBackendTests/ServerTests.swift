@@ -47,4 +47,15 @@ private func setDescriptorLimit(_ limit: rlim_t) {
         thread.join()
         #expect(complaints.all.isEmpty)
     }
+
+    /// Half a message is nothing that a front end waits for: the server must not look stuck.
+    @Test func halfAMessageIsNotBeingHandled() throws {
+        let server = try TestServer(MemoryStorage())
+        let frontEnd = try server.connect()
+        try frontEnd.handshake()
+        try frontEnd.sendRaw(Array(frontEnd.message(Request.setStatus, le(UInt64(1))).dropLast(3)))
+        #expect(!eventually(milliseconds: 100) { server.server.handlingNanoseconds > 50_000_000 })
+        try frontEnd.sendRaw([0, 0, 0])
+        #expect(try frontEnd.askNumber(Request.getStatus) == 1)
+    }
 }
