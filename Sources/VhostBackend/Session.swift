@@ -35,7 +35,12 @@ public final class Session {
     private var ownNonce: UInt64 = 0
     private var backendChannel: UnixSocket?
     private var status: UInt8 = 0
-    private var isStarted = false
+    /// The device may run: a ring was started, and nothing has stopped the device since.
+    private var isDeviceStarted = false
+    /// Between `deviceStarted` and `deviceStopping`.
+    private var isDeviceRunning = false
+    /// Rings that ought to run could not be set going again.
+    private var isBroken = false
 
     /// `handling` is told when a message begins and ends to be handled.
     public init(
@@ -58,7 +63,7 @@ public final class Session {
     /// Serves the front end until it goes away or breaks the protocol. Nothing of the session runs when this returns.
     public func run() {
         defer {
-            stopEverything()
+            halt(rings)
             // The next front end starts without logging; whoever paused for this one must hear that it has ended.
             if tracker.isEnabled { device.lifecycle?.loggingChanged(false) }
         }
@@ -121,7 +126,7 @@ public final class Session {
             answer = try handle(request, payload, &descriptors) ?? (wantsAck ? Answer(littleEndian(UInt64(0))) : nil)
         } catch {
             let named = QuireError(error.code, "\(request)", cause: error)
-            guard let refusal = refusal(of: request, wantsAck: wantsAck) else { throw named }
+            guard !isBroken, let refusal = refusal(of: request, wantsAck: wantsAck) else { throw named }
             logger.error("refused: \(named)")
             answer = refusal
         }
@@ -189,7 +194,8 @@ public final class Session {
             try reader.end()
         case .resetOwner, .resetDevice:
             try reader.end()
-            stopEverything()
+            halt(rings)
+            for ring in rings { ring.isEnabled = ringsBeginEnabled }
         case .getQueueCount:
             try reader.end()
             return Answer(littleEndian(UInt64(device.queueCount)))
@@ -212,46 +218,47 @@ public final class Session {
             guard value > 0, value <= 32768, value & (value - 1) == 0 else {
                 throw QuireError(.invalid, "a ring of \(value) entries: the size must be a power of two up to 32768")
             }
-            stop(ring)
+            try stop(ring)
             ring.size = UInt16(value)
         case .setVringBase:
             let (ring, value) = try vringState(&reader)
             guard value <= UInt16.max else { throw QuireError(.invalid, "ring base \(value) exceeds 16 bits") }
-            stop(ring)
+            try stop(ring)
             ring.base = UInt16(value)
         case .setVringAddress:
             let addresses = try VringAddresses(&reader)
             try reader.end()
             let ring = try vring(addresses.index)
             // While logging starts and stops the front end sends the addresses again with another flag.
-            try whileStandingStill { ring.addresses = addresses }
+            if ring.isStarted { try ring.check(addresses, in: guestMemory()) }
+            try reconfigure(ring) { ring.addresses = addresses }
         case .getVringBase:
             let (ring, _) = try vringState(&reader)
-            stop(ring)
+            halt([ring])
             // The specification: a ring is stopped until the next kick descriptor comes.
             ring.kick = nil
             return Answer(littleEndian(UInt32(ring.index)) + littleEndian(UInt32(ring.base)))
         case .setVringEnable:
             let (ring, value) = try vringState(&reader)
             if value == 0 {
-                stop(ring)
+                try stop(ring)
                 ring.isEnabled = false
             } else {
                 ring.isEnabled = true
-                try startWhatIsReady()
+                try start(ring)
             }
         case .setVringKick:
             let ring = try vringOfDescriptor(&reader, descriptors.count)
-            stop(ring)
+            try stop(ring)
             ring.kick = descriptors.next()
-            try startWhatIsReady()
+            try start(ring)
         case .setVringCall:
             let ring = try vringOfDescriptor(&reader, descriptors.count)
             // The front end exchanges it while the ring runs (masking of interrupts): restart the thread with the new one.
-            try whileRingStandsStill(ring) { ring.call = descriptors.next() }
+            try exchange(ring) { ring.call = descriptors.next() }
         case .setVringError:
             let ring = try vringOfDescriptor(&reader, descriptors.count)
-            try whileRingStandsStill(ring) { ring.error = descriptors.next() }
+            try exchange(ring) { ring.error = descriptors.next() }
         case .setBackendRequestDescriptor:
             try reader.end()
             if let descriptor = descriptors.next() { backendChannel = UnixSocket(adopting: descriptor) }
@@ -271,20 +278,20 @@ public final class Session {
             guard wanted.queueCount > 0, wanted.queueCount <= device.queueCount, wanted.queueSize > 0,
                 wanted.queueSize <= 32768
             else { throw QuireError(.invalid, "\(wanted.queueCount) queues of \(wanted.queueSize) entries") }
-            stopEverything()
+            halt(rings)
             let region = try InflightRegion(queueCount: wanted.queueCount, queueSize: wanted.queueSize)
             inflight = region
             return Answer(region.description.encoded, passing: region.file.raw())
         case .setInflightDescriptor:
             let described = try InflightDescription(&reader)
-            stopEverything()
+            halt(rings)
             guard let descriptor = descriptors.next() else { throw QuireError(.invalid, "no descriptor") }
             inflight = try InflightRegion(described, descriptor: descriptor, alarm: alarm)
         case .setStatus:
             let value = try single(&reader)
             guard value <= 255 else { throw QuireError(.invalid, "status \(value) exceeds 8 bits") }
             // Zero is a stop, not a proof of a reset: QEMU sends it for a pause, too.
-            if value == 0 { stopEverything() }
+            if value == 0 { halt(rings) }
             status = UInt8(value)
         case .getStatus:
             try reader.end()
@@ -322,6 +329,9 @@ public final class Session {
         return ring
     }
 
+    /// Without protocol features there is no message that enables a ring.
+    private var ringsBeginEnabled: Bool { !features.contains(.protocolFeatures) }
+
     private func setFeatures(_ wanted: VirtioFeatures) throws(QuireError) {
         guard wanted.isSubset(of: offeredFeatures) else {
             throw QuireError(
@@ -330,10 +340,9 @@ public final class Session {
         let ringFeatures: VirtioFeatures = [.eventIndex, .indirectDescriptors, .protocolFeatures]
         let logging = wanted.contains(.logAll)
         if features.intersection(ringFeatures) != wanted.intersection(ringFeatures) {
-            // Rings start enabled only for a front end without protocol features.
-            let startEnabled = !wanted.contains(.protocolFeatures)
-            stopEverything()
-            for ring in rings where ring.addresses == nil { ring.isEnabled = startEnabled }
+            halt(rings)
+            features = wanted
+            for ring in rings where ring.addresses == nil { ring.isEnabled = ringsBeginEnabled }
         }
         features = wanted
         if logging != tracker.isEnabled {
@@ -356,7 +365,7 @@ public final class Session {
         var table: [MemoryRegion] = []
         for region in described { table.append(try makeRegion(region, &descriptors)) }
         _ = try GuestMemory(table, log: tracker)
-        try whileStandingStill(memoryChanges: true) { regions = table }
+        try reconfigure { regions = table }
     }
 
     private func makeRegion(
@@ -389,7 +398,7 @@ public final class Session {
         }
         let table = regions + [try makeRegion(described, &descriptors)]
         _ = try GuestMemory(table, log: tracker)
-        try whileStandingStill(memoryChanges: true) { regions = table }
+        try reconfigure { regions = table }
     }
 
     private func removeRegion(_ reader: inout PayloadReader) throws(QuireError) {
@@ -402,7 +411,7 @@ public final class Session {
                     && $0.userAddress == described.userAddress
             })
         else { throw QuireError(.invalid, "no such memory region") }
-        try whileStandingStill(memoryChanges: true) { _ = regions.remove(at: index) }
+        try reconfigure { _ = regions.remove(at: index) }
     }
 
     private func setLogBase(
@@ -441,101 +450,93 @@ public final class Session {
 
     // MARK: - Starting and stopping
 
-    /// Starts the rings that are set up, and the device with them. The device first: a ring that runs finds it running.
-    private func startWhatIsReady() throws(QuireError) {
-        let fresh = rings.filter { $0.isConfigured && !$0.isRunning }
-        guard !fresh.isEmpty, !regions.isEmpty else { return }
-        let memory = try GuestMemory(regions, log: tracker)
-        let running = rings.filter { $0.isRunning }
+    private func guestMemory() throws(QuireError) -> GuestMemory { try GuestMemory(regions, log: tracker) }
+
+    /// A kick descriptor or an "enable" has come: the ring starts if it is complete. Only this one: another may be
+    /// complete with what was true before a reset.
+    private func start(_ ring: Vring) throws(QuireError) {
+        guard let addresses = ring.addresses, ring.isComplete, !ring.isStarted, !regions.isEmpty else { return }
         // What cannot be started leaves what runs alone.
-        try prepare(fresh, memory)
-        for ring in running { ring.stop() }
-        try prepare(running, memory)
-        runDevice(memory)
+        try ring.check(addresses, in: guestMemory())
+        try reconfigure(ring) {
+            ring.isStarted = true
+            isDeviceStarted = true
+        }
     }
 
-    /// Makes rings ready to serve; none of them if one fails.
+    /// Stops one ring. The others go on, and the device with them.
+    private func stop(_ ring: Vring) throws(QuireError) {
+        if ring.isStarted { try reconfigure(ring) { ring.isStarted = false } }
+    }
+
+    /// Stops rings, and the device until the next start. The rings first: a request that is being answered is answered by
+    /// a device that still runs.
+    private func halt(_ rings: [Vring]) {
+        for ring in rings {
+            ring.stop()
+            ring.isStarted = false
+        }
+        suspendDevice()
+        isDeviceStarted = false
+        ownNonce = 0
+    }
+
+    /// Exchanges a ring's descriptor; the device need not notice.
+    private func exchange(_ ring: Vring, _ change: () -> Void) throws(QuireError) {
+        ring.stop()
+        change()
+        try prepare([ring], guestMemory())
+        ring.release()
+    }
+
+    /// Runs `change` while rings and device stand still; then they go on with what has changed. Where the device does
+    /// nothing outside of its rings, it is enough that the one stands still that is named.
+    private func reconfigure(_ ring: Vring? = nil, _ change: () -> Void) throws(QuireError) {
+        let still = if let ring, device.lifecycle == nil { [ring] } else { rings }
+        for ring in still { ring.stop() }
+        suspendDevice()
+        change()
+        guard rings.contains(where: \.isStarted) else { return halt([]) }
+        let memory = try guestMemory()
+        try prepare(still, memory)
+        resumeDevice(memory)
+        for ring in still { ring.release() }
+    }
+
+    /// Makes the started ones of `rings` ready to serve. One whose memory is gone rests until it is back: QEMU replaces a
+    /// region by removing and adding it.
     private func prepare(_ rings: [Vring], _ memory: GuestMemory) throws(QuireError) {
         do throws(QuireError) {
-            for ring in rings {
+            for ring in rings where ring.isStarted && ring.fits(memory) {
                 try ring.start(
                     device: device, memory: memory, features: features, inflight: inflight, alarm: alarm,
                     logger: logger)
-                ring.isResting = false
             }
         } catch {
-            for ring in rings { ring.stop() }
+            // "No" would not tell the front end that rings have stopped which it did not even name.
+            isBroken = true
             throw error
         }
     }
 
-    /// (Re)starts the device with the rings that are ready, then lets those run.
-    private func runDevice(_ memory: GuestMemory) {
-        if isStarted { device.lifecycle?.deviceStopping() }
-        isStarted = true
+    private func suspendDevice() {
+        if isDeviceRunning { device.lifecycle?.deviceStopping() }
+        isDeviceRunning = false
+    }
+
+    /// Lets the device run with the rings that are ready, if any is. Before those: a ring that runs finds it running.
+    private func resumeDevice(_ memory: GuestMemory) {
+        guard isDeviceStarted, rings.contains(where: \.isRunning) else { return }
+        isDeviceRunning = true
         device.lifecycle?.deviceStarted(
             DeviceStart(
                 memory: memory, rings: rings.compactMap(\.layout), nonce: nonce, isUnnoticed: isUnnoticed,
                 frontEnd: (try? socket.peer())?.pid))
-        for ring in rings { ring.release() }
     }
 
     private var nonce: UInt64 {
         if let inflight, inflight.nonce != 0 { return inflight.nonce }
         if ownNonce == 0 { ownNonce = UInt64.random(in: 1...UInt64.max) }
         return ownNonce
-    }
-
-    private func stopDevice() {
-        if isStarted { device.lifecycle?.deviceStopping() }
-        isStarted = false
-        ownNonce = 0
-    }
-
-    /// Stops one ring, and the device with it. The ring first: a request that is being answered is answered, by a device
-    /// that still runs.
-    private func stop(_ ring: Vring) {
-        ring.isResting = false
-        ring.stop()
-        stopDevice()
-    }
-
-    private func stopEverything() {
-        for ring in rings {
-            ring.isResting = false
-            ring.stop()
-        }
-        stopDevice()
-    }
-
-    /// Exchanges a ring's descriptor; the device's engines need not stop for that.
-    private func whileRingStandsStill(_ ring: Vring, _ change: () -> Void) throws(QuireError) {
-        let wasRunning = ring.isRunning
-        ring.stop()
-        change()
-        if wasRunning {
-            try prepare([ring], GuestMemory(regions, log: tracker))
-            ring.release()
-        }
-    }
-
-    /// Runs `change` while neither rings nor device run; they go on afterwards, for the same guest. A ring whose memory
-    /// is gone after a change of the memory rests until it is back: QEMU replaces a region by removing and adding it.
-    private func whileStandingStill(memoryChanges: Bool = false, _ change: () -> Void) throws(QuireError) {
-        for ring in rings where ring.isRunning {
-            ring.stop()
-            ring.isResting = true
-        }
-        if isStarted { device.lifecycle?.deviceStopping() }
-        isStarted = false
-        change()
-        let memory = try GuestMemory(regions, log: tracker)
-        let goingOn = rings.filter { $0.isResting && $0.isConfigured && (!memoryChanges || $0.fits(memory)) }
-        guard !goingOn.isEmpty else { return }
-        do throws(QuireError) { try prepare(goingOn, memory) } catch {
-            for ring in goingOn { ring.isResting = false }
-            throw error
-        }
-        runDevice(memory)
     }
 }

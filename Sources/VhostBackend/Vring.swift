@@ -15,8 +15,8 @@ final class Vring {
     var call: Descriptor?
     var error: Descriptor?
     var isEnabled: Bool
-    /// It ran until the memory under it was taken away, and goes on when that is back.
-    var isResting = false
+    /// The front end has started it and not stopped it since: it runs, or rests until the memory under it is back.
+    var isStarted = false
     private var runner: RingRunner?
 
     init(index: Int, enabled: Bool) {
@@ -25,13 +25,17 @@ final class Vring {
     }
 
     var isRunning: Bool { runner != nil }
-    var isConfigured: Bool { isEnabled && addresses != nil && size > 0 && kick != nil }
+    var isComplete: Bool { isEnabled && addresses != nil && size > 0 && kick != nil }
     var layout: SplitRing.Layout? { runner?.layout }
 
-    /// Whether all of the ring lies in `memory`.
+    /// Throws what is wrong with `addresses`, above all if not all of the ring lies in `memory`.
+    func check(_ addresses: VringAddresses, in memory: GuestMemory) throws(QuireError) {
+        _ = try SplitRing(size: size, addresses: addresses, base: base, memory: memory, features: [])
+    }
+
     func fits(_ memory: GuestMemory) -> Bool {
         guard let addresses else { return false }
-        return (try? SplitRing(size: size, addresses: addresses, base: base, memory: memory, features: [])) != nil
+        return (try? check(addresses, in: memory)) != nil
     }
 
     /// Gets ready to serve, from `release` on. `inflight`: requests that a dead back end left behind are run again first.

@@ -147,9 +147,126 @@ private typealias Kind = DriverDisk.Kind
                 #expect(try DriverDisk(ring).proveService(sector: UInt64(8 * index), seed: UInt8(round)))
             }
         }
-        #expect(lifecycle.events.contains { if case .started(_, 4, _) = $0 { true } else { false } })
+        #expect(lifecycle.starts.last?.rings == rings.map(\.base))
         #expect(try frontEnd.stop(rings) == [8, 8, 8, 8])
         #expect(!lifecycle.isDeviceRunning)
+    }
+
+    /// How one ring of several is stopped while the others go on.
+    enum Stop: CaseIterable, Sendable {
+        case disable, number, base
+        func send(_ frontEnd: FrontEnd, _ ring: DriverRing) throws {
+            let queue = le(UInt32(ring.queue))
+            switch self {
+            case .disable: try frontEnd.tell(Request.setVringEnable, queue + le(UInt32(0)))
+            case .number: try frontEnd.tell(Request.setVringNum, queue + le(UInt32(ring.size)))
+            case .base: try frontEnd.tell(Request.setVringBase, queue + le(UInt32(ring.usedIndex)))
+            }
+        }
+    }
+
+    /// The device goes on with the rings that are left, for the same guest, and with the one that comes back.
+    @Test(arguments: Stop.allCases) func oneRingOfSeveralStops(_ stop: Stop) throws {
+        let lifecycle = RecordingLifecycle()
+        let server = try TestServer(MemoryStorage(), queues: 3, lifecycle: lifecycle)
+        let ram = try GuestRAM()
+        let rings = try (0..<3).map { try DriverRing(ram, queue: $0) }
+        let disks = rings.map { DriverDisk($0) }
+        let frontEnd = try server.connect()
+        try frontEnd.handshake(queues: 3)
+        try frontEnd.start(ram, rings)
+        for disk in disks { #expect(try disk.proveService()) }
+        #expect(lifecycle.isDeviceRunning && lifecycle.starts.last?.rings == rings.map(\.base))
+
+        try stop.send(frontEnd, rings[1])
+        #expect(lifecycle.isDeviceRunning && lifecycle.starts.last?.rings == [rings[0].base, rings[2].base])
+        let waiting = disks[1].submit(Kind.flush)
+        rings[1].kick.signal()
+        #expect(try disks[0].proveService(seed: 1) && disks[2].proveService(seed: 2))
+        #expect(rings[1].usedIndex == 2)
+        try frontEnd.tell(Request.setVringEnable, le(UInt32(1)) + le(UInt32(1)))
+        #expect(try rings[1].collect(1)[0].head == UInt32(waiting.head))
+        #expect(lifecycle.starts.last?.rings == rings.map(\.base) && Set(lifecycle.nonces).count == 1)
+
+        // One after the other: the device stops with the last.
+        for ring in rings {
+            #expect(lifecycle.isDeviceRunning)
+            try stop.send(frontEnd, ring)
+        }
+        #expect(!lifecycle.isDeviceRunning)
+    }
+
+    /// GET_VRING_BASE of any ring stops the device, whatever comes behind it, until a ring is started again.
+    @Test func baseOfOneRingStopsTheDevice() throws {
+        let lifecycle = RecordingLifecycle()
+        let server = try TestServer(MemoryStorage(), queues: 3, lifecycle: lifecycle)
+        let ram = try GuestRAM()
+        let rings = try (0..<3).map { try DriverRing(ram, queue: $0) }
+        let frontEnd = try server.connect()
+        try frontEnd.handshake(queues: 3)
+        try frontEnd.start(ram, rings)
+        #expect(try frontEnd.vringBase(0) == 0)
+        #expect(!lifecycle.isDeviceRunning)
+        let starts = lifecycle.starts.count
+        try frontEnd.tell(Request.setVringEnable, le(UInt32(1)) + le(UInt32(0)))
+        try frontEnd.tell(Request.setVringAddress, rings[2].wireAddresses())
+        try frontEnd.tell(Request.removeRegion, ram.regions[2].single)
+        try frontEnd.tell(Request.addRegion, ram.regions[2].single, passing: [ram.regions[2].file.raw])
+        try frontEnd.tell(Request.setVringCall, le(UInt64(2)), passing: [rings[2].call.descriptor.raw])
+        #expect(lifecycle.starts.count == starts && !lifecycle.isDeviceRunning)
+        #expect(try DriverDisk(rings[2]).proveService(), "the other rings were not stopped")
+        try frontEnd.tell(Request.setVringKick, le(UInt64(0)), passing: [rings[0].kick.descriptor.raw])
+        #expect(lifecycle.isDeviceRunning && lifecycle.starts.last?.rings == [rings[0].base, rings[2].base])
+        try frontEnd.stop(rings)
+        #expect(!lifecycle.isDeviceRunning)
+    }
+
+    /// A message starts the ring that it names. The other one still has the addresses of before the reset, and would
+    /// take what lies there now for requests.
+    @Test(arguments: [Request.resetDevice, Request.setStatus, Request.getInflight]) func onlyTheNamedRingStarts(
+        _ reset: UInt32
+    ) throws {
+        let storage = MemoryStorage()
+        let server = try TestServer(storage, queues: 2)
+        let ram = try GuestRAM()
+        let rings = try (0..<2).map { try DriverRing(ram, queue: $0) }
+        let frontEnd = try server.connect()
+        try frontEnd.handshake(queues: 2)
+        try frontEnd.start(ram, rings)
+        for ring in rings { #expect(try DriverDisk(ring).proveService()) }
+        switch reset {
+        case Request.getInflight: _ = try frontEnd.getInflight(queues: 2)
+        case Request.setStatus: try frontEnd.tell(reset, le(UInt64(0)))
+        default: try frontEnd.tell(reset)
+        }
+        storage.forgetOperations()
+        DriverDisk(rings[1]).submit(Kind.flush)
+        rings[1].kick.signal()
+        rings[0].reset()
+        try frontEnd.start(ram, [rings[0]], memory: false)
+        #expect(try DriverDisk(rings[0]).proveService())
+        #expect(!storage.operations.contains(.flush))
+        try frontEnd.tell(Request.setVringEnable, le(UInt32(1)) + le(UInt32(1)))
+        #expect(eventually { storage.operations.contains(.flush) })
+    }
+
+    /// A reset disables the rings of a front end that can enable them: a kick descriptor alone starts none.
+    @Test(arguments: [true, false]) func resetDisables(protocolFeatures: Bool) throws {
+        let lifecycle = RecordingLifecycle()
+        let server = try TestServer(MemoryStorage(), lifecycle: lifecycle)
+        let ram = try GuestRAM()
+        let ring = try DriverRing(ram)
+        let frontEnd = try server.connect()
+        try frontEnd.handshake()
+        let features = frontEnd.defaultFeatures & ~(protocolFeatures ? 0 : FrontEnd.protocolFeatures)
+        try frontEnd.start(ram, [ring], features: features)
+        #expect(try DriverDisk(ring).proveService())
+        try frontEnd.tell(Request.resetDevice)
+        #expect(!lifecycle.isDeviceRunning)
+        try frontEnd.tell(Request.setVringKick, le(UInt64(0)), passing: [ring.kick.descriptor.raw])
+        #expect(lifecycle.isDeviceRunning == !protocolFeatures)
+        try frontEnd.tell(Request.setVringEnable, le(UInt32(0)) + le(UInt32(1)))
+        #expect(try DriverDisk(ring).proveService(seed: 2))
     }
 
     @Test(arguments: [false, true]) func everyRequestType(indirect: Bool) throws {
@@ -314,8 +431,7 @@ private typealias Kind = DriverDisk.Kind
             Request.setMemoryTable, le(UInt32(2)) + le(UInt32(0)) + ram.regions.prefix(2).flatMap(\.wire),
             passing: ram.regions.prefix(2).map { $0.file.raw })
         #expect(try disk.proveService(seed: 3))
-        let sizes = lifecycle.events.compactMap { if case .started(_, _, let ram) = $0 { ram >> 20 } else { nil } }
-        #expect(sizes == [4, 3, 4, 3])
+        #expect(lifecycle.starts.map { $0.ram >> 20 } == [4, 3, 4, 3])
         // All for the same guest.
         #expect(Set(lifecycle.nonces).count == 1)
         try frontEnd.stop([ring])

@@ -330,6 +330,40 @@ private typealias Kind = DriverDisk.Kind
         #expect(try server.servesHonestly())
     }
 
+    /// Addresses that are refused change nothing: the ring goes on with those that it has, and so does the device.
+    @Test func refusedAddressesLeaveTheRingAlone() throws {
+        let lifecycle = RecordingLifecycle()
+        let server = try TestServer(MemoryStorage(), queues: 2, lifecycle: lifecycle)
+        let ram = try GuestRAM()
+        let rings = try (0..<2).map { try DriverRing(ram, queue: $0) }
+        let frontEnd = try server.connect()
+        try frontEnd.handshake(queues: 2)
+        try frontEnd.start(ram, rings)
+        let outside = le(UInt32(0)) + le(UInt32(0)) + [UInt8](repeating: 0xf0, count: 32)
+        #expect(try frontEnd.acknowledged(Request.setVringAddress, outside) == 1)
+        #expect(lifecycle.isDeviceRunning)
+        for ring in rings { #expect(try DriverDisk(ring).proveService()) }
+        try frontEnd.stop(rings)
+    }
+
+    /// A ring that ran and cannot be set going again ends the connection, although the front end would hear a "no": it
+    /// would wait for requests that nobody answers.
+    @Test func ringThatCannotGoOnEndsTheConnection() throws {
+        let server = try TestServer(MemoryStorage())
+        let ram = try GuestRAM()
+        let ring = try DriverRing(ram)
+        let frontEnd = try server.connect()
+        try frontEnd.handshake()
+        try frontEnd.start(ram, [ring])
+        #expect(try DriverDisk(ring).proveService())
+        let unusable = try Descriptor.open("/tmp", 0o10000000)  // O_PATH
+        try frontEnd.post(
+            Request.setVringCall, le(UInt64(0)), passing: [unusable.raw], flags: FrontEnd.version | FrontEnd.needReply)
+        #expect(throws: FrontEnd.Failure.self) { _ = try frontEnd.receive() }
+        #expect(frontEnd.isClosed())
+        #expect(try server.servesHonestly())
+    }
+
     /// More regions than there are slots; a front end that goes away with all of them.
     @Test func slotsRunOut() throws {
         let server = try TestServer(MemoryStorage())

@@ -56,7 +56,9 @@ final class MemoryStorage: BlockStorage {
 
 /// Notes what a device is told of its life; takes its time when asked to.
 final class RecordingLifecycle: DeviceLifecycle {
-    enum Event: Equatable, Sendable { case started(nonce: UInt64, rings: Int, ram: UInt64), stopping, logging(Bool) }
+    /// `rings` by the addresses of their descriptor tables.
+    struct Start: Equatable, Sendable { let nonce: UInt64, rings: [UInt64], ram: UInt64, isUnnoticed: Bool }
+    enum Event: Equatable, Sendable { case started(Start), stopping, logging(Bool) }
 
     private let log = Monitor<[Event]>([])
     private let isRunning = Atomic<Bool>(false)
@@ -71,11 +73,15 @@ final class RecordingLifecycle: DeviceLifecycle {
     var events: [Event] { log.read { $0 } }
     /// Between `deviceStarted` and the return of `deviceStopping`.
     var isDeviceRunning: Bool { isRunning.load(ordering: .acquiring) }
-    var nonces: [UInt64] { events.compactMap { if case .started(let nonce, _, _) = $0 { nonce } else { nil } } }
+    var starts: [Start] { events.compactMap { if case .started(let start) = $0 { start } else { nil } } }
+    var nonces: [UInt64] { starts.map(\.nonce) }
 
     func deviceStarted(_ start: DeviceStart) {
         if startMilliseconds > 0 { ProcessCalls.sleep(milliseconds: startMilliseconds) }
-        log.update { $0.append(.started(nonce: start.nonce, rings: start.rings.count, ram: start.memory.byteCount)) }
+        let event = Start(
+            nonce: start.nonce, rings: start.rings.map(\.descriptorTable.lowerBound), ram: start.memory.byteCount,
+            isUnnoticed: start.isUnnoticed)
+        log.update { $0.append(.started(event)) }
         isRunning.store(true, ordering: .releasing)
     }
     func deviceStopping() {
