@@ -458,6 +458,11 @@ public final class Session {
         guard let addresses = ring.addresses, ring.isComplete, !ring.isStarted, !regions.isEmpty else { return }
         // What cannot be started leaves what runs alone.
         try ring.check(addresses, in: guestMemory())
+        if let inflight, inflight.queue(ring.index, size: ring.size) == nil {
+            let room = "\(inflight.description.queueCount) of \(inflight.description.queueSize)"
+            let cost = "requests in flight are lost if this process dies"
+            logger.warning("ring \(ring.index) has \(ring.size) entries, the in-flight region room for \(room): \(cost)")
+        }
         try reconfigure(ring) {
             ring.isStarted = true
             isDeviceStarted = true
@@ -469,8 +474,8 @@ public final class Session {
         if ring.isStarted { try reconfigure(ring) { ring.isStarted = false } }
     }
 
-    /// Stops rings, and the device until the next start. The rings first: a request that is being answered is answered by
-    /// a device that still runs.
+    /// Stops rings, and the device until the next start. The rings first: a request that is being answered is answered
+    /// by a device that still runs.
     private func halt(_ rings: [Vring]) {
         for ring in rings {
             ring.stop()
@@ -503,8 +508,8 @@ public final class Session {
         for ring in still { ring.release() }
     }
 
-    /// Makes the started ones of `rings` ready to serve. One whose memory is gone rests until it is back: QEMU replaces a
-    /// region by removing and adding it.
+    /// Makes the started ones of `rings` ready to serve. One whose memory is gone rests until it is back: QEMU replaces
+    /// a region by removing and adding it.
     private func prepare(_ rings: [Vring], _ memory: GuestMemory) throws(QuireError) {
         do throws(QuireError) {
             for ring in rings where ring.isStarted && ring.fits(memory) {

@@ -113,6 +113,23 @@ private typealias Kind = DriverDisk.Kind
         try frontEnd.stop(rings)
     }
 
+    /// A region without room for the ring: it serves, and a person is told what that costs. Once a start.
+    @Test(arguments: [UInt16(64), 128]) func regionThatIsTooSmall(size: UInt16) throws {
+        let complaints = Complaints()
+        let server = try TestServer(MemoryStorage(), queues: 2, logger: complaints.logger)
+        let ram = try GuestRAM()
+        let rings = try (0..<2).map { try DriverRing(ram, queue: $0) }
+        let frontEnd = try server.connect()
+        try frontEnd.handshake(queues: 2)
+        let inflight = try frontEnd.getInflight(queues: 1, size: size)
+        try frontEnd.start(ram, rings, inflight: inflight)
+        for ring in rings { #expect(try DriverDisk(ring).proveService()) }
+        let rest = "has 128 entries, the in-flight region room for 1 of \(size): requests in flight are lost if this "
+            + "process dies"
+        #expect(complaints.all == (size < 128 ? ["ring 0 \(rest)"] : []) + ["ring 1 \(rest)"])
+        try frontEnd.stop(rings)
+    }
+
     /// Heads that no ring has, entries that are no chains: the ring stops, nobody dies.
     @Test func liesInTheRegion() throws {
         let server = try TestServer(MemoryStorage())
