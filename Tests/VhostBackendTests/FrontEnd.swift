@@ -153,6 +153,12 @@ final class FrontEnd {
         _ = try ask(Request.getConfig, le(UInt32(0)) + le(UInt32(57)) + le(UInt32(0)) + [UInt8](repeating: 0, count: 57))
     }
 
+    /// Says nothing, and believes what was agreed on in an earlier connection.
+    func goOn(as earlier: FrontEnd) {
+        (dialect, protocolBits, acknowledges) = (earlier.dialect, earlier.protocolBits, earlier.acknowledges)
+        offered = earlier.offered
+    }
+
     var defaultFeatures: UInt64 { offered & ~Self.logAll & ~Self.eventIndex | Self.protocolFeatures }
 
     func vringBase(_ queue: Int) throws -> UInt16 {
