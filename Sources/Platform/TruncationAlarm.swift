@@ -30,9 +30,9 @@ public enum FileOwner: Sendable {
     /// file of ordinary pages, because the guard puts such pages in their place.
     func secure(_ descriptor: borrowing Descriptor) throws(QuireError) {
         guard case .peer = self else { return }
-        guard try descriptor.status().isRegularFile else { throw QuireError(.invalid, "it is no regular file") }
+        guard try descriptor.status().isRegularFile else { throw QuireError(.invalid, "what was passed is no regular file") }
         guard try Memfd.kind(of: descriptor.raw) != .hugetlb else {
-            throw QuireError(.unsupported, "it is a file of huge pages")
+            throw QuireError(.unsupported, "what was passed is a file of huge pages")
         }
         _ = cp_seal_shrink(descriptor.raw)
     }

@@ -1,4 +1,6 @@
+import CPlatform
 import Glibc
+import GuestMemory
 import Platform
 import Testing
 import VhostBackend
@@ -381,16 +383,51 @@ private typealias Kind = DriverDisk.Kind
         #expect(try server.servesHonestly())
     }
 
-    /// Huge pages cannot be given back one by one: refused, where this host can make some.
-    @Test func hugePagesAreRefused() throws {
-        guard let descriptor = try? Descriptor.open("/dev/hugepages/quire-unit-\(getpid())", O_RDWR | O_CREAT) else { return }
-        defer { Files.remove("/dev/hugepages/quire-unit-\(getpid())") }
-        guard (try? Memfd.kind(of: descriptor.raw)) == .hugetlb, (try? descriptor.truncate(to: 2 << 20)) != nil else { return }
-        let server = try TestServer(MemoryStorage())
+    /// A file of huge pages. It needs no pool of such pages, because nobody touches it.
+    private static func hugePages() throws -> Descriptor {
+        let raw = unsafe cp_memfd_create("test-huge", UInt32(MFD_CLOEXEC) | UInt32(MFD_HUGETLB))
+        guard raw >= 0 else { throw QuireError.system("no huge pages") }
+        let file = Descriptor(owning: raw)
+        try file.truncate(to: 2 << 20)
+        return file
+    }
+    private static var hasHugePages: Bool { (try? hugePages().status()) != nil }
+
+    /// Huge pages cannot be given back one by one: refused as RAM, with a line that says what to do instead. And in
+    /// whatever else a front end shares, because no page of ours can take the place of a part of one. Skipped where the
+    /// kernel has none.
+    @Test(.enabled(if: hasHugePages, "this kernel has no huge pages")) func hugePagesAreRefused() throws {
+        let file = try Self.hugePages()
+        let line = "memory region at guest address 0x40000000 is backed by huge pages, which cannot be given back one by "
+            + "one: use a memory backend without hugetlb=on or /dev/hugepages"
+        let peer = try TestServer(MemoryStorage()).connect()
+        for owner in [FileOwner.us, .peer(try TruncationAlarm(shuttingDown: peer.socket))] {
+            let error = #expect(throws: QuireError.self) {
+                try MemoryRegion(
+                    guestAddress: 1 << 30, byteCount: 2 << 20, userAddress: 1 << 40, fileOffset: 0,
+                    descriptor: file.duplicate(), owner: owner)
+            }
+            #expect(error?.code == .unsupported && error?.description == line)
+        }
+
+        let complaints = Complaints()
+        let server = try TestServer(MemoryStorage(), logger: complaints.logger)
         let frontEnd = try server.connect()
         try frontEnd.handshake()
-        let region = Self.region(0, 2 << 20)
-        #expect(try frontEnd.acknowledged(Request.addRegion, Self.single(region), passing: [descriptor.raw]) == 1)
+        let region = Self.region(1 << 30, 2 << 20)
+        #expect(try frontEnd.acknowledged(Request.addRegion, Self.single(region), passing: [file.raw]) == 1)
+        #expect(try frontEnd.acknowledged(Request.setMemoryTable, Self.table([region]), passing: [file.raw]) == 1)
+        let inflight = InflightFile.wire(8192, 0, 1, 128)
+        #expect(try frontEnd.acknowledged(Request.setInflight, inflight, passing: [file.raw]) == 1)
+        try frontEnd.post(Request.setLogBase, le(UInt64(4096)) + le(UInt64(0)), passing: [file.raw])
+        #expect(frontEnd.isClosed())
+        #expect(try server.servesHonestly())
+        #expect(
+            complaints.all == [
+                "refused: addMemoryRegion: \(line)", "refused: setMemoryTable: \(line)",
+                "refused: setInflightDescriptor: what was passed is a file of huge pages",
+                "connection closed: setLogBase: what was passed is a file of huge pages",
+            ])
     }
 
     /// Random bytes, and random damage to valid sequences. The seed is in the failure's text.
