@@ -71,7 +71,10 @@ public struct GuestBuffer: Sendable {
         }
     }
 
-    public func fill(_ value: UInt8) { copyIn([UInt8](repeating: value, count: count)) }
+    public func clear() {
+        for segment in segments { segment.place.mapping.clear(segment.place.offset, count: segment.count) }
+        markDirty()
+    }
 
     /// Fills the buffer from a file. What lies beyond the end of the file reads as zeros.
     public func read(from file: borrowing Descriptor, at offset: UInt64) throws(QuireError) {
@@ -85,7 +88,7 @@ public struct GuestBuffer: Sendable {
             markDirty()
             throw error
         }
-        if done < count { slice(from: done, count: count - done).fill(0) }
+        if done < count { slice(from: done, count: count - done).clear() }
         markDirty()
     }
 

@@ -313,6 +313,29 @@ private typealias Kind = DriverDisk.Kind
         #expect(ram.isIntact)
     }
 
+    /// An image that became shorter reads as zeros behind its end: they replace what the guest's buffer held.
+    @Test func truncatedImageReadsAsZeros() throws {
+        let path = "/tmp/quire-unit-\(getpid())-short"
+        defer { Files.remove(path) }
+        let file = try Descriptor.open(path, O_RDWR | O_CREAT | O_TRUNC)
+        try file.replaceContent(String(repeating: "x", count: 1 << 16))
+        let storage = try FileStorage(path: path, isReadOnly: false, serial: "short")
+        let server = try TestServer(VirtioBlock(storage: storage, logger: TestServer.quiet))
+        try file.truncate(to: 6000)
+        let ram = try GuestRAM()
+        let ring = try DriverRing(ram)
+        let frontEnd = try server.connect()
+        try frontEnd.handshake()
+        try frontEnd.start(ram, [ring])
+        ram.write(0x90000, [UInt8](repeating: 0xcc, count: 16384))
+        let output = [Part(address: 0x90000, count: 5000), Part(address: 0x92000, count: 7288)]
+        #expect(try DriverDisk(ring).run(Kind.read, output: output) == (0, 12289))
+        let all = ram.read(0x90000, 5000) + ram.read(0x92000, 7288)
+        #expect(all == [UInt8](repeating: UInt8(ascii: "x"), count: 6000) + [UInt8](repeating: 0, count: 6288))
+        #expect(ram.read(0x92000 + 7288, 100).allSatisfy { $0 == 0xcc })
+        try frontEnd.stop([ring])
+    }
+
     @Test func fileStorageKeepsWhatWasWritten() throws {
         let path = "/tmp/quire-unit-\(getpid())-image"
         defer { Files.remove(path) }
