@@ -337,9 +337,9 @@ public final class Session {
             throw QuireError(
                 .invalid, "features 0x\(String(wanted.subtracting(offeredFeatures).rawValue, radix: 16)) were not offered")
         }
-        let ringFeatures: VirtioFeatures = [.eventIndex, .indirectDescriptors, .protocolFeatures]
         let logging = wanted.contains(.logAll)
-        if features.intersection(ringFeatures) != wanted.intersection(ringFeatures) {
+        // Only logging is switched on and off while rings run.
+        if features.union(.logAll) != wanted.union(.logAll) {
             halt(rings)
             features = wanted
             for ring in rings where ring.addresses == nil { ring.isEnabled = ringsBeginEnabled }

@@ -66,7 +66,7 @@ public final class VirtioBlock: VhostUserDevice {
         case writeZeroes = 13
     }
 
-    public func process(_ chain: DescriptorChain, queue: Int) throws(QuireError) -> UInt32 {
+    public func process(_ chain: DescriptorChain, queue: Int, features: VirtioFeatures) throws(QuireError) -> UInt32 {
         let headerBytes = 16
         guard chain.readable.count >= headerBytes, chain.writable.count >= 1 else {
             throw QuireError(.guest, "a block request without a header or without room for its status")
@@ -81,7 +81,11 @@ public final class VirtioBlock: VhostUserDevice {
         var written = 0
         var status = Status.ok
         do throws(QuireError) {
-            written = try perform(RequestType(rawValue: type), sector, input, output)
+            let type = RequestType(rawValue: type)
+            written = try perform(type, sector, input, output)
+            // A driver that cannot flush (firmware, boot loaders) relies on what it wrote as soon as it is answered
+            // (section 5.2.6.2).
+            if type == .write || type == .writeZeroes, !features.contains(.blockFlush) { try storage.flush() }
         } catch {
             status = error.code == .unsupported ? .unsupported : .ioError
             logger.debug("block request \(type) at sector \(sector): \(error)")

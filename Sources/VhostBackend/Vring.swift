@@ -57,7 +57,7 @@ final class Vring {
         let kickCopy = try Descriptor.duplicate(of: kickRaw)
         ring.setNotifications(true)
         runner = try RingRunner(
-            ring: ring, index: index, device: device, inflight: log, leftOver: leftOver,
+            ring: ring, index: index, device: device, features: features, inflight: log, leftOver: leftOver,
             wires: try RingWires(kick: kickCopy, call: callCopy, error: errorCopy), alarm: alarm,
             logger: logger)
     }
@@ -96,6 +96,7 @@ struct RingWires: ~Copyable, Sendable {
 private final class RingRunner: Sendable {
     private let wires: RingWires
     private let alarm: TruncationAlarm
+    private let features: VirtioFeatures
     private let stopEvent: EventDescriptor
     private let stopping = Atomic<Bool>(false)
     private let position: Mutex<UInt16>
@@ -105,11 +106,13 @@ private final class RingRunner: Sendable {
     let layout: SplitRing.Layout
 
     init(
-        ring: SplitRing, index: Int, device: any VhostUserDevice, inflight: InflightRegion.InflightQueue?,
-        leftOver: [UInt16], wires: consuming RingWires, alarm: TruncationAlarm, logger: Logger
+        ring: SplitRing, index: Int, device: any VhostUserDevice, features: VirtioFeatures,
+        inflight: InflightRegion.InflightQueue?, leftOver: [UInt16], wires: consuming RingWires,
+        alarm: TruncationAlarm, logger: Logger
     ) throws(QuireError) {
         self.wires = wires
         self.alarm = alarm
+        self.features = features
         stopEvent = try EventDescriptor()
         position = Mutex(ring.nextAvailable)
         layout = ring.layout
@@ -151,7 +154,7 @@ private final class RingRunner: Sendable {
         wires.signalCall()
         var counter: UInt64 = 0
         func answer(_ ring: inout SplitRing, _ chain: DescriptorChain) throws(QuireError) {
-            let written = try device.process(chain, queue: index)
+            let written = try device.process(chain, queue: index, features: features)
             // What was read or written may not have been guest memory: then nobody answers for it. The request stays in
             // flight, and a new connection runs it again.
             if alarm.isRaised { return }

@@ -313,6 +313,31 @@ private typealias Kind = DriverDisk.Kind
         #expect(ram.isIntact)
     }
 
+    /// A driver that has not accepted FLUSH has nothing to flush with: every write is durable when it is answered. Those
+    /// of one that has are not slowed down.
+    @Test(arguments: [false, true]) func writesWithoutFlush(accepted: Bool) throws {
+        let storage = MemoryStorage()
+        let server = try TestServer(storage)
+        let ram = try GuestRAM()
+        let ring = try DriverRing(ram)
+        let disk = DriverDisk(ring)
+        let frontEnd = try server.connect()
+        try frontEnd.handshake()
+        let flush: UInt64 = 1 << 9
+        #expect(frontEnd.defaultFeatures & flush != 0)
+        try frontEnd.start(ram, [ring], features: frontEnd.defaultFeatures & ~(accepted ? 0 : flush))
+        let page = [Part(address: 0x90000, count: 4096)]
+        #expect(try disk.run(Kind.write, sector: 8, input: page).status == 0)
+        #expect(try disk.run(Kind.read, sector: 8, output: page).status == 0)
+        ram.write(0x90000, le(UInt64(16)) + le(UInt32(8)) + le(UInt32(0)))
+        #expect(try disk.run(Kind.writeZeroes, input: [Part(address: 0x90000, count: 16)]).status == 0)
+        let durable: [MemoryStorage.Operation] = accepted ? [] : [.flush]
+        #expect(
+            storage.operations
+                == [.write(4096, 4096)] + durable + [.read(4096, 4096), .zero(8192, 4096, false)] + durable)
+        try frontEnd.stop([ring])
+    }
+
     /// An image that became shorter reads as zeros behind its end: they replace what the guest's buffer held.
     @Test func truncatedImageReadsAsZeros() throws {
         let path = "/tmp/quire-unit-\(getpid())-short"

@@ -29,7 +29,7 @@ private final class SlowDevice: VhostUserDevice {
         self.recorder = recorder
     }
 
-    func process(_ chain: DescriptorChain, queue: Int) throws(QuireError) -> UInt32 {
+    func process(_ chain: DescriptorChain, queue: Int, features: VirtioFeatures) throws(QuireError) -> UInt32 {
         if !recorder.isDeviceRunning { early.add(1, ordering: .relaxed) }
         inside.add(1, ordering: .acquiringAndReleasing)
         entered.add(1, ordering: .acquiringAndReleasing)
