@@ -4,21 +4,30 @@ import Platform
 
 /// What the host knows of one guest page. The state byte of an entry of the page map.
 ///
-/// | from \ to | `private`                                   | `hole`                              |
-/// | --------- | ------------------------------------------- | ----------------------------------- |
-/// | `private` | -                                           | recycled: its claim was punched     |
-/// | `hole`    | the guest took it back, or it was filled    | punched again: it was free once more |
+/// | from \ to | `private`                                | `hole`                               | `zero`, `shared` |
+/// | --------- | ---------------------------------------- | ------------------------------------ | ---------------- |
+/// | `private` | -                                        | recycled: its claim was punched      | merged (agent)   |
+/// | `hole`    | the guest took it back, or it was filled | punched again: it was free once more | -                |
+/// | `zero`    | folded or reset (agent)                  | -                                    | -                |
+/// | `shared`  | folded or reset (agent)                  | -                                    | -                |
+///
+/// The agent makes its moves by itself; the back end only reads them.
 public enum PageState: UInt8, Sendable, CaseIterable {
     /// The memory file's page, if it has one.
     case `private` = 0
     /// Recycled, and not seen in use since.
     case hole = 1
+    /// QEMU maps zeros here, or its own copy if the guest has written since. The memory file says nothing.
+    case zero = 2
+    /// QEMU maps a slot of a store, or its own copy if the guest has written since. The memory file says nothing.
+    case shared = 3
 
     /// Every edge of the table above.
     public func mayBecome(_ next: PageState) -> Bool {
         switch (self, next) {
         case (.private, .hole), (.hole, .private), (.hole, .hole): true
-        case (.private, .private): false
+        case (.private, .zero), (.private, .shared), (.zero, .private), (.shared, .private): true
+        default: false
         }
     }
 }
@@ -45,8 +54,17 @@ public final class PageMap: Sendable {
     /// 4 TiB of guest-physical address space. The file is sparse: entries that nobody wrote cost nothing.
     public static let defaultPageCount: UInt64 = 1 << 30
 
-    public static func byteCount(pageCount: UInt64) -> UInt64 { UInt64(headerBytes) + pageCount * UInt64(entryBytes) }
+    /// Pages under one range lock.
+    public static let lockPages = UInt64(QUIRE_LOCK_PAGES)
+    private static let lockBytes = MemoryLayout<quire_lock>.size
+    /// Entries and their range lock.
+    private static let groupBytes = lockPages * UInt64(entryBytes) + UInt64(lockBytes)
 
+    public static func byteCount(pageCount: UInt64) -> UInt64 {
+        UInt64(headerBytes) + (pageCount + lockPages - 1) / lockPages * groupBytes
+    }
+
+    /// A new, empty file, with room for at least `pageCount` pages.
     public static func makeFile(pageCount: UInt64 = defaultPageCount) throws(QuireError) -> Descriptor {
         try Memfd(name: "quire-page-map", byteCount: byteCount(pageCount: pageCount)).takeDescriptor()
     }
@@ -59,16 +77,19 @@ public final class PageMap: Sendable {
         }
         let mapping = try Mapping(descriptor, byteCount: Int(size))
         mapping.excludeFromDumps()
-        let capacity = (size - UInt64(Self.headerBytes)) / UInt64(Self.entryBytes)
+        let capacity = (size - UInt64(Self.headerBytes)) / Self.groupBytes * Self.lockPages
+        let locksOffset = UInt64(Self.headerBytes) + capacity * UInt64(Self.entryBytes)
         let magic = Array(QUIRE_MAP_MAGIC.utf8)
         if mapping.copyOut(0, count: 8).allSatisfy({ $0 == 0 }) {
             mapping.store32(Self.offset(\.version), UInt32(QUIRE_MAP_VERSION))
             mapping.store32(Self.offset(\.header_bytes), UInt32(Self.headerBytes))
             mapping.store64(Self.offset(\.page_count), capacity)
+            mapping.store64(Self.offset(\.locks_offset), locksOffset)
             mapping.copyIn(0, magic)
         }
         guard mapping.copyOut(0, count: 8) == magic, mapping.load32(Self.offset(\.version)) == UInt32(QUIRE_MAP_VERSION),
-            mapping.load64(Self.offset(\.page_count)) == capacity
+            mapping.load64(Self.offset(\.page_count)) == capacity,
+            mapping.load64(Self.offset(\.locks_offset)) == locksOffset
         else { throw QuireError(.invalid, "the page map was written by another version: start the VM anew") }
         bytes = unsafe mapping.view(0, count: Int(size))
         self.mapping = mapping
@@ -87,15 +108,54 @@ public final class PageMap: Sendable {
         PageState(rawValue: UInt8(truncatingIfNeeded: bytes.load64(entry(gfn)))) ?? .private
     }
 
-    /// Moves a page to another state. The caller holds the page: a claim, or the only thread that looks at its table page.
+    /// Where a merged page was mapped from: nil unless it is `shared`.
+    public func slot(of gfn: GFN) -> (store: Int, slot: UInt64)? {
+        let value = bytes.load64(entry(gfn))
+        guard PageState(rawValue: UInt8(truncatingIfNeeded: value)) == .shared else { return nil }
+        let slot = value >> UInt64(QUIRE_MAP_SLOT_SHIFT) & (1 << UInt64(QUIRE_MAP_SLOT_BITS) - 1)
+        return (Int(UInt8(truncatingIfNeeded: value >> UInt64(QUIRE_MAP_STORE_SHIFT))), slot)
+    }
+
+    /// Moves a page to another state that has no slot. The caller holds the page: a claim, or the only thread that looks at its table page.
     public func setState(of gfn: GFN, to next: PageState) {
-        assert(state(of: gfn).mayBecome(next))
+        assert(next != .shared && state(of: gfn).mayBecome(next))
         bytes.store64(entry(gfn), UInt64(next.rawValue))
     }
 
     /// Whether the file has memory for any of these entries: false is certain, true is not.
     func hasEntries(_ gfns: Range<GFN>) -> Bool {
         Memfd.hasData(descriptor.raw, UInt64(entry(gfns.lowerBound))..<UInt64(entry(gfns.upperBound)))
+    }
+
+    // MARK: - Range locks
+
+    private func lock(_ gfn: GFN) -> Int {
+        Self.headerBytes + Int(pageCount) * Self.entryBytes + Int(gfn / Self.lockPages) * Self.lockBytes
+    }
+    private static func offset<T>(lock field: KeyPath<quire_lock, T>) -> Int {
+        MemoryLayout<quire_lock>.offset(of: field)!
+    }
+
+    /// Keeps the agent's windows off `gfns` until `endIO`; waits while one is open there, which takes microseconds. What
+    /// `quire_layout.h` says of the range lock, on the back end's side.
+    public func beginIO(_ gfns: Range<GFN>) {
+        for gfn in lockedGroups(gfns) {
+            let lock = lock(gfn)
+            while true {
+                _ = bytes.fetchAdd16(lock + Self.offset(lock: \.backend_io), 1)
+                if bytes.load8(lock + Self.offset(lock: \.busy)) == 0 { break }
+                _ = bytes.fetchAdd16(lock + Self.offset(lock: \.backend_io), .max)
+                ProcessCalls.sleep(microseconds: 20)
+            }
+        }
+    }
+
+    public func endIO(_ gfns: Range<GFN>) {
+        for gfn in lockedGroups(gfns) { _ = bytes.fetchAdd16(lock(gfn) + Self.offset(lock: \.backend_io), .max) }
+    }
+
+    private func lockedGroups(_ gfns: Range<GFN>) -> StrideTo<GFN> {
+        stride(from: gfns.lowerBound / Self.lockPages * Self.lockPages, to: gfns.upperBound, by: Int(Self.lockPages))
     }
 
     // MARK: - Registration

@@ -130,6 +130,11 @@ import CPlatform
         unsafe cp_cas_u8(at(offset, 1), expected, desired)
     }
 
+    /// Adds, wrapping around, and returns what was there; sequentially consistent.
+    @inlinable @inline(__always) public func fetchAdd16(_ offset: Int, _ value: UInt16) -> UInt16 {
+        unsafe cp_fetch_add_u16(at(offset, 2), value)
+    }
+
     /// How many of the bytes, at most 4096 and a multiple of 64, are 0xff; and which blocks of 64 (bit i: bytes 64 i and
     /// up) hold a byte that is neither 0 nor 0xff. A snapshot without any order: good for finding what deserves an atomic
     /// look, never for a decision.

@@ -106,6 +106,7 @@ public enum ProcessCalls {
         return text.isEmpty ? nil : text
     }
     public static func sleep(milliseconds: UInt32) { usleep(milliseconds * 1000) }
+    public static func sleep(microseconds: UInt32) { usleep(microseconds) }
 
     /// When the process was started, in nanoseconds of the monotonic clock; nil if it is gone. proc(5), field 22.
     public static func startTime(of pid: pid_t) -> UInt64? {

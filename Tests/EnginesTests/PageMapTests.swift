@@ -16,7 +16,10 @@ import Testing
 
     /// The table in the type's comment, every edge of it.
     @Test func stateTable() throws {
-        let allowed: [(PageState, PageState)] = [(.private, .hole), (.hole, .private), (.hole, .hole)]
+        let allowed: [(PageState, PageState)] = [
+            (.private, .hole), (.hole, .private), (.hole, .hole),
+            (.private, .zero), (.private, .shared), (.zero, .private), (.shared, .private),
+        ]
         for from in PageState.allCases {
             for to in PageState.allCases {
                 #expect(from.mayBecome(to) == allowed.contains { $0 == (from, to) }, "\(from) to \(to)")
@@ -68,10 +71,41 @@ import Testing
         map.addRecycled(2)
         let raw = try Mapping(opened.file, byteCount: Int(PageMap.byteCount(pageCount: 8192)))
         #expect(raw.copyOut(0, count: 8) == Array("QUIREMAP".utf8))
-        #expect(raw.load32(8) == 1 && raw.load32(12) == 4096 && raw.load64(16) == 8192)
+        #expect(raw.load32(8) == 2 && raw.load32(12) == 4096 && raw.load64(16) == 8192)
         #expect(raw.load64(24) == 7 && raw.load64(32) == 0x9000 && raw.load64(40) == 2)
         #expect(raw.load64(1024 + 128) == 10 && raw.load64(1024 + 136) == 2 && raw.load64(1024 + 144) == 99)
         #expect(raw.load64(4096 + 8 * 3) == 1)
+        #expect(raw.load64(64) == 4096 + 8 * 8192)
+    }
+
+    /// What the agent writes is read as it means it, and I/O waits while a window of the agent is open there only.
+    @Test func mergedPagesAndRangeLocks() async throws {
+        let opened = try Opened()
+        let map = opened.map
+        let raw = try Mapping(opened.file, byteCount: Int(PageMap.byteCount(pageCount: 8192)))
+        raw.store64(4096 + 8 * 9, 3 | 0x12_3456_789a << 8 | 5 << 48)
+        raw.store64(4096 + 8 * 10, 2)
+        #expect(map.state(of: 9) == .shared && map.state(of: 10) == .zero && map.slot(of: 10) == nil)
+        let slot = try #require(map.slot(of: 9))
+        #expect(slot.store == 5 && slot.slot == 0x12_3456_789a)
+
+        let locks = 4096 + 8 * 8192
+        map.beginIO(500..<1025)
+        #expect((0..<4).map { raw.load16(locks + 8 * $0) } == [1, 1, 1, 0])
+        map.beginIO(512..<513)
+        #expect(raw.load16(locks + 8) == 2)
+        map.endIO(500..<1025)
+        map.endIO(512..<513)
+        #expect((0..<4).allSatisfy { raw.load64(locks + 8 * $0) == 0 })
+
+        raw.store8(locks + 4, 1)
+        map.beginIO(512..<513)
+        map.endIO(512..<513)
+        async let waited: Void = { map.beginIO(511..<512) }()
+        try await Task.sleep(for: .milliseconds(20))
+        raw.store8(locks + 4, 0)
+        await waited
+        #expect(raw.load16(locks) == 1)
     }
 
     /// A journal that says nonsense (a bug, a bad disk, another version) claims nothing.
@@ -115,7 +149,7 @@ import Testing
         }
         #expect(try !refuses(0) { _ in })
         #expect(try refuses(0) { $0.store8(0, 0) })
-        #expect(try refuses(0) { $0.store32(8, 2) })
+        #expect(try refuses(0) { $0.store32(8, 1) })
         #expect(try refuses(0) { $0.store64(16, 513) })
         for size in [UInt64(0), 8, 4095] {
             let file = try Memfd(name: "short", byteCount: size).takeDescriptor()

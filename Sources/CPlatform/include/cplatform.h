@@ -44,6 +44,7 @@ CP_ATOMIC(16)
 CP_ATOMIC(32)
 CP_ATOMIC(64)
 static inline void cp_or_u8(void *p, uint8_t bits) { __atomic_fetch_or((uint8_t *)p, bits, __ATOMIC_SEQ_CST); }
+static inline uint16_t cp_fetch_add_u16(void *p, uint16_t n) { return __atomic_fetch_add((uint16_t *)p, n, __ATOMIC_SEQ_CST); }
 static inline void cp_add_u64(void *p, uint64_t n) { __atomic_fetch_add((uint64_t *)p, n, __ATOMIC_RELAXED); }
 /* Looks at 64 * blocks bytes (at most 4096), which others may change meanwhile, so it is a hint. Returns how many of them
  * are 0xff; bit i of *others says that block i holds a byte that is neither 0 nor 0xff. Compiled C: this loop is what an

@@ -6,10 +6,11 @@
  * targets import it as CQuireLayout, and both assert the same sizes and offsets at the end of this file. Multi-byte
  * fields are little-endian; Quire supports x86-64 guests and hosts only, so no field is ever swapped.
  *
- * There are three parts:
+ * There are four parts:
  *   1. the control disk, by which a guest registers (guest <-> backend, carried by virtio-blk);
  *   2. the state table in guest memory (guest <-> whoever claims: the backend, or the agent in QEMU);
- *   3. the page map and the status page (backend <-> supervisor, agent and command line; never seen by a guest).
+ *   3. the page map and the status page (backend <-> supervisor, agent and command line; never seen by a guest);
+ *   4. the agent's protocol (backend <-> libquire-agent.so in QEMU).
  */
 #ifndef QUIRE_LAYOUT_H
 #define QUIRE_LAYOUT_H
@@ -19,6 +20,7 @@
 #include <linux/build_bug.h>
 #include <linux/stddef.h>
 typedef u8  quire_u8;
+typedef u16 quire_u16;
 typedef u32 quire_u32;
 typedef u64 quire_u64;
 #define QUIRE_ASSERT(what) static_assert(what)
@@ -26,6 +28,7 @@ typedef u64 quire_u64;
 #include <stddef.h>
 #include <stdint.h>
 typedef uint8_t  quire_u8;
+typedef uint16_t quire_u16;
 typedef uint32_t quire_u32;
 typedef uint64_t quire_u64;
 #define QUIRE_ASSERT(what) _Static_assert(what, #what)
@@ -152,20 +155,50 @@ struct quire_table_header {
 
 /* ---------------------------------------------------------------------------------------------------------------
  * 3a. The page map: a memfd that outlives the backend (its supervisor holds it). A header page, then one 64-bit entry
- *     a gfn: bits 0..7 the state, bits 8..63 its argument (the slot of a shared page; 0 otherwise).
+ *     a gfn, then one range lock for each QUIRE_LOCK_PAGES gfns.
  *
- *     What survives a crash of the backend is all here: which table was registered, under which nonce, and which
- *     claims were open.
+ *     What survives a crash of the backend is all here: which table was registered, under which nonce, which claims were
+ *     open, and where the bytes of every guest page are.
+ *
+ *     An entry: bits 0..7 the state, bits 8..47 the slot, bits 48..55 the store. Slot and store are 0 but for SHARED.
+ *     The backend moves entries between PRIVATE and HOLE; every other move is the agent's, which makes it while it holds
+ *     the range lock, after the mapping in QEMU has changed and before a guest can write through the new one. So whoever
+ *     holds the range lock for I/O finds the bytes where the entry says they are.
  * ------------------------------------------------------------------------------------------------------------- */
 
 #define QUIRE_MAP_MAGIC   "QUIREMAP"
-#define QUIRE_MAP_VERSION 1u
+#define QUIRE_MAP_VERSION 2u
 #define QUIRE_MAP_WORKERS 16u
 #define QUIRE_CLAIM_MAX_PAGES 64u
 
 enum quire_map_state {
 	QUIRE_MAP_PRIVATE = 0,       /* the memfd's page, if it has one */
 	QUIRE_MAP_HOLE = 1,          /* recycled: the memfd had no page here when it was last looked at */
+	QUIRE_MAP_ZERO = 2,          /* mapped to zeros in QEMU, or diverged from them; the memfd says nothing */
+	QUIRE_MAP_SHARED = 3,        /* mapped to the slot in QEMU, or diverged from it; the memfd says nothing */
+};
+
+#define QUIRE_MAP_SLOT_SHIFT  8u
+#define QUIRE_MAP_SLOT_BITS   40u
+#define QUIRE_MAP_STORE_SHIFT 48u
+
+/*
+ * The range lock: whoever has I/O in flight on guest pages (a virtqueue's buffers; a system call of QEMU that may pin
+ * pages) keeps windows of the agent off them, and the agent keeps I/O out of a window.
+ *
+ *   I/O    adds 1 to its counter, then looks at `busy`; if that is set, subtracts 1 again, waits, and starts over
+ *   agent  sets `busy`, then looks at both counters; if one isn't 0 it clears `busy` and gives up
+ *
+ * All of it sequentially consistent, so that one of the two sees the other (Dekker). The agent never waits, so an I/O may
+ * hold one lock while it waits for another. When the backend's socket closes, the agent sets every backend_io to 0.
+ */
+#define QUIRE_LOCK_PAGES 512u
+
+struct quire_lock {
+	quire_u16 backend_io;        /* 0 I/O in flight, in the backend */
+	quire_u16 agent_io;          /* 2 the same in QEMU */
+	quire_u8  busy;              /* 4 a window is open on pages of this range */
+	quire_u8  reserved[3];       /* 5 */
 };
 
 /* A claim in the journal: written before the first state byte becomes CLAIMED, cleared (page_count = 0) after the
@@ -181,14 +214,16 @@ struct quire_map_header {
 	quire_u8  magic[8];          /*    0 QUIRE_MAP_MAGIC */
 	quire_u32 version;           /*    8 QUIRE_MAP_VERSION */
 	quire_u32 header_bytes;      /*   12 4096 */
-	quire_u64 page_count;        /*   16 entries that follow the header */
+	quire_u64 page_count;        /*   16 entries that follow the header, a multiple of QUIRE_LOCK_PAGES */
 	quire_u64 nonce;             /*   24 in-flight nonce under which header_gpa was registered; 0: nothing registered */
 	quire_u64 header_gpa;        /*   32 the registered table */
 	quire_u64 recycled_total;    /*   40 pages recycled in this VM's life */
 	/* The backend's life, here and not in the status page: this is memory, and never waits for a disk. */
 	quire_u64 heartbeat;         /*   48 counts up every 100 ms while nothing in the backend is stuck; 0: not ready */
 	quire_u32 backend_pid;       /*   56 whose heartbeat it is */
-	quire_u8  reserved[964];     /*   60 */
+	quire_u32 reserved0;         /*   60 */
+	quire_u64 locks_offset;      /*   64 bytes from the start of the file to the first struct quire_lock */
+	quire_u8  reserved[952];     /*   72 */
 	struct quire_claim journal[QUIRE_MAP_WORKERS]; /* 1024 */
 	quire_u8  reserved2[2048];   /* 2048 */
 };
@@ -232,6 +267,168 @@ struct quire_status {
 	quire_u8  reserved[3584];    /* 512 */
 };
 
+/* ---------------------------------------------------------------------------------------------------------------
+ * 4. The agent's protocol: a SOCK_SEQPACKET Unix socket. The backend listens on it, the agent connects to the path in
+ *    QUIRE_AGENT_SOCKET and again whenever the connection has ended. Each message is one packet and begins with its head.
+ *
+ *    agent -> backend  hello    with descriptors: /proc/self/pagemap, /proc/self/mem
+ *    backend -> agent  attach   with descriptors: page map, `file_count` RAM files, `store_count` stores and, with
+ *                               QUIRE_AGENT_HAS_USERFAULTFD, /dev/userfaultfd. Once a connection, and again whenever the
+ *                               regions change; a region that is missing in a later attach is no longer touched
+ *    agent -> backend  ready    whether it took them, and why not
+ *    backend -> agent  stores   with descriptors: stores that follow those the agent has
+ *    backend -> agent  command  answered by exactly one result, in order
+ *    agent -> backend  result
+ *    agent -> backend  gate     after ready, and whenever the pin gate or its reason changes
+ *
+ *    A message that breaks these rules ends the connection. Whatever happens to it, QEMU and its guest run on.
+ * ------------------------------------------------------------------------------------------------------------- */
+
+#define QUIRE_AGENT_MAGIC       "QUIREAGT"
+#define QUIRE_AGENT_VERSION     1u
+#define QUIRE_AGENT_MAX_REGIONS 64u
+#define QUIRE_AGENT_MAX_FILES   64u
+#define QUIRE_AGENT_MAX_STORES  8u
+#define QUIRE_AGENT_MAX_RUNS    64u
+#define QUIRE_AGENT_MAX_PAGES   32768u /* in one run of a command */
+#define QUIRE_AGENT_MAX_PEERS   8u
+
+enum quire_agent_type {
+	QUIRE_AGENT_HELLO = 1,
+	QUIRE_AGENT_ATTACH = 2,
+	QUIRE_AGENT_READY = 3,
+	QUIRE_AGENT_STORES = 4,
+	QUIRE_AGENT_COMMAND = 5,
+	QUIRE_AGENT_RESULT = 6,
+	QUIRE_AGENT_GATE = 7,
+};
+
+struct quire_agent_head {
+	quire_u32 type;              /*  0 enum quire_agent_type */
+	quire_u32 bytes;             /*  4 of the message, this head included */
+};
+
+/* What the agent found by trying it, not by a version number. */
+enum quire_agent_capability {
+	QUIRE_AGENT_CAN_USERFAULTFD = 1,   /* it can open one without help */
+	QUIRE_AGENT_CAN_MERGE = 2,         /* MINOR and MISSING on shared memory, write-protect of what is not there yet */
+	QUIRE_AGENT_CAN_WP_ASYNC = 4,      /* asynchronous write-protect: dirty tracking */
+	QUIRE_AGENT_CAN_PAGEMAP_SCAN = 8,
+};
+
+struct quire_agent_hello {
+	struct quire_agent_head head;
+	quire_u8  magic[8];          /*  8 QUIRE_AGENT_MAGIC */
+	quire_u32 version;           /* 16 QUIRE_AGENT_VERSION */
+	quire_u32 pid;               /* 20 as QEMU sees it */
+	quire_u64 capabilities;      /* 24 enum quire_agent_capability; without CAN_USERFAULTFD the others are unknown: 0 */
+	quire_u64 mapping_limit;     /* 32 vm.max_map_count */
+};
+
+enum quire_agent_attach_flag { QUIRE_AGENT_HAS_USERFAULTFD = 1 };
+
+struct quire_agent_region {
+	quire_u64 gfn;
+	quire_u64 page_count;
+	quire_u64 file;              /* index of its RAM file among those passed */
+	quire_u64 file_offset;       /* bytes */
+};
+
+struct quire_agent_attach {
+	struct quire_agent_head head;
+	quire_u32 version;           /*  8 QUIRE_AGENT_VERSION */
+	quire_u32 flags;             /* 12 enum quire_agent_attach_flag */
+	quire_u32 file_count;        /* 16 at most QUIRE_AGENT_MAX_FILES */
+	quire_u32 store_count;       /* 20 at most QUIRE_AGENT_MAX_STORES */
+	quire_u32 region_count;      /* 24 at most QUIRE_AGENT_MAX_REGIONS; the message ends after the last region */
+	quire_u32 peer_count;        /* 28 at most QUIRE_AGENT_MAX_PEERS */
+	/* Processes that QEMU may pass guest RAM to: ours, as SO_PEERCRED names them. The socket's own peer is one anyway. */
+	quire_u32 peers[QUIRE_AGENT_MAX_PEERS]; /* 32 */
+	struct quire_agent_region regions[QUIRE_AGENT_MAX_REGIONS]; /* 64 */
+};
+
+enum quire_agent_status {
+	QUIRE_AGENT_OK = 0,
+	QUIRE_AGENT_WRONG_VERSION = 1,
+	QUIRE_AGENT_NO_USERFAULTFD = 2,  /* the kernel doesn't give us one */
+	QUIRE_AGENT_OLD_KERNEL = 3,      /* it gives one that can't do what windows need */
+	QUIRE_AGENT_NOT_MAPPED = 4,      /* a region isn't QEMU's memory, or not in the way that we need */
+	QUIRE_AGENT_OTHER_MAP = 5,       /* not the page map that QEMU's mappings were described in so far */
+	QUIRE_AGENT_REFUSED = 6,         /* anything else: the text says what */
+};
+
+struct quire_agent_ready {
+	struct quire_agent_head head;
+	quire_u32 status;            /*   8 enum quire_agent_status; unless OK nothing was taken */
+	quire_u32 region_count;      /*  12 */
+	quire_u8  text[256];         /*  16 one line for a person, zero-padded */
+	quire_u64 addresses[QUIRE_AGENT_MAX_REGIONS]; /* 272 of each region in QEMU */
+};
+
+struct quire_agent_stores {
+	struct quire_agent_head head;
+	quire_u32 store_count;       /*  8 that come with this message */
+	quire_u32 reserved;          /* 12 0 */
+};
+
+enum quire_agent_operation {
+	QUIRE_AGENT_MERGE = 1,       /* equal to slot, slot+1, ...: map those */
+	QUIRE_AGENT_ZERO = 2,        /* zeros: map zeros */
+	QUIRE_AGENT_FOLD = 3,        /* bring every merged page back into the memfd */
+	QUIRE_AGENT_FOLD_DIVERGED = 4, /* those that the guest has written since */
+	QUIRE_AGENT_RESET = 5,       /* the guest has freed them: map the memfd again, whatever it holds */
+};
+
+struct quire_agent_run {
+	quire_u64 gfn;
+	quire_u64 slot;              /* MERGE only, else 0 */
+	quire_u32 page_count;        /* 1 .. QUIRE_AGENT_MAX_PAGES */
+	quire_u32 store;             /* MERGE only, else 0 */
+};
+
+struct quire_agent_command {
+	struct quire_agent_head head;
+	quire_u64 id;                /*  8 comes back in the result */
+	quire_u32 operation;         /* 16 enum quire_agent_operation */
+	quire_u32 run_count;         /* 20 the message ends after the last run */
+	struct quire_agent_run runs[QUIRE_AGENT_MAX_RUNS]; /* 24 */
+};
+
+/* A run is done in windows from its first page on, until it is done or a window is refused. */
+enum quire_agent_reason {
+	QUIRE_AGENT_DONE = 0,
+	QUIRE_AGENT_DIFFERS = 1,     /* detail: the first page that differs, counted from the run's first */
+	QUIRE_AGENT_BUSY = 2,        /* I/O in flight: try again */
+	QUIRE_AGENT_BUDGET = 3,      /* no mappings left to spend */
+	QUIRE_AGENT_GATE_CLOSED = 4, /* the pin gate */
+	QUIRE_AGENT_STATE = 5,       /* a page isn't PRIVATE; detail: as for DIFFERS */
+	QUIRE_AGENT_FAILED = 6,      /* a system call; detail: its errno */
+	QUIRE_AGENT_INVALID = 7,     /* no such pages, store, slot or operation */
+};
+
+struct quire_agent_outcome {
+	quire_u32 done;              /* pages, from the run's first on */
+	quire_u32 reason;            /* enum quire_agent_reason */
+	quire_u32 detail;
+};
+
+struct quire_agent_result {
+	struct quire_agent_head head;
+	quire_u64 id;                /*  8 */
+	quire_u64 mappings;          /* 16 VMAs of QEMU, as far as the agent knows */
+	quire_u64 mapping_limit;     /* 24 above which it does not merge */
+	quire_u32 run_count;         /* 32 */
+	quire_u32 gate_closed;       /* 36 */
+	struct quire_agent_outcome outcomes[QUIRE_AGENT_MAX_RUNS]; /* 40 */
+};
+
+struct quire_agent_gate {
+	struct quire_agent_head head;
+	quire_u32 closed;            /*  8 1: nothing is merged or folded */
+	quire_u32 reserved;          /* 12 0 */
+	quire_u8  text[256];         /* 16 why, one line for a person, zero-padded */
+};
+
 QUIRE_ASSERT(sizeof(struct quire_ctl_identity) == 104);
 QUIRE_ASSERT(sizeof(struct quire_ctl_request) == 88);
 QUIRE_ASSERT(sizeof(struct quire_ctl_status) == 288);
@@ -242,8 +439,24 @@ QUIRE_ASSERT(offsetof(struct quire_table_header, waits) == 256);
 QUIRE_ASSERT(sizeof(struct quire_claim) == 64);
 QUIRE_ASSERT(sizeof(struct quire_map_header) == QUIRE_PAGE_BYTES);
 QUIRE_ASSERT(offsetof(struct quire_map_header, heartbeat) == 48);
+QUIRE_ASSERT(offsetof(struct quire_map_header, locks_offset) == 64);
 QUIRE_ASSERT(offsetof(struct quire_map_header, journal) == 1024);
+QUIRE_ASSERT(sizeof(struct quire_lock) == 8);
+QUIRE_ASSERT(offsetof(struct quire_lock, agent_io) == 2);
+QUIRE_ASSERT(offsetof(struct quire_lock, busy) == 4);
+QUIRE_ASSERT(QUIRE_MAP_SLOT_SHIFT + QUIRE_MAP_SLOT_BITS == QUIRE_MAP_STORE_SHIFT);
 QUIRE_ASSERT(sizeof(struct quire_status) == QUIRE_PAGE_BYTES);
 QUIRE_ASSERT(offsetof(struct quire_status, reason) == 128);
+QUIRE_ASSERT(sizeof(struct quire_agent_hello) == 40);
+QUIRE_ASSERT(offsetof(struct quire_agent_attach, peers) == 32);
+QUIRE_ASSERT(offsetof(struct quire_agent_attach, regions) == 64);
+QUIRE_ASSERT(sizeof(struct quire_agent_region) == 32);
+QUIRE_ASSERT(offsetof(struct quire_agent_ready, addresses) == 272);
+QUIRE_ASSERT(sizeof(struct quire_agent_stores) == 16);
+QUIRE_ASSERT(sizeof(struct quire_agent_run) == 24);
+QUIRE_ASSERT(offsetof(struct quire_agent_command, runs) == 24);
+QUIRE_ASSERT(sizeof(struct quire_agent_outcome) == 12);
+QUIRE_ASSERT(offsetof(struct quire_agent_result, outcomes) == 40);
+QUIRE_ASSERT(sizeof(struct quire_agent_gate) == 272);
 
 #endif
