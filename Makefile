@@ -5,7 +5,7 @@
 #   make test            everything that CI runs
 #   make soak            the same tests for longer (FACTOR=20)
 #   make bench-recycle   the recycle engine and the guest module against their bars (BENCH=--quick: a shorter run)
-#   make build           the programs, in .build/release
+#   make build           the programs, in .build/release; the agent, in build/agent
 #   make guest           what test guests boot, in build/guest
 #   make install         into DESTDIR/PREFIX
 #   make clean
@@ -17,11 +17,21 @@ DESTDIR ?=
 BUILD := $(SWIFT) build -c release
 BIN := .build/release
 
-.PHONY: build guest assets prerequisites demo test tests soak bench-recycle install clean
+# In QEMU there is no Swift runtime, so this is linked by hand. -z now: the agent's windows must not meet the dynamic linker.
+AGENT := build/agent/libquire-agent.so
+AGENT_CFLAGS := -O2 -g -Wall -Wextra -fPIC -fvisibility=hidden -ISources/QuireAgent/include -ISources/CQuireLayout/include
 
-build: prerequisites
+.PHONY: build agent guest assets prerequisites demo test tests soak bench-recycle install clean
+
+build: prerequisites agent
 	$(BUILD) --product quire
 	$(BUILD) --product quire-backend
+
+agent: $(AGENT)
+
+$(AGENT): $(wildcard Sources/QuireAgent/*.[ch] Sources/QuireAgent/include/*.h Sources/CQuireLayout/include/*.h)
+	@mkdir -p $(@D)
+	$(CC) $(AGENT_CFLAGS) -shared -Wl,-z,now -Wl,-z,defs -o $@ $(filter %.c,$^) -lpthread -ldl
 
 prerequisites:
 	@scripts/prerequisites
@@ -40,7 +50,7 @@ test: prerequisites
 	@$(MAKE) --no-print-directory -j2 guest tests
 	@SWIFT=$(SWIFT) scripts/test
 
-tests: prerequisites
+tests: prerequisites agent
 	$(BUILD) --build-tests
 
 soak: export QUIRE_TEST_FACTOR := $(or $(FACTOR),20)
@@ -51,8 +61,9 @@ bench-recycle: build guest
 	@$(BIN)/quire-bench recycle --guests build/guest $(BENCH)
 
 install: build
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/qemu/vhost-user
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/quire $(DESTDIR)$(PREFIX)/share/qemu/vhost-user
 	install -m 755 $(BIN)/quire $(BIN)/quire-backend $(DESTDIR)$(PREFIX)/bin/
+	install -m 755 $(AGENT) $(DESTDIR)$(PREFIX)/lib/quire/
 	sed 's,@PREFIX@,$(PREFIX),' qemu-config/50-quire.json > $(DESTDIR)$(PREFIX)/share/qemu/vhost-user/50-quire.json
 
 clean:

@@ -23,6 +23,10 @@ let package = Package(
     targets: [
         .target(name: "CQuireLayout"),
         .target(name: "CPlatform"),
+        // The agent in QEMU. Nothing links it but the tests' stand-in for QEMU: its interposers take effect in whatever has
+        // them. libquire-agent.so is linked by the Makefile, without the Swift runtime.
+        .target(name: "QuireAgent", dependencies: ["CQuireLayout"], linkerSettings: [.linkedLibrary("dl")]),
+        .executableTarget(name: "agent-standin", dependencies: ["QuireAgent"], path: "Tests/StandIn"),
         .target(name: "Platform", dependencies: ["CPlatform"], swiftSettings: settings),
         .target(name: "GuestMemory", dependencies: ["Platform"], swiftSettings: settings),
         .target(
@@ -78,6 +82,9 @@ let package = Package(
         .testTarget(
             name: "EnginesTests", dependencies: ["CPlatform", "CQuireLayout", "Platform", "GuestMemory", "Engines"],
             swiftSettings: settings),
+        // The stand-in must be built, but not linked: a dependency would do both.
+        .testTarget(
+            name: "AgentTests", dependencies: ["CPlatform", "CQuireLayout", "Platform", "GuestMemory", "Engines", "Host"]),
         // Real guests: what `make guest` prepares has to be there.
         .testTarget(
             name: "IntegrationTests",

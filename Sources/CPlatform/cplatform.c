@@ -84,11 +84,11 @@ static int unix_address(const char *path, struct sockaddr_un *address)
 	return 0;
 }
 
-int cp_unix_listen(const char *path, int backlog)
+int cp_unix_listen(const char *path, int backlog, bool packets)
 {
 	struct sockaddr_un address;
 	if (unix_address(path, &address) < 0) return -1;
-	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	int fd = socket(AF_UNIX, (packets ? SOCK_SEQPACKET : SOCK_STREAM) | SOCK_CLOEXEC, 0);
 	if (fd < 0) return -1;
 	if (bind(fd, (struct sockaddr *)&address, sizeof address) < 0 || listen(fd, backlog) < 0) {
 		int e = errno;

@@ -1,6 +1,6 @@
 import CPlatform
 
-/// A connected Unix stream socket that carries descriptors.
+/// A connected Unix socket that carries descriptors: a stream, or packets.
 public struct UnixSocket: ~Copyable, Sendable {
     public let descriptor: Descriptor
 
@@ -14,8 +14,10 @@ public struct UnixSocket: ~Copyable, Sendable {
 
     /// Binds and listens. A socket that a dead process left behind is replaced; a live one, or any other kind of file, is
     /// an error.
-    public static func listen(at path: String, backlog: Int32 = 8) throws(QuireError) -> UnixSocket {
-        let raw = unsafe cp_unix_listen(path, backlog)
+    public static func listen(
+        at path: String, backlog: Int32 = 8, packets: Bool = false
+    ) throws(QuireError) -> UnixSocket {
+        let raw = unsafe cp_unix_listen(path, backlog, packets)
         if raw >= 0 { return UnixSocket(adopting: Descriptor(owning: raw)) }
         let code = cp_errno()
         switch code {
@@ -29,7 +31,7 @@ public struct UnixSocket: ~Copyable, Sendable {
                 throw QuireError(.busy, "\(path) is in use by a running process: stop it or choose another path")
             }
             unsafe unlink(path)
-            let second = unsafe cp_unix_listen(path, backlog)
+            let second = unsafe cp_unix_listen(path, backlog, packets)
             guard second >= 0 else { throw .system("cannot listen on \(path)") }
             return UnixSocket(adopting: Descriptor(owning: second))
         case ENOENT:
@@ -83,6 +85,24 @@ public struct UnixSocket: ~Copyable, Sendable {
             done += n
         }
         return bytes
+    }
+
+    /// Reads one packet of at most `limit` bytes. Nil at the end of the connection.
+    public borrowing func receivePacket(
+        limit: Int, maxDescriptors: Int, into descriptors: inout PassedDescriptors
+    ) throws(QuireError) -> [UInt8]? {
+        var bytes = [UInt8](repeating: 0, count: limit)
+        var raw = [Int32](repeating: -1, count: 64)
+        var got: Int32 = 0
+        var truncated = false
+        let n = unsafe bytes.withUnsafeMutableBytes { buffer in
+            unsafe cp_recv_with_fds(
+                descriptor.raw, buffer.baseAddress!, limit, &raw, Int32(maxDescriptors), &got, &truncated)
+        }
+        guard n >= 0 else { throw .system("cannot read from the socket") }
+        descriptors.append(raw.prefix(Int(got)))
+        if truncated { throw QuireError(.invalid, "the peer passed more than \(maxDescriptors) descriptors") }
+        return n == 0 ? nil : Array(bytes.prefix(n))
     }
 
     /// Descriptors that came with a message, in order. What nobody takes is closed.

@@ -309,7 +309,7 @@ static int finish(void)
 
 /* ---- descriptors */
 
-static int pass(int fd)
+static int pass(int socket, int fd)
 {
 	union {
 		struct cmsghdr header;
@@ -318,7 +318,7 @@ static int pass(int fd)
 	struct iovec part = { "x", 1 };
 	struct msghdr m = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control };
 	memcpy(CMSG_DATA(&control.header), &fd, sizeof fd);
-	return (int)sendmsg(5, &m, 0);
+	return (int)sendmsg(socket, &m, 0);
 }
 
 static int receive(void)
@@ -333,6 +333,18 @@ static int receive(void)
 	struct msghdr m = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control };
 	if (recvmsg(5, &m, 0) > 0 && m.msg_controllen) memcpy(&fd, CMSG_DATA(&control.header), sizeof fd);
 	return fd;
+}
+
+/* All the mappings that there are: every other page of a reservation, until it fails. */
+static int spend_mappings(void)
+{
+	char *room = mmap(NULL, 1ul << 30, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	int count = 0;
+	if (room == MAP_FAILED) return -errno;
+	while (count < 100000 && mprotect(room + (2 * count + 1) * PAGE, PAGE, PROT_READ) == 0) count++;
+	/* Splitting needs two, so one may be left. */
+	mmap(NULL, PAGE, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	return count;
 }
 
 static int failing(long result) { return result < 0 ? -errno : (int)result; }
@@ -351,9 +363,9 @@ static int obey(const char *line)
 	if (IS("paused")) { for (int i = 0; !paused && i < 5000; i++) nap(1000); return paused; }
 	if (IS("go")) { paused = 0; return 0; }
 	if (IS("delay")) { delay = a; return 0; }
-	if (IS("fill")) { fill(guest + a * (long)PAGE, (int)b); shared->value[a] = (uint8_t)b; return 0; }
+	if (IS("fill")) { fill(guest + a * (long)PAGE, (int)b); return 0; }
 	if (IS("is")) return is(guest + a * (long)PAGE, (int)b);
-	if (IS("byte")) return (unsigned char)guest[a];
+	if (IS("byte")) return (unsigned char)guest[a * (long)PAGE];
 	if (IS("punch")) return failing(fallocate(3, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, a, b));
 	if (IS("dontneed")) return failing(madvise(guest + a, (size_t)b, MADV_DONTNEED));
 	if (IS("remove")) return failing(madvise(guest + a, (size_t)b, MADV_REMOVE));
@@ -362,7 +374,12 @@ static int obey(const char *line)
 	if (IS("open")) return failing(open(text, O_RDONLY));
 	if (IS("close")) return failing(close((int)a));
 	if (IS("setfl")) return failing(fcntl((int)a, F_SETFL, b ? O_DIRECT : 0));
-	if (IS("pass")) return failing(pass(3));
+	if (IS("pass")) return failing(pass(5, 3));
+	if (IS("pass_away")) {
+		int ends[2]; /* to this process itself: not the backend */
+		return socketpair(AF_UNIX, SOCK_STREAM, 0, ends) ? -errno : failing(pass(ends[0], 3));
+	}
+	if (IS("spend")) return spend_mappings();
 	if (IS("receive")) return receive();
 	/* Their arguments are nonsense: what counts is that they were tried. */
 	if (IS("io_submit")) { syscall(SYS_io_submit, 0, 0, 0); return 0; }

@@ -100,7 +100,8 @@ static inline uint64_t cp_clock_ns(clockid_t clock)
 ssize_t cp_recv_with_fds(int socket, void *buffer, size_t length, int *fds, int max_fds, int *fd_count, bool *truncated);
 /* sendmsg with descriptors, MSG_NOSIGNAL. */
 ssize_t cp_send_with_fds(int socket, const void *buffer, size_t length, const int *fds, int fd_count);
-int cp_unix_listen(const char *path, int backlog);  /* -1 with errno; ENAMETOOLONG if the path does not fit */
+/* A stream, or packets whose ends are kept. -1 with errno; ENAMETOOLONG if the path does not fit. */
+int cp_unix_listen(const char *path, int backlog, bool packets);
 int cp_unix_connect(const char *path);
 
 #endif

@@ -1,0 +1,70 @@
+import CQuireLayout
+import Engines
+import Glibc
+import Platform
+import Testing
+
+/// Mappings: what merging spends, when it stops, and that taking it back needs none.
+@Suite(.serialized) struct BudgetTests {
+    /// A merged run in the middle of others, QEMU at vm.max_map_count: every page can still be brought back.
+    @Test func takingBackAtTheLimit() throws {
+        let limit = try #require(Int(Files.read("/proc/sys/vm/max_map_count").split(separator: "\n")[0]))
+        try #require(limit <= 1 << 17)
+        let pages = 1 << 17
+        let rig = try Rig(pages: pages, ramPages: pages)
+        try rig.begin()
+        // Runs of eight with a page between, until the budget says no. Holes are zeros.
+        for page in 0..<8 { _ = try rig.tell("fill \(page) 5") }
+        #expect(try rig.run(.merge, 0, 8, value: 5).done == 8)
+        var page = 16, refused = false
+        while !refused, page + 64 * 2 < pages {
+            let runs = (0..<64).map { Run(gfn: rig.gfn(page + 2 * $0)) }
+            let outcomes = try rig.connection.run(.zero, runs)
+            refused = outcomes.contains { $0.reason == .budget }
+            #expect(outcomes.allSatisfy { $0.reason == .done || $0.reason == .budget })
+            page += 128
+        }
+        #expect(refused)
+        let used = try mappings(of: rig.pid)
+        #expect(used <= Int(rig.connection.mappingLimit) && used > Int(rig.connection.mappingLimit) * 9 / 10)
+        #expect(Int(rig.connection.mappingLimit) <= limit * 7 / 8 + 1)
+        // QEMU takes all the rest.
+        _ = try rig.tell("spend")
+        #expect(try mappings(of: rig.pid) >= limit - 2)
+        _ = try rig.tell("fill 3 1")
+        #expect(try rig.run(.foldDiverged, 0, 8).reason == .done)
+        #expect((0..<8).allSatisfy { rig.map.state(of: rig.gfn($0)) == .private })
+        #expect(try rig.tell("is 3 1") == 1 && rig.tell("is 4 5") == 1 && rig.tell("is 0 5") == 1)
+        // Each of these joins with its neighbours, and so gives mappings back.
+        #expect(try rig.run(.fold, 16, 2).reason == .done)
+        #expect(try rig.run(.reset, 18, 1000).reason == .done)
+        #expect(try rig.run(.fold, 1018, 20_000).reason == .done)
+        #expect(try mappings(of: rig.pid) < limit - 10_000)
+        #expect(try rig.tell("is 16 0") == 1 && rig.tell("is 30000 0") == 1)
+    }
+
+    /// A million pages: neighbours join, when they are merged and when they come back.
+    @Test func neighboursJoin() throws {
+        let pages = 1 << 20
+        let rig = try Rig(pages: pages, ramPages: pages)
+        try rig.begin()
+        let before = try mappings(of: rig.pid)
+        func all(_ operation: Operation) throws {
+            for start in stride(from: 0, to: pages, by: 1 << 18) {
+                let runs = (0..<8).map { Run(gfn: rig.gfn(start + $0 << 15), pages: 1 << 15) }
+                #expect(try rig.connection.run(operation, runs).allSatisfy { $0.reason == .done })
+            }
+        }
+        try all(.zero)
+        #expect(try mappings(of: rig.pid) <= before + 2)
+        // Every other one of 2,048 runs comes back, then the rest.
+        for start in stride(from: 0, to: pages, by: 1 << 16) {
+            let runs = (0..<64).map { Run(gfn: rig.gfn(start + $0 << 10), pages: 512) }
+            #expect(try rig.connection.run(.reset, runs).allSatisfy { $0.reason == .done })
+        }
+        #expect(try mappings(of: rig.pid) <= before + 2 * 1024 + 2)
+        try all(.reset)
+        #expect(try mappings(of: rig.pid) <= before + 2)
+        #expect((0..<pages).allSatisfy { rig.map.state(of: rig.gfn($0)) == .private })
+    }
+}
