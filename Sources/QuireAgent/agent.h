@@ -90,6 +90,7 @@ const struct ram *ram_of_gfns(uint64_t gfn, uint64_t pages);
 const struct ram *ram_of_addresses(const struct ram_table *, uintptr_t address, size_t bytes, uint64_t *gfn,
 				   uint64_t *pages);
 bool ram_is_file(uint64_t device, uint64_t inode);
+bool ram_is_sealed(int fd);    /* against shrinking: a mapping of it never raises SIGBUS */
 void ram_unmapped(uintptr_t address, size_t bytes); /* with the window lock */
 size_t ram_count_mappings(void);
 
@@ -149,6 +150,8 @@ uint64_t budget_limit(void);
 uint64_t budget_mappings(void);
 void budget_recount(void);
 uint64_t budget_maximum(void); /* vm.max_map_count */
+void budget_keep_ballast(void);
+bool budget_drop_ballast(void); /* true: there are some mappings to be had now. Any thread */
 
 /* ---- gate.c */
 enum gate_reason {

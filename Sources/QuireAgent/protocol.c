@@ -122,7 +122,7 @@ static bool add_store(int fd, char *text)
 	struct stat s;
 	if (store_count == QUIRE_AGENT_MAX_STORES) {
 		snprintf(text, 256, "more than %u stores", QUIRE_AGENT_MAX_STORES);
-	} else if (fstat(fd, &s) < 0 || !(fcntl(fd, F_GET_SEALS) & F_SEAL_SHRINK)) {
+	} else if (fstat(fd, &s) < 0 || !ram_is_sealed(fd)) {
 		snprintf(text, 256, "a store isn't sealed against shrinking");
 	} else {
 		stores[store_count++] = (struct store){ fd, (uint64_t)s.st_size / PAGE };

@@ -171,6 +171,12 @@ void ram_unmapped(uintptr_t address, size_t bytes)
 		if (address < files[i].end && files[i].begin < address + bytes) files[i].unmapped = true;
 }
 
+bool ram_is_sealed(int fd)
+{
+	int seals = fcntl(fd, F_GET_SEALS);
+	return seals >= 0 && seals & F_SEAL_SHRINK;
+}
+
 /* ---- regions */
 
 bool ram_place(struct ram *ram, char *text)
@@ -249,7 +255,7 @@ bool map_attach(int fd, char *text, enum quire_agent_status *status)
 		}
 		*status = QUIRE_AGENT_OTHER_MAP;
 		snprintf(text, 256, "this is not the page map that QEMU's memory is described in so far: start the VM anew");
-	} else if (!(fcntl(fd, F_GET_SEALS) & F_SEAL_SHRINK)) {
+	} else if (!ram_is_sealed(fd)) {
 		snprintf(text, 256, "the page map isn't sealed against shrinking");
 	} else {
 		void *base = mmap(NULL, (size_t)s.st_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);

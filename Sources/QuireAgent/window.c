@@ -54,7 +54,7 @@
  *
  * Mappings. A mapping that is replaced gets the flags that QEMU had given it, and so joins with its neighbours again. That
  * costs splits on the way; when vm.max_map_count forbids those, a merge is not begun, and a fold takes the whole run, from
- * where its mapping begins to where it ends, which needs none.
+ * where its mapping begins to where it ends, which needs none (and if even that is refused, the ballast: budget.c).
  */
 #include <linux/userfaultfd.h>
 #include <string.h>
@@ -211,6 +211,7 @@ static long reset(const struct ram *ram, uint64_t gfn, uint64_t pages)
 {
 	struct quire_agent_place p = place_of(ram, gfn, pages);
 	long error = map_memfd(&p, ram->file);
+	if (error == -ENOMEM && budget_drop_ballast()) error = map_memfd(&p, ram->file);
 	if (error) return error;
 	dress_memfd(&p, ram->file);
 	for (uint64_t i = 0; i < pages; i++) map_store(gfn + i, QUIRE_MAP_PRIVATE);
@@ -267,7 +268,7 @@ static struct quire_agent_outcome fold_window(const struct ram *ram, uint64_t gf
 			result.done = (uint32_t)pages;
 			return result;
 		}
-		if (error != -ENOMEM || whole) {
+		if (error != -ENOMEM || (whole && !budget_drop_ballast())) {
 			result.reason = QUIRE_AGENT_FAILED;
 			result.detail = (uint32_t)-error;
 			return result;

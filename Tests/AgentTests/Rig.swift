@@ -52,6 +52,7 @@ final class Rig {
         // On a disk: O_DIRECT means nothing elsewhere.
         folder = "/var/tmp/quire-agent-\(UInt32.random(in: 0 ... .max))"
         try Files.makeDirectory(folder, mode: 0o755)
+        chmod(folder, 0o777)
         // Some pages more, for guests that write from a page into the file.
         ram = try Memfd(name: "ram", byteCount: UInt64((ramPages ?? pages + 64) * Self.page)).takeDescriptor()
         let sharedFile = try Memfd(name: "shared", byteCount: 1 << 18).takeDescriptor()
@@ -79,8 +80,10 @@ final class Rig {
             .init(from: childInput.raw, to: 0), .init(from: childOutput.raw, to: 1), .init(from: ram.raw, to: 3),
             .init(from: sharedFile.raw, to: 4), .init(from: other.raw, to: 5),
         ]
+        // Another user may be kept out of where it was built.
+        if !prefix.isEmpty { _ = try ChildProcess.output(of: ["cp", Self.program, folder + "/standin"]) }
         child = try ChildProcess(
-            prefix + [Self.program, folder + "/agent", "pages=\(pages)", "file=\(folder)/patterns"] + options, passing)
+            prefix + [prefix.isEmpty ? Self.program : folder + "/standin", folder + "/agent", "pages=\(pages)", "file=\(folder)/patterns"] + options, passing)
     }
 
     deinit {
