@@ -72,8 +72,9 @@ static void serve(int fd)
 	connection_begin(&connection, fd);
 	struct pollfd events[2] = { { .fd = fd, .events = POLLIN }, { .fd = wakeup, .events = POLLIN } };
 	for (bool open = true; open;) {
-		/* A gate that is closed may open by itself: by a disk's removal that nobody told us of. */
-		int n = poll(events, 2, connection.attached && gate_closed() ? 1000 : -1);
+		/* A gate that is closed may open by itself: calls return, a process dies, a descriptor goes with a thread. */
+		int patience = !connection.attached || !gate_closed() ? -1 : gate_suspects(GATE_STARTING) ? 20 : 5000;
+		int n = poll(events, 2, patience);
 		if (n < 0) continue;
 		if (events[1].revents) {
 			uint64_t count;

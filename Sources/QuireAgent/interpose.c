@@ -434,6 +434,11 @@ INTERPOSE_BUFFERS(io_uring_register_buffers_update_tag,
 		  (struct io_uring *ring, unsigned at, const struct iovec *parts, const uint64_t *tags, unsigned count),
 		  (ring, at, parts, tags, count))
 
+/* libblkio, which registers guest RAM with io_uring, or maps it for a device. */
+struct blkio;
+struct blkio_mem_region;
+INTERPOSE_BUFFERS(blkio_map_mem_region, (struct blkio *b, const struct blkio_mem_region *region), (b, region))
+
 static void before_register(unsigned operation)
 {
 	/* IORING_REGISTER_BUFFERS, _BUFFERS2, _BUFFERS_UPDATE, _CLONE_BUFFERS; bit 31 says how the ring is named. */

@@ -147,6 +147,14 @@ static bool moved(const struct ram *ram)
 	return false;
 }
 
+/* Two frame numbers for one page, or two pages for one: the page map can't say that. */
+static bool overlap(const struct ram *a, const struct ram *b)
+{
+	bool frames = a->gfn < b->gfn + b->pages && b->gfn < a->gfn + a->pages;
+	bool bytes = a->address < b->address + b->pages * PAGE && b->address < a->address + a->pages * PAGE;
+	return frames || bytes;
+}
+
 static bool is_known(const struct ram_file *file)
 {
 	for (const struct ram_table *table = atomic_load(&ram_now); table; table = table->before)
@@ -175,6 +183,11 @@ static enum quire_agent_status attach_regions(const struct quire_agent_attach *a
 		}
 		*ram = (struct ram){ from->gfn, from->page_count, from->file_offset, NULL, files[from->file] };
 		if (!ram_place(ram, text)) return QUIRE_AGENT_NOT_MAPPED;
+		for (unsigned j = 0; j < i; j++)
+			if (overlap(ram, &table->regions[j])) {
+				snprintf(text, 256, "regions %u and %u overlap", j, i);
+				return QUIRE_AGENT_REFUSED;
+			}
 		if (is_known(ram->file) ? moved(ram) : map_has_merged(ram->gfn, ram->pages)) {
 			snprintf(text, 256, "the page map says that pages are merged which aren't: start the VM anew");
 			return QUIRE_AGENT_OTHER_MAP;

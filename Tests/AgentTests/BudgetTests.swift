@@ -5,7 +5,7 @@ import Platform
 import Testing
 
 /// Mappings: what merging spends, when it stops, and that taking it back needs none.
-@Suite(.serialized) struct BudgetTests {
+@Suite(.serialized, .enabled(if: Rig.mayUseUserfaultfd)) struct BudgetTests {
     /// A merged run in the middle of others, QEMU at vm.max_map_count: every page can still be brought back.
     @Test func takingBackAtTheLimit() throws {
         let limit = try #require(Int(Files.read("/proc/sys/vm/max_map_count").split(separator: "\n")[0]))

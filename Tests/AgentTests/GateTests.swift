@@ -4,7 +4,7 @@ import Platform
 import Testing
 
 /// The pin gate: closed while anything may pin guest memory that isn't under the agent's eyes, and before it can.
-@Suite(.serialized) struct GateTests {
+@Suite(.serialized, .enabled(if: Rig.mayUseUserfaultfd)) struct GateTests {
     private func rig(_ options: [String] = []) throws -> Rig {
         let rig = try Rig(options)
         try rig.begin()

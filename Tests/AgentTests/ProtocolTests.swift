@@ -4,7 +4,7 @@ import Glibc
 import Platform
 import Testing
 
-@Suite(.serialized) struct ProtocolTests {
+@Suite(.serialized, .enabled(if: Rig.mayUseUserfaultfd)) struct ProtocolTests {
     @Test func hello() throws {
         let rig = try Rig(pages: 64)
         try rig.accept()
@@ -64,6 +64,12 @@ import Testing
             Region(gfn: rig.gfn(0), pages: 1, file: 1), Region(gfn: 1 << 40, pages: 1), Region(gfn: rig.gfn(0), pages: 0),
         ] {
             #expect(try rig.attach(regions: [region]).status == QUIRE_AGENT_REFUSED.rawValue)
+        }
+        for pair in [
+            [Region(gfn: rig.gfn(0), pages: 2), Region(gfn: rig.gfn(1), pages: 2, offset: 4 * 4096)],
+            [Region(gfn: rig.gfn(0), pages: 2), Region(gfn: rig.gfn(9), pages: 2, offset: 4096)],
+        ] {
+            #expect(try rig.attach(regions: pair).status == QUIRE_AGENT_REFUSED.rawValue)
         }
         let unmapped = try Memfd(name: "other", byteCount: 1 << 20).takeDescriptor()
         let regions = [Region(gfn: rig.gfn(0), pages: 64)]

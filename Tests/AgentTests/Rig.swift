@@ -36,6 +36,9 @@ final class Rig {
     private let output: Descriptor
     var connection: Connection!
 
+    /// Nothing here works without.
+    static let mayUseUserfaultfd = geteuid() == 0 || Files.isWritable("/dev/userfaultfd")
+
     static let program: String = {
         for word in CommandLine.arguments {
             if let end = word.firstRange(of: "quirePackageTests.xctest") {

@@ -7,7 +7,10 @@ import Testing
 /// delay inside the windows: one of a microsecond hides every mistake.
 ///
 /// The controls leave a step out, or the interposer, and must fail: they show that the test would notice.
-@Suite(.serialized) struct StressTests {
+@Suite(.serialized, .enabled(if: Rig.mayUseUserfaultfd)) struct StressTests {
+    /// As for the other tests: `make soak` sets it.
+    private static let factor = ProcessCalls.environment("QUIRE_TEST_FACTOR").flatMap { Double($0) } ?? 1
+
     struct Count {
         var merged = 0, zeroed = 0, folded = 0, reset = 0, differed = 0, busy = 0
     }
@@ -78,14 +81,14 @@ import Testing
 
     @Test func noByteIsWrong() throws {
         var count = Count()
-        #expect(try stress("cfkrswm", seconds: 6, ["free=1"], count: &count) == "good")
+        #expect(try stress("cfkrswm", seconds: 6 * Self.factor, ["free=1"], count: &count) == "good")
         #expect(count.merged > 100 && count.folded > 100 && count.reset > 10 && count.zeroed > 0 && count.differed > 0)
     }
 
     /// Kept off by the range lock that the interposer holds over each call.
     @Test func directIO() throws {
         var count = Count()
-        #expect(try stress("ccdddd", seconds: 4, pages: 2048, delay: 300, count: &count) == "good")
+        #expect(try stress("ccdddd", seconds: 4 * Self.factor, pages: 2048, delay: 300, count: &count) == "good")
         #expect(count.merged > 50 && count.busy > 0)
     }
 
