@@ -19,6 +19,8 @@
  * open that began without knowing. They are taken away only by the agent's thread, which looks at every descriptor that is
  * open. A reason that is added while it looks stays: the generation says so.
  *
+ * A disk that is closed has no transfer in flight: QEMU drains it before, for the buffers are its own to give back.
+ *
  * What is seen here once and can't be seen to end stays for QEMU's life. Nested KVM can't be seen from here at all: the backend
  * knows the command line.
  */
