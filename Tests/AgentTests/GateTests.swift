@@ -62,7 +62,7 @@ import Testing
         #expect(try rig.run(.reset, 0, 8).done == 8)
         #expect(try rig.connection.gate(becomes: true)?.text.contains("fixed buffers") == true)
         rig.drop()
-        try rig.begin()
+        try rig.begin(waitForGate: false)
         #expect(try isClosed(rig))
     }
 
@@ -70,7 +70,7 @@ import Testing
         let rig = try Rig()
         _ = try rig.tell("direct \(rig.folder)/patterns")
         _ = try rig.tell("io_submit")
-        try rig.begin()
+        try rig.begin(waitForGate: false)
         #expect(try rig.connection.gate(becomes: true) != nil && isClosed(rig))
     }
 

@@ -109,11 +109,12 @@ final class Rig {
             files: [ram.raw], stores: [store.raw], userfault: userfault)
     }
 
-    /// Connects and attaches; an error if the agent refuses.
-    func begin() throws {
+    /// Connects and attaches; an error if the agent refuses. The gate stays closed until calls that began before are over.
+    func begin(waitForGate: Bool = true) throws {
         try accept()
         let ready = try attach()
         guard ready.status == QUIRE_AGENT_OK.rawValue else { throw QuireError(.invalid, ready.text) }
+        if waitForGate { _ = try connection.gate(becomes: false) }
     }
 
     /// Drops the connection, as a backend that dies does.

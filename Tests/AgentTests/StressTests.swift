@@ -114,9 +114,11 @@ import Testing
         #expect(try stress("ccckf", seconds: 10, ["leave=\(Step.wake.rawValue)", "hang=2"], count: &count) == "hang")
     }
 
+    /// It takes a thread that writes from the page to the memfd while the window is open on it.
     @Test func controlPunchBeforeWake() throws {
         var count = Count()
-        #expect(try stress("ccckww", seconds: 10, ["punch_early=1", "hang=2"], count: &count) == "hang")
+        let options = ["punch_early=1", "hang=2", "write=1"]
+        #expect(try stress("wwwwww", seconds: 20, pages: 64, delay: 300, options, count: &count) == "hang")
     }
 
     /// What a disk with cache=none would do to a guest without range lock and gate.

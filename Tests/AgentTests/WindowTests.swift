@@ -181,6 +181,7 @@ import Testing
         _ = try rig.tell("go")
         try rig.accept()
         #expect(try rig.attach().status == QUIRE_AGENT_OK.rawValue)
+        #expect(try rig.connection.gate(becomes: false) != nil)
         let merged = operation == .merge && step != .unregister
         for page in 3..<6 where operation != .reset {
             #expect(rig.map.state(of: rig.gfn(page)) == (merged ? .shared : .private))
