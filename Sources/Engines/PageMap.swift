@@ -116,7 +116,8 @@ public final class PageMap: Sendable {
         return (Int(UInt8(truncatingIfNeeded: value >> UInt64(QUIRE_MAP_STORE_SHIFT))), slot)
     }
 
-    /// Moves a page to another state that has no slot. The caller holds the page: a claim, or the only thread that looks at its table page.
+    /// Moves a page to another state that has no slot. The caller holds the page: a claim, or the only thread that looks at
+    /// its table page.
     public func setState(of gfn: GFN, to next: PageState) {
         assert(next != .shared && state(of: gfn).mayBecome(next))
         bytes.store64(entry(gfn), UInt64(next.rawValue))

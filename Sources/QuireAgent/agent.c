@@ -2,9 +2,9 @@
 /*
  * agent.c - the constructor, the thread, the connection.
  *
- * In a process that isn't QEMU, or that no socket was named to, the constructor returns and nothing else ever happens. In
- * QEMU the thread is started by the first madvise. QEMU calls it on memory that it has just allocated: by then it has
- * daemonized, if it does. Guest RAM may not be mapped yet; an attach is refused until it is, and tried again.
+ * In a process that isn't QEMU, or that no socket was named to, the constructor returns and nothing else ever happens.
+ * In QEMU the thread is started by the first madvise. QEMU calls it on memory that it has just allocated: by then it
+ * has daemonized, if it does. Guest RAM may not be mapped yet; an attach is refused until it is, and tried again.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -13,8 +13,8 @@
  *   interpose.c   the calls of QEMU that the above must know of
  *
  * One thread of ours, the agent's, does everything but what an interposer does in the calling thread. `agent_window` is
- * held over each window and over each change of what a window relies on (the gate, a region that goes); it is never waited
- * for inside a window. A thread of QEMU takes it with signals blocked, through agent_lock().
+ * held over each window and over each change of what a window relies on (the gate, a region that goes); it is never
+ * waited for inside a window. A thread of QEMU takes it with signals blocked, through agent_lock().
  */
 #ifndef AGENT_H
 #define AGENT_H
@@ -131,7 +131,7 @@ long userfault_register(int fd, void *address, size_t bytes, uint64_t modes);
 long userfault_unregister(int fd, void *address, size_t bytes);
 long userfault_wake(int fd, void *address, size_t bytes);
 long userfault_protect(int fd, void *address, size_t bytes);
-/* The pages of the range that have a copy of QEMU's own: fills at most `max` ranges, returns how many, or a negative errno. */
+/* The pages of the range that have a copy of QEMU's own: fills at most `max` ranges. How many, or a negative errno. */
 struct range { uintptr_t begin, end; };
 long userfault_diverged(void *address, size_t bytes, bool zeros, struct range *, size_t max);
 

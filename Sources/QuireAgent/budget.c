@@ -2,12 +2,14 @@
 /*
  * budget.c - mappings are what merging costs QEMU, and there are only vm.max_map_count of them.
  *
- * An eighth stays in reserve: for QEMU's own, and for the splits on the way of a fold. What was spent is estimated upwards
- * and counted (which reads all of /proc/self/maps) only when the estimate says that merging must stop, or is old.
+ * An eighth stays in reserve: for QEMU's own, and for the splits on the way of a fold. What was spent is estimated
+ * upwards and counted (which reads all of /proc/self/maps) only when the estimate says that merging must stop, or is
+ * old.
  *
- * QEMU may use up that eighth and the rest. Then not even a mapping that replaces another is to be had (mmap fails above the
- * limit before it looks at what it would replace), and merged pages could not be brought back. For that there is ballast:
- * some mappings of nothing, which the agent gives up when it needs mappings most, and takes again when there are enough.
+ * QEMU may use up that eighth and the rest. Then not even a mapping that replaces another is to be had (mmap fails
+ * above the limit before it looks at what it would replace), and merged pages could not be brought back. For that there
+ * is ballast: some mappings of nothing, which the agent gives up when it needs mappings most, and takes again when
+ * there are enough.
  */
 #define _GNU_SOURCE
 #include <stdio.h>

@@ -2,27 +2,29 @@
 /*
  * gate.c - the pin gate: may anything in QEMU pin guest memory for DMA?
  *
- * A pinned page is written by a device whatever the page tables say, so no window can stop it, and user space can't see pins.
- * It can see how they begin. While any way is open that isn't under our eyes, nothing is merged, zeroed or folded:
+ * A pinned page is written by a device whatever the page tables say, so no window can stop it, and user space can't see
+ * pins. It can see how they begin. While any way is open that isn't under our eyes, nothing is merged, zeroed or
+ * folded:
  *
- *   O_DIRECT      a file or block device that is open for it, if native AIO or transfers by io_uring were ever seen in this
- *                 process: those run on after the call that began them. Direct I/O by preadv and its like is over when the
- *                 call returns, and the interposer holds the range lock over it, so that alone leaves the gate open
+ *   O_DIRECT      a file or block device that is open for it, if native AIO or transfers by io_uring were ever seen in
+ *                 this process: those run on after the call that began them. Direct I/O by preadv and its like is over
+ *                 when the call returns, and the interposer holds the range lock over it, so that alone leaves the gate
+ *                 open
  *   devices       VFIO, iommufd, vhost-vdpa, vhost-scsi, RDMA, SCSI generic, udmabuf, SEV: open means closed
  *   SG_IO         direct, whatever the descriptor. Once seen, for good
  *   buffers       registered with io_uring: pinned until the ring goes, whatever the file. Once seen, for good
- *   peers         guest RAM was passed to a process that isn't ours: another vhost-user back end does as it likes with it.
- *                 For as long as that process lives
+ *   peers         guest RAM was passed to a process that isn't ours: another vhost-user back end does as it likes with
+ *                 it. For as long as that process lives
  *   userfault     QEMU registered guest RAM itself (postcopy, a background snapshot). Not even a reset then
  *
- * Reasons are added by the interposers, before the first transfer can begin and under the window lock, so that no window is
- * open that began without knowing. They are taken away only by the agent's thread, which looks at every descriptor that is
- * open. A reason that is added while it looks stays: the generation says so.
+ * Reasons are added by the interposers, before the first transfer can begin and under the window lock, so that no
+ * window is open that began without knowing. They are taken away only by the agent's thread, which looks at every
+ * descriptor that is open. A reason that is added while it looks stays: the generation says so.
  *
  * A disk that is closed has no transfer in flight: QEMU drains it before, for the buffers are its own to give back.
  *
- * What is seen here once and can't be seen to end stays for QEMU's life. Nested KVM can't be seen from here at all: the backend
- * knows the command line.
+ * What is seen here once and can't be seen to end stays for QEMU's life. Nested KVM can't be seen from here at all: the
+ * backend knows the command line.
  */
 #define _GNU_SOURCE
 #include <ctype.h>
@@ -70,15 +72,15 @@ void gate_text(char text[256])
 	unsigned r = atomic_load(&reasons);
 	const char *why = "";
 	if (r & GATE_USERFAULT) why = "QEMU uses userfaultfd on guest RAM (postcopy or a background snapshot)";
-	else if (r & GATE_DEVICE) why = "a device that pins guest memory is open in QEMU (VFIO, vDPA, RDMA, SCSI generic, udmabuf, SEV)";
+	else if (r & GATE_DEVICE) why = "a device that pins memory is open in QEMU (VFIO, vDPA, RDMA, SCSI generic, ...)";
 	else if (r & GATE_FIXED_BUFFERS) why = "QEMU has registered fixed buffers with io_uring";
 	else if (r & GATE_PASSTHROUGH) why = "QEMU passes SCSI commands through (SG_IO)";
 	else if (r & GATE_PEER) why = "guest RAM was passed to a process that isn't Quire's: another vhost-user back end";
 	else if (r & GATE_UNKNOWN) why = "guest RAM may have been passed to more processes than the agent keeps in mind";
 	else if (closed_by(r & (GATE_DIRECT | GATE_NATIVE_AIO)))
-		why = "QEMU has a file open with O_DIRECT and uses native AIO: use aio=threads, or another cache mode than none";
+		why = "QEMU has a file open with O_DIRECT and uses native AIO: choose aio=threads, or not cache=none";
 	else if (closed_by(r & (GATE_DIRECT | GATE_URING)))
-		why = "QEMU has a file open with O_DIRECT and uses io_uring: use aio=threads, or another cache mode than none";
+		why = "QEMU has a file open with O_DIRECT and uses io_uring: choose aio=threads, or not cache=none";
 	else if (r & GATE_STARTING) why = "I/O that began before the agent was attached is still running";
 	memset(text, 0, 256);
 	snprintf(text, 256, "%s", why);
@@ -224,7 +226,8 @@ void gate_passed(int socket, int fd)
 	sigset_t old;
 	agent_lock(&old);
 	unsigned i = 0;
-	while (i < passed_count && (passed[i].pid != new.pid || passed[i].device != new.device || passed[i].inode != new.inode))
+	while (i < passed_count
+	       && (passed[i].pid != new.pid || passed[i].device != new.device || passed[i].inode != new.inode))
 		i++;
 	if (i == PASSED_MAX) {
 		atomic_fetch_or(&reasons, GATE_UNKNOWN);

@@ -5,12 +5,12 @@
  *   may pin guest RAM          pread and its like: hold the range lock while the call runs
  *   may begin what pins        open, fcntl, ioctl, io_submit, io_uring, syscall; descriptors that arrive: the pin gate
  *   gives guest RAM away       sendmsg: the pin gate
- *   discards guest RAM         fallocate, madvise: merged pages are mapped back first, or the call would discard nothing (a
- *                              hole in a memfd that isn't mapped here), or fail
+ *   discards guest RAM         fallocate, madvise: merged pages are mapped back first, or the call would discard
+ *                              nothing (a hole in a memfd that isn't mapped here), or fail
  *   unmaps guest RAM           munmap: no window there ever again
  *
- * They do nothing where no agent is: another program, a child of QEMU that has yet to exec. They allocate nothing, and take
- * no lock but the window lock, with signals blocked, where something changes that is rare.
+ * They do nothing where no agent is: another program, a child of QEMU that has yet to exec. They allocate nothing, and
+ * take no lock but the window lock, with signals blocked, where something changes that is rare.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -40,8 +40,8 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /*
- * The functions as they were before us, each looked up once. A thread that comes before the constructor looks for itself, and
- * finds the same.
+ * The functions as they were before us, each looked up once. A thread that comes before the constructor looks for
+ * itself, and finds the same.
  */
 static inline void *find(void *_Atomic *slot, const char *name)
 {
@@ -95,9 +95,9 @@ static void add_buffer(struct held *held, uintptr_t address, size_t bytes)
 }
 
 /*
- * A call that may pin is counted in the table that it looked at, so that the agent can tell when all of those that didn't
- * know of a region are over. That is every call on guest RAM, and every one on an O_DIRECT file: its buffer may be guest RAM
- * that is attached later.
+ * A call that may pin is counted in the table that it looked at, so that the agent can tell when all of those that
+ * didn't know of a region are over. That is every call on guest RAM, and every one on an O_DIRECT file: its buffer may
+ * be guest RAM that is attached later.
  */
 static void hold(struct held *held, int fd, const struct iovec *parts, int count)
 {
@@ -336,8 +336,8 @@ EXPORT int io_submit(void *context, long count, struct iocb **blocks)
 }
 
 /*
- * liburing's ring as far as it is needed: what waits to be submitted. QEMU polls its descriptors by io_uring as well as it
- * does I/O, so not every use is one that may pin.
+ * liburing's ring as far as it is needed: what waits to be submitted. QEMU polls its descriptors by io_uring as well as
+ * it does I/O, so not every use is one that may pin.
  */
 struct io_uring {
 	unsigned *head, *tail, *mask, *entries, *flags, *dropped, *array;
@@ -494,7 +494,8 @@ EXPORT long syscall(long number, ...)
 		break;
 	}
 	long result = REAL(syscall)(number, a[0], a[1], a[2], a[3], a[4], a[5]);
-	if (number == SYS_open || number == SYS_openat || number == SYS_openat2 || number == SYS_pidfd_getfd) opened((int)result);
+	if (number == SYS_open || number == SYS_openat || number == SYS_openat2 || number == SYS_pidfd_getfd)
+		opened((int)result);
 	return result;
 }
 
@@ -562,8 +563,8 @@ EXPORT int madvise(void *address, size_t bytes, int advice)
 	int result = 0;
 	hold_range(&held, address, bytes);
 	/*
-	 * On a shared mapping DONTNEED loses no byte; on a merged page it would lose what the guest has written. There it is
-	 * left out: whoever means to discard has punched before, and then nothing is merged any more.
+	 * On a shared mapping DONTNEED loses no byte; on a merged page it would lose what the guest has written. There
+	 * it is left out: whoever means to discard has punched before, and then nothing is merged any more.
 	 */
 	if (advice == MADV_REMOVE ? bring_back(&held) : !any_merged(&held)) result = REAL(madvise)(address, bytes, advice);
 	else if (advice == MADV_REMOVE) result = -1;
@@ -580,14 +581,15 @@ static void hold_file(struct held *held, int fd, uint64_t offset, uint64_t bytes
 	const struct ram_table *table = atomic_load(&ram_now);
 	held->table = NULL;
 	held->count = 0;
-	if (!agent_is_here() || table->count == 0 || bytes == 0 || fstat(fd, &s) < 0 || !ram_is_file(s.st_dev, s.st_ino)) return;
+	if (!agent_is_here() || table->count == 0 || bytes == 0) return;
+	if (fstat(fd, &s) < 0 || !ram_is_file(s.st_dev, s.st_ino)) return;
 	held->table = (struct ram_table *)table;
 	atomic_fetch_add(&held->table->calls, 1);
 	for (unsigned i = 0; i < table->count; i++) {
 		const struct ram *ram = &table->regions[i];
 		uint64_t begin = ram->offset, end = begin + ram->pages * PAGE;
-		if (ram->file->device != s.st_dev || ram->file->inode != s.st_ino || offset >= end || begin >= offset + bytes)
-			continue;
+		if (ram->file->device != s.st_dev || ram->file->inode != s.st_ino) continue;
+		if (offset >= end || begin >= offset + bytes) continue;
 		uint64_t from = (offset > begin ? offset - begin : 0) / PAGE;
 		uint64_t to = offset + bytes < end ? (offset + bytes - begin + PAGE - 1) / PAGE : ram->pages;
 		add_range(held, ram->gfn + from, to - from);

@@ -2,8 +2,8 @@
 /*
  * lock.c - the range lock of quire_layout.h, QEMU's side: the agent's windows, and the I/O of QEMU's own threads.
  *
- * The agent gives up where it finds I/O, and never waits. I/O waits for the agent: a window is some system calls long, so
- * a short sleep is enough and nobody has to be woken.
+ * The agent gives up where it finds I/O, and never waits. I/O waits for the agent: a window is some system calls long,
+ * so a short sleep is enough and nobody has to be woken.
  */
 #include "agent.h"
 #include "sys.h"

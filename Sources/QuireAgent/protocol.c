@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * protocol.c - messages between backend and agent: part 4 of quire_layout.h. What comes in is checked here, once: lengths,
- * counts and indices; whether pages exist is for window.c to say, at each command.
+ * protocol.c - messages between backend and agent: part 4 of quire_layout.h. What comes in is checked here, once:
+ * lengths, counts and indices; whether pages exist is for window.c to say, at each command.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -141,8 +141,8 @@ static bool moved(const struct ram *ram)
 			if (old->file != ram->file || old->offset >= ram->offset + ram->pages * PAGE
 			    || ram->offset >= old->offset + old->pages * PAGE)
 				continue;
-			if (old->offset / PAGE - old->gfn != ram->offset / PAGE - ram->gfn && map_has_merged(old->gfn, old->pages))
-				return true;
+			bool same = old->offset / PAGE - old->gfn == ram->offset / PAGE - ram->gfn;
+			if (!same && map_has_merged(old->gfn, old->pages)) return true;
 		}
 	return false;
 }
@@ -202,7 +202,7 @@ static enum quire_agent_status attach(const struct quire_agent_attach *a, struct
 	static bool before;
 	enum quire_agent_status status;
 	if (a->version != QUIRE_AGENT_VERSION) {
-		snprintf(text, 256, "the agent in QEMU speaks version %u, the backend %u: restart the VM with this version's agent",
+		snprintf(text, 256, "the agent in QEMU speaks version %u, the backend %u: restart the VM with its agent",
 			 QUIRE_AGENT_VERSION, a->version);
 		return QUIRE_AGENT_WRONG_VERSION;
 	}

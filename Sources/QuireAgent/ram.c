@@ -2,13 +2,13 @@
 /*
  * ram.c - where guest RAM is in QEMU's address space, and the page map.
  *
- * A file of guest RAM is found by its device and inode in /proc/self/maps, once, before anything in it is merged: later the
- * mappings there aren't all of that file. It must be mapped whole, linearly, and only once, for a second mapping of the same
- * page would see the hole that a merge leaves in the file.
+ * A file of guest RAM is found by its device and inode in /proc/self/maps, once, before anything in it is merged: later
+ * the mappings there aren't all of that file. It must be mapped whole, linearly, and only once, for a second mapping of
+ * the same page would see the hole that a merge leaves in the file.
  *
- * Regions (guest frame numbers on ranges of such files) may change with every attach, as the guest's memory map does. They
- * stand in a table that is replaced, never changed, because threads of QEMU read it without a lock at any time; the few
- * tables of a QEMU's life are kept.
+ * Regions (guest frame numbers on ranges of such files) may change with every attach, as the guest's memory map does.
+ * They stand in a table that is replaced, never changed, because threads of QEMU read it without a lock at any time;
+ * the few tables of a QEMU's life are kept.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -223,8 +223,8 @@ const struct ram *ram_of_addresses(const struct ram_table *table, uintptr_t addr
 	for (unsigned i = 0; i < table->count; i++) {
 		const struct ram *ram = &table->regions[i];
 		uintptr_t begin = (uintptr_t)ram->address;
-		if (address < begin + ram->pages * PAGE && begin < address + bytes && (!first || ram->address < first->address))
-			first = ram;
+		if (address >= begin + ram->pages * PAGE || begin >= address + bytes) continue;
+		if (!first || ram->address < first->address) first = ram;
 	}
 	if (!first) return NULL;
 	uintptr_t begin = (uintptr_t)first->address, end = address + bytes;
@@ -291,7 +291,7 @@ bool map_has_merged(uint64_t gfn, uint64_t pages)
 		off_t hole = lseek(map_file, at, SEEK_HOLE);
 		if (hole <= at || hole > end) hole = end;
 		for (; at < hole; at += (off_t)sizeof(uint64_t))
-			if (map_merged(map_load(((uint64_t)at - sizeof(struct quire_map_header)) / sizeof(uint64_t)))) return true;
+			if (map_merged(atomic_load((_Atomic uint64_t *)(map_base + at)))) return true;
 	}
 	return false;
 }

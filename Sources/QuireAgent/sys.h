@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * System calls without libc: no errno, no PLT, no lock, and above all past our own interposers. They return what the kernel
- * does: a negative errno, or the result. The window and the interposers use nothing else.
+ * System calls without libc: no errno, no PLT, no lock, and above all past our own interposers. They return what the
+ * kernel does: a negative errno, or the result. The window and the interposers use nothing else.
  */
 #ifndef SYS_H
 #define SYS_H

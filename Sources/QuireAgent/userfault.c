@@ -114,7 +114,7 @@ enum quire_agent_status userfault_open(int device, char *text)
 		return QUIRE_AGENT_NO_USERFAULTFD;
 	}
 	if ((features & FOR_MERGE) != FOR_MERGE) {
-		snprintf(text, 256, "the kernel's userfaultfd has features 0x%llx, merging needs 0x%llx: use Linux 6.4 or later",
+		snprintf(text, 256, "the kernel's userfaultfd has features 0x%llx, merging needs 0x%llx: Linux 6.4 or later",
 			 (unsigned long long)features, (unsigned long long)FOR_MERGE);
 		return QUIRE_AGENT_OLD_KERNEL;
 	}
@@ -160,8 +160,8 @@ long userfault_protect(int fd, void *address, size_t bytes)
 }
 
 /*
- * A copy of QEMU's own is (PRESENT or SWAPPED) and not FILE, on a mapping that is not registered for write-protect; on zeros
- * also not the zero page. A kernel that can't say: everything.
+ * A copy of QEMU's own is (PRESENT or SWAPPED) and not FILE, on a mapping that is not registered for write-protect; on
+ * zeros also not the zero page. A kernel that can't say: everything.
  */
 long userfault_diverged(void *address, size_t bytes, bool zeros, struct range *found, size_t max)
 {

@@ -2,28 +2,29 @@
 /*
  * window.c - merge, zero, fold, reset: what changes QEMU's mappings of guest RAM while the guest runs.
  *
- * What must hold: a guest reads what it wrote last, and nothing waits for ever. Threads of QEMU (vCPUs, I/O threads, the
- * kernel on behalf of either) read and write the pages at every instant of what follows, from user space and from inside
- * system calls. Nobody is asked to stop.
+ * What must hold: a guest reads what it wrote last, and nothing waits for ever. Threads of QEMU (vCPUs, I/O threads,
+ * the kernel on behalf of either) read and write the pages at every instant of what follows, from user space and from
+ * inside system calls. Nobody is asked to stop.
  *
  * Merge and zero. A page may be replaced only while nobody can write it, by bytes that are proved to be its own.
  *
- *   1 register   MISSING|MINOR|WP with the tracking userfaultfd. MINOR alone doesn't catch a page that the memfd doesn't
- *                have; MISSING alone not one that it has; without WP khugepaged may put a huge page there
+ *   1 register   MISSING|MINOR|WP with the tracking userfaultfd. MINOR alone doesn't catch a page that the memfd
+ *                doesn't have; MISSING alone not one that it has; without WP khugepaged may put a huge page there
  *   2 zap        MADV_DONTNEED. From here on every access waits: no page table entry is left, and a fault finds the
  *                registration
  *   3 drain      register once more, which changes nothing but takes mmap_lock for writing. Somebody who found the page
- *                before the zap and copies into it holding mmap_lock for reading (/proc/PID/mem) is done when it returns
+ *                before the zap and copies into it holding mmap_lock for reading (/proc/PID/mem) is done when it
+ *                returns
  *   4 compare    all bytes, by read from both files: a read through a mapping would allocate what is missing
- *   5 map        the store (or zeros) MAP_PRIVATE over it. The registration goes with the old mapping, the waiters stay:
- *                they wait in the userfaultfd, by address
+ *   5 map        the store (or zeros) MAP_PRIVATE over it. The registration goes with the old mapping, the waiters
+ *                stay: they wait in the userfaultfd, by address
  *   6 entry      the page map says where the bytes are now
  *   7 wake       they fault again, on the new mapping. A write copies the page in the kernel, with no help from anybody
- *   8 punch      the memfd's page goes back to the host. Never before the wake: a thread that waits inside a write to the
- *                memfd holds the inode's lock, which punching takes
+ *   8 punch      the memfd's page goes back to the host. Never before the wake: a thread that waits inside a write to
+ *                the memfd holds the inode's lock, which punching takes
  *
- * If the bytes differ, nothing has happened yet: unregister, register WP, wake. Registering again alone would not do, for
- * it never removes a mode: whoever woke would be trapped again, with nobody to wake it.
+ * If the bytes differ, nothing has happened yet: unregister, register WP, wake. Registering again alone would not do,
+ * for it never removes a mode: whoever woke would be trapped again, with nobody to wake it.
  *
  * What no zap can stop is a page that is pinned for DMA. So windows begin only while the pin gate is open (gate.c), and
  * only where no I/O that may pin is in flight (the range lock, lock.c).
@@ -39,8 +40,8 @@
  *   7 entry      the page map says where the bytes are now
  *   8 wake
  *
- * Reset. The guest has freed the pages, so their bytes may go: the memfd is mapped and nothing is copied. No window and no
- * lock: nobody has anything to lose.
+ * Reset. The guest has freed the pages, so their bytes may go: the memfd is mapped and nothing is copied. No window and
+ * no lock: nobody has anything to lose.
  *
  * Deaths. The page map is written after the mapping and before anyone can write through it, while `busy` keeps the
  * backend's I/O away. So whoever holds the range lock finds: an entry says PRIVATE only while the memfd has the page's
@@ -48,13 +49,14 @@
  * window. The agent's thread doesn't die without QEMU, and then there is no guest that could read. That is also why the
  * userfaultfds are opened here, and neither passed on nor closed: one that closes in a window loses a write.
  *
- * Between zap (or protect) and wake there are system calls only, made without libc: no allocation, no stdio, no lock that
- * a waiter could hold; and the thread has every signal blocked. Writes to the page map in between touch pages of it that
- * were read just before.
+ * Between zap (or protect) and wake there are system calls only, made without libc: no allocation, no stdio, no lock
+ * that a waiter could hold; and the thread has every signal blocked. Writes to the page map in between touch pages of
+ * it that were read just before.
  *
- * Mappings. A mapping that is replaced gets the flags that QEMU had given it, and so joins with its neighbours again. That
- * costs splits on the way; when vm.max_map_count forbids those, a merge is not begun, and a fold takes the whole run, from
- * where its mapping begins to where it ends, which needs none (and if even that is refused, the ballast: budget.c).
+ * Mappings. A mapping that is replaced gets the flags that QEMU had given it, and so joins with its neighbours again.
+ * That costs splits on the way; when vm.max_map_count forbids those, a merge is not begun, and a fold takes the whole
+ * run, from where its mapping begins to where it ends, which needs none (and if even that is refused, the ballast:
+ * budget.c).
  */
 #include <linux/userfaultfd.h>
 #include <string.h>
@@ -234,8 +236,8 @@ static uint64_t entry_step(uint64_t entry)
 }
 
 /*
- * The run that a merged page is in: neighbours with the same content, slot after slot. It begins and ends where mappings
- * do, so nothing is split when all of it is mapped anew.
+ * The run that a merged page is in: neighbours with the same content, slot after slot. It begins and ends where
+ * mappings do, so nothing is split when all of it is mapped anew.
  */
 static void whole_run(const struct ram *ram, uint64_t *gfn, uint64_t *pages)
 {

@@ -5,8 +5,9 @@ import Host
 import Platform
 import Testing
 
-/// libquire-agent.so, as it is shipped, in a real QEMU: that it starts there and nowhere else, finds guest RAM, and sees the
-/// calls of QEMU through the symbols that QEMU is linked to. No guest runs; what one would see is the stand-in's matter.
+/// libquire-agent.so, as it is shipped, in a real QEMU: that it starts there and nowhere else, finds guest RAM, and
+/// sees the calls of QEMU through the symbols that QEMU is linked to. No guest runs; what one would see is the
+/// stand-in's matter.
 @Suite(.serialized, .enabled(if: Rig.mayUseUserfaultfd)) struct QEMUTests {
     private static let agent: String = {
         var path = Substring(#filePath)
@@ -107,7 +108,8 @@ import Testing
         }
         let listener = try UnixSocket.listen(at: folder + "/agent", packets: true)
         let output = try ChildProcess.output(of: [
-            "env", "LD_PRELOAD=\(Self.agent)", "QUIRE_AGENT_SOCKET=\(folder)/agent", "sh", "-c", "echo fine; ls / | sort | head -1",
+            "env", "LD_PRELOAD=\(Self.agent)", "QUIRE_AGENT_SOCKET=\(folder)/agent",
+            "sh", "-c", "echo fine; ls / | sort | head -1",
         ])
         #expect(output == "fine\nbin\n")
         #expect(waitReadable([listener.descriptor.raw], timeoutMilliseconds: 100).isEmpty)

@@ -7,7 +7,9 @@ import Platform
 
 /// The steps of a window. As `enum quire_agent_step`, which this test doesn't link.
 enum Step: Int, CaseIterable {
-    case registerMinor, zapped, compared, mapped, wake, punch, unregister, protect, protected, copied, folded, foldWake, reset
+    case registerMinor, zapped, compared, mapped, wake, punch, unregister
+    case protect, protected, copied, folded, foldWake
+    case reset
 
     static let ofMerge: [Step] = [.zapped, .compared, .mapped, .wake, .punch]
     static let ofFold: [Step] = [.protect, .protected, .copied, .folded, .foldWake]
@@ -86,7 +88,8 @@ final class Rig {
         // Another user may be kept out of where it was built.
         if !prefix.isEmpty { _ = try ChildProcess.output(of: ["cp", Self.program, folder + "/standin"]) }
         child = try ChildProcess(
-            prefix + [prefix.isEmpty ? Self.program : folder + "/standin", folder + "/agent", "pages=\(pages)", "file=\(folder)/patterns"] + options, passing)
+            prefix + [prefix.isEmpty ? Self.program : folder + "/standin", folder + "/agent"]
+                + ["pages=\(pages)", "file=\(folder)/patterns"] + options, passing)
     }
 
     deinit {
@@ -109,7 +112,8 @@ final class Rig {
             files: [ram.raw], stores: [store.raw], userfault: userfault)
     }
 
-    /// Connects and attaches; an error if the agent refuses. The gate stays closed until calls that began before are over.
+    /// Connects and attaches; an error if the agent refuses. The gate stays closed until calls that began before are
+    /// over.
     func begin(waitForGate: Bool = true) throws {
         try accept()
         let ready = try attach()
@@ -134,6 +138,8 @@ final class Rig {
         pread(ram.raw, &byte, 1, page * Self.page)
         return byte
     }
+
+    func isPrivate(_ page: Int) -> Bool { map.state(of: gfn(page)) == .private }
 
     func isInFile(_ page: Int) -> Bool {
         Memfd.nextData(ram.raw, from: UInt64(page * Self.page), to: UInt64((page + 1) * Self.page)) != nil

@@ -3,8 +3,8 @@ import Host
 import Platform
 import Testing
 
-/// A guest that verifies all it reads, while this test merges, zeroes, folds and resets its pages as fast as it can. With a
-/// delay inside the windows: one of a microsecond hides every mistake.
+/// A guest that verifies all it reads, while this test merges, zeroes, folds and resets its pages as fast as it can.
+/// With a delay inside the windows: one of a microsecond hides every mistake.
 ///
 /// The controls leave a step out, or the interposer, and must fail: they show that the test would notice.
 @Suite(.serialized, .enabled(if: Rig.mayUseUserfaultfd)) struct StressTests {
@@ -43,8 +43,7 @@ import Testing
                     let value = rig.byte(page)
                     guard value < Rig.values, operation == .merge || value == 0 else { continue }
                     var length = 0
-                    while length < longest, rig.map.state(of: rig.gfn(page + length)) == .private, rig.byte(page + length) == value
-                    { length += 1 }
+                    while length < longest, rig.isPrivate(page + length), rig.byte(page + length) == value { length += 1 }
                     guard length > 0 else { continue }
                     let slot = operation == .merge ? UInt64(Int(value) * Rig.slotsEach) : 0
                     runs.append(Run(gfn: rig.gfn(page), pages: UInt32(length), slot: slot))

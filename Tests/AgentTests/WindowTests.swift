@@ -157,8 +157,8 @@ import Testing
 
     // MARK: - Deaths
 
-    /// The backend dies while the agent is at `step` of `operation`. The guest goes on, the agent comes back, and what the page
-    /// map says is true.
+    /// The backend dies while the agent is at `step` of `operation`. The guest goes on, the agent comes back, and what
+    /// the page map says is true.
     @Test(arguments: Step.ofMerge.map { (Operation.merge, $0) } + Step.ofFold.map { (Operation.fold, $0) }
         + [(.merge, .unregister), (.reset, .reset)])
     func backendDies(_ operation: Operation, _ step: Step) throws {

@@ -2,18 +2,20 @@
 /*
  * standin.c - a process that has guest RAM and the agent, as QEMU has, and a guest that verifies what it reads.
  *
- * Threads own pages; each verifies a page before it rewrites it, in one of the ways that QEMU and the kernel touch guest RAM.
- * What they should read stands in a second file, which the test maps too. The test plays the backend on the agent's socket, and
- * tells this program by lines on stdin what to do; every line is answered by one on stdout.
+ * Threads own pages; each verifies a page before it rewrites it, in one of the ways that QEMU and the kernel touch
+ * guest RAM. What they should read stands in a second file, which the test maps too. The test plays the backend on the
+ * agent's socket, and tells this program by lines on stdin what to do; every line is answered by one on stdout.
  *
  *   agent-standin SOCKET [key=value]...
  *     fd 3  guest RAM, a memfd; mapped from its first page on
  *     fd 4  struct shared
  *     fd 5  a socket, for passing descriptors (only for `receive` and `pass`)
- *     pages=N kinds=LETTERS write=N (one in N rounds writes) free=1 (pages are freed, for RESET) delay=US (at each place in a
- *     window) leave=STEP (leaves that step out) punch_early=1 hang=SECONDS file=PATH (on a disk: for O_DIRECT) start=0
+ *     pages=N kinds=LETTERS write=N (one in N rounds writes) free=1 (pages are freed, for RESET) delay=US (at each
+ *     place in a window) leave=STEP (leaves that step out) punch_early=1 hang=SECONDS file=PATH (on a disk: for
+ *     O_DIRECT) start=0
  *
- *   kinds: c stores  f pread  r preadv  k pipe  s socket  w write from the page into the memfd  m /proc/PID/mem of another process
+ *   kinds: c stores  f pread  r preadv  k pipe  s socket  w write from the page into the memfd  m /proc/PID/mem of
+ *                    another process
  *          d O_DIRECT pread  D the same past the interposer: what the pin gate is for
  */
 #define _GNU_SOURCE
@@ -113,7 +115,8 @@ static void expect(bool good, unsigned page, int value, char kind, const unsigne
 {
 	if (good) return;
 	uint64_t n = atomic_fetch_add(&shared->lost, 1);
-	if (n < 3) fprintf(stderr, "page %u: want %02x, saw %02x..%02x, by '%c'\n", page, value, seen[0], seen[PAGE - 1], kind);
+	if (n >= 3) return;
+	fprintf(stderr, "page %u: want %02x, saw %02x..%02x, by '%c'\n", page, value, seen[0], seen[PAGE - 1], kind);
 }
 
 static bool through(int in, int out, const void *from, void *to)
@@ -198,8 +201,11 @@ static void work(unsigned worker)
 			case 'r': written = preadv(patterns, halves, 2, offset) == (ssize_t)PAGE; break;
 			case 'D': {
 				long n;
-				__asm__ volatile("mov %5, %%r10; syscall" : "=a"(n) : "0"(SYS_pread64), "D"((long)patterns), "S"(at),
-						 "d"(PAGE), "r"((long)offset) : "rcx", "r10", "r11", "memory");
+				/* Neither pread nor syscall: both are the interposer's. */
+				__asm__ volatile("mov %5, %%r10; syscall"
+						 : "=a"(n)
+						 : "0"(SYS_pread64), "D"((long)patterns), "S"(at), "d"(PAGE), "r"((long)offset)
+						 : "rcx", "r10", "r11", "memory");
 				written = n == (long)PAGE;
 				break;
 			}
@@ -209,8 +215,8 @@ static void work(unsigned worker)
 			case 'w':
 				fill(at, next);
 				/*
-				 * Into a page of its own behind the guest's, with the memfd's inode locked while it faults. Past the
-				 * interposer of pwrite, which keeps windows away.
+				 * Into a page of its own behind the guest's, with the memfd's inode locked while it
+				 * faults. Past the interposer of pwrite, which keeps windows away.
 				 */
 				written = syscall(SYS_pwrite64, 3, at, PAGE, (pages + worker) * PAGE) == (long)PAGE;
 				break;
@@ -304,8 +310,11 @@ static int finish(void)
 		say("hang");
 		_exit(3);
 	}
-	for (unsigned i = 0; workers && i < pages; i++)
-		if (shared->state[i] == IN_USE) expect(is(guest + i * PAGE, shared->value[i]), i, shared->value[i], '.', (void *)(guest + i * PAGE));
+	for (unsigned i = 0; workers && i < pages; i++) {
+		char *at = guest + i * PAGE;
+		int value = shared->value[i];
+		if (shared->state[i] == IN_USE) expect(is(at, value), i, value, '.', (unsigned char *)at);
+	}
 	printf("%s\n", shared->lost ? "lost" : "good");
 	fflush(stdout);
 	return shared->lost ? 1 : 0;

@@ -157,13 +157,14 @@ struct quire_table_header {
  * 3a. The page map: a memfd that outlives the backend (its supervisor holds it). A header page, then one 64-bit entry
  *     a gfn, then one range lock for each QUIRE_LOCK_PAGES gfns.
  *
- *     What survives a crash of the backend is all here: which table was registered, under which nonce, which claims were
- *     open, and where the bytes of every guest page are.
+ *     What survives a crash of the backend is all here: which table was registered, under which nonce, which claims
+ *     were open, and where the bytes of every guest page are.
  *
  *     An entry: bits 0..7 the state, bits 8..47 the slot, bits 48..55 the store. Slot and store are 0 but for SHARED.
- *     The backend moves entries between PRIVATE and HOLE; every other move is the agent's, which makes it while it holds
- *     the range lock, after the mapping in QEMU has changed and before a guest can write through the new one. So whoever
- *     holds the range lock for I/O finds the bytes where the entry says they are.
+ *     The backend moves entries between PRIVATE and HOLE; every other move is the agent's, which makes it while it
+ *     holds the range lock, after the mapping in QEMU has changed and before a guest can write through the new one. So
+ *     whoever holds the range lock for I/O finds the bytes where the entry says they are. (A reset takes no lock: the
+ *     guest has freed those pages, and nobody has I/O on them.)
  * ------------------------------------------------------------------------------------------------------------- */
 
 #define QUIRE_MAP_MAGIC   "QUIREMAP"
@@ -189,8 +190,8 @@ enum quire_map_state {
  *   I/O    adds 1 to its counter, then looks at `busy`; if that is set, subtracts 1 again, waits, and starts over
  *   agent  sets `busy`, then looks at both counters; if one isn't 0 it clears `busy` and gives up
  *
- * All of it sequentially consistent, so that one of the two sees the other (Dekker). The agent never waits, so an I/O may
- * hold one lock while it waits for another. When the backend's socket closes, the agent sets every backend_io to 0.
+ * All of it sequentially consistent, so that one of the two sees the other (Dekker). The agent never waits, so an I/O
+ * may hold one lock while it waits for another. When the backend's socket closes, the agent sets every backend_io to 0.
  */
 #define QUIRE_LOCK_PAGES 512u
 
@@ -269,12 +270,13 @@ struct quire_status {
 
 /* ---------------------------------------------------------------------------------------------------------------
  * 4. The agent's protocol: a SOCK_SEQPACKET Unix socket. The backend listens on it, the agent connects to the path in
- *    QUIRE_AGENT_SOCKET and again whenever the connection has ended. Each message is one packet and begins with its head.
+ *    QUIRE_AGENT_SOCKET and again whenever the connection has ended. Each message is one packet and begins with its
+ *    head.
  *
  *    agent -> backend  hello    with descriptors: /proc/self/pagemap, /proc/self/mem
  *    backend -> agent  attach   with descriptors: page map, `file_count` RAM files, `store_count` stores and, with
- *                               QUIRE_AGENT_HAS_USERFAULTFD, /dev/userfaultfd. Once a connection, and again whenever the
- *                               regions change; a region that is missing in a later attach is no longer touched
+ *                               QUIRE_AGENT_HAS_USERFAULTFD, /dev/userfaultfd. Once a connection, and again whenever
+ *                               the regions change; a region that is missing in a later attach is no longer touched
  *    agent -> backend  ready    whether it took them, and why not
  *    backend -> agent  stores   with descriptors: stores that follow those the agent has
  *    backend -> agent  command  answered by exactly one result, in order

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What a program that links the agent (the tests' stand-in for QEMU) may call. libquire-agent.so exports none of it: there
- * the constructor does everything.
+ * What a program that links the agent (the tests' stand-in for QEMU) may call. libquire-agent.so exports none of it:
+ * there the constructor does everything.
  */
 #ifndef QUIRE_AGENT_H
 #define QUIRE_AGENT_H
@@ -41,8 +41,8 @@ struct quire_agent_place {
 };
 
 /*
- * For tests: called at every step of every window, on the agent's thread; it may take its time. False leaves the step out,
- * which is how a test shows that it would notice. NULL, as in QEMU, where nobody can set it: every step is taken.
+ * For tests: called at every step of every window, on the agent's thread; it may take its time. False leaves the step
+ * out, which is how a test shows that it would notice. NULL, as in QEMU, where nobody can set it: every step is taken.
  */
 extern bool (*quire_agent_test_step)(enum quire_agent_step, const struct quire_agent_place *);
 
