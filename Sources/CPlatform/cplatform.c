@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "cplatform.h"
 #include <linux/falloc.h>
+#include <sys/epoll.h>
 #include <sys/syscall.h>
 
 int cp_memfd_create(const char *name, unsigned flags) { return (int)syscall(SYS_memfd_create, name, flags); }
@@ -84,11 +85,11 @@ static int unix_address(const char *path, struct sockaddr_un *address)
 	return 0;
 }
 
-int cp_unix_listen(const char *path, int backlog, bool packets)
+int cp_unix_listen(const char *path, int type, int backlog)
 {
 	struct sockaddr_un address;
 	if (unix_address(path, &address) < 0) return -1;
-	int fd = socket(AF_UNIX, (packets ? SOCK_SEQPACKET : SOCK_STREAM) | SOCK_CLOEXEC, 0);
+	int fd = socket(AF_UNIX, type | SOCK_CLOEXEC, 0);
 	if (fd < 0) return -1;
 	if (bind(fd, (struct sockaddr *)&address, sizeof address) < 0 || listen(fd, backlog) < 0) {
 		int e = errno;
@@ -99,11 +100,11 @@ int cp_unix_listen(const char *path, int backlog, bool packets)
 	return fd;
 }
 
-int cp_unix_connect(const char *path)
+int cp_unix_connect(const char *path, int type)
 {
 	struct sockaddr_un address;
 	if (unix_address(path, &address) < 0) return -1;
-	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	int fd = socket(AF_UNIX, type | SOCK_CLOEXEC, 0);
 	if (fd < 0) return -1;
 	if (connect(fd, (struct sockaddr *)&address, sizeof address) < 0) {
 		int e = errno;
@@ -112,6 +113,41 @@ int cp_unix_connect(const char *path)
 		return -1;
 	}
 	return fd;
+}
+
+int cp_socket_pair(int ends[2]) { return socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends); }
+
+int cp_peer(int socket, pid_t *pid, uid_t *uid)
+{
+	struct ucred who;
+	socklen_t size = sizeof who;
+	if (getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &who, &size) < 0) return -1;
+	*pid = who.pid;
+	*uid = who.uid;
+	return 0;
+}
+
+int cp_epoll(void) { return epoll_create1(EPOLL_CLOEXEC); }
+
+int cp_epoll_add(int epoll, int fd, uint64_t token)
+{
+	struct epoll_event event = { .events = EPOLLIN | EPOLLONESHOT, .data.u64 = token };
+	return epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
+}
+
+int cp_epoll_arm(int epoll, int fd, uint64_t token)
+{
+	struct epoll_event event = { .events = EPOLLIN | EPOLLONESHOT, .data.u64 = token };
+	return epoll_ctl(epoll, EPOLL_CTL_MOD, fd, &event);
+}
+
+int cp_epoll_wait(int epoll, int timeout_ms, uint64_t *token)
+{
+	struct epoll_event event;
+	int n;
+	do n = epoll_wait(epoll, &event, 1, timeout_ms); while (n < 0 && errno == EINTR);
+	if (n == 1) *token = event.data.u64;
+	return n;
 }
 
 unsigned cp_census(const uint8_t *bytes, unsigned blocks, uint64_t *others)
@@ -131,14 +167,4 @@ unsigned cp_census(const uint8_t *bytes, unsigned blocks, uint64_t *others)
 	}
 	*others = found;
 	return ones;
-}
-
-int cp_peer(int socket, pid_t *pid, uid_t *uid)
-{
-	struct ucred who;
-	socklen_t size = sizeof who;
-	if (getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &who, &size) < 0) return -1;
-	*pid = who.pid;
-	*uid = who.uid;
-	return 0;
 }

@@ -58,6 +58,10 @@ public struct FileStatus: Sendable, Equatable {
     public struct Identity: Hashable, Sendable {
         public let device: UInt64
         public let inode: UInt64
+        public init(device: UInt64, inode: UInt64) {
+            self.device = device
+            self.inode = inode
+        }
     }
     public let identity: Identity
     public let byteCount: UInt64

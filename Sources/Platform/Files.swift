@@ -32,6 +32,46 @@ extension Descriptor {
         }
     }
 
+    public borrowing func setMode(_ mode: mode_t) throws(QuireError) {
+        guard fchmod(raw, mode) == 0 else { throw .system("cannot set the mode of a file") }
+    }
+
+    /// The same file, opened anew for reading only. Unlike a duplicate, nobody can make it writable.
+    public borrowing func reopenedReadOnly() throws(QuireError) -> Descriptor {
+        try Descriptor.open("/proc/self/fd/\(raw)", O_RDONLY)
+    }
+
+    /// 32-bit words at a byte offset; what lies beyond the end of the file reads as 0.
+    public borrowing func readWords(at offset: UInt64, into words: inout [UInt32]) throws(QuireError) {
+        let size = words.count * 4
+        let n = unsafe words.withUnsafeMutableBytes { unsafe pread(raw, $0.baseAddress!, size, off_t(offset)) }
+        guard n >= 0 else { throw .system("cannot read a file") }
+        for index in (n / 4)..<words.count { words[index] = 0 }
+    }
+
+    /// All of them or an error; then it is unknown which of them were written.
+    public borrowing func writeWords(at offset: UInt64, _ words: ArraySlice<UInt32>) throws(QuireError) {
+        let size = words.count * 4
+        let n = unsafe words.withUnsafeBytes { unsafe pwrite(raw, $0.baseAddress!, size, off_t(offset)) }
+        guard n == size else {
+            throw n < 0 ? .system("cannot write a file") : QuireError(.system, "cannot write all of a file")
+        }
+    }
+
+    public borrowing func readBytes(at offset: UInt64, count: Int) throws(QuireError) -> [UInt8] {
+        var bytes = [UInt8](repeating: 0, count: count)
+        let n = unsafe bytes.withUnsafeMutableBytes { unsafe pread(raw, $0.baseAddress!, count, off_t(offset)) }
+        guard n >= 0 else { throw .system("cannot read a file") }
+        bytes.removeLast(count - n)
+        return bytes
+    }
+
+    public borrowing func writeBytes(at offset: UInt64, _ bytes: [UInt8]) throws(QuireError) {
+        guard unsafe pwrite(raw, bytes, bytes.count, off_t(offset)) == bytes.count else {
+            throw .system("cannot write a file")
+        }
+    }
+
     /// Reads until the end or `limit` bytes.
     public borrowing func readAll(limit: Int) throws(QuireError) -> [UInt8] {
         var all: [UInt8] = []

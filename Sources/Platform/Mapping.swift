@@ -38,6 +38,16 @@ import CPlatform
         self.owner = owner
     }
 
+    /// Zeroed memory of this process alone. What nobody touches costs nothing.
+    public init(anonymousByteCount: Int) throws(QuireError) {
+        guard let address = unsafe cp_map_anonymous(anonymousByteCount) else {
+            throw .system("cannot reserve \(anonymousByteCount) bytes")
+        }
+        unsafe base = address
+        byteCount = anonymousByteCount
+        owner = .us
+    }
+
     deinit {
         unsafe owner.unguardMapping(base)
         unsafe munmap(base, byteCount)
@@ -70,6 +80,24 @@ import CPlatform
     public borrowing func compareExchange8(_ offset: Int, expected: UInt8, desired: UInt8) -> Bool {
         unsafe cp_cas_u8(at(offset, 1), expected, desired)
     }
+
+    public borrowing func compareExchange32(_ offset: Int, expected: UInt32, desired: UInt32) -> Bool {
+        unsafe cp_cas_u32(at(offset, 4), expected, desired)
+    }
+
+    /// Reads up to `count` bytes of a file to `offset`; returns how many came, or -1 with errno. No memory for a page of
+    /// this mapping is an error here and not a signal, since it is the kernel that writes.
+    public borrowing func read(_ raw: Int32, at position: UInt64, to offset: Int, count: Int) -> Int {
+        unsafe pread(raw, at(offset, count), count, off_t(position))
+    }
+
+    /// Whether two ranges hold the same bytes.
+    public borrowing func equals(_ offset: Int, _ other: borrowing Mapping, _ otherOffset: Int, count: Int) -> Bool {
+        unsafe memcmp(at(offset, count), other.at(otherOffset, count), count) == 0
+    }
+
+    /// Never huge pages here: they would bring memory that nobody asked for.
+    public borrowing func refuseHugePages() { _ = unsafe madvise(base, byteCount, MADV_NOHUGEPAGE) }
 
     /// Copies `count` bytes out.
     public borrowing func copyOut(_ offset: Int, count: Int) -> [UInt8] {

@@ -1,13 +1,21 @@
 import CPlatform
 
-/// A connected Unix socket that carries descriptors: a stream, or packets.
+/// A Unix socket that carries descriptors: connected, or one that listens.
 public struct UnixSocket: ~Copyable, Sendable {
     public let descriptor: Descriptor
 
+    public enum Kind: Sendable {
+        /// Bytes: `receive` and `send`.
+        case stream
+        /// Messages, each whole or not at all: `receiveMessage` and `sendMessage`.
+        case messages
+        var type: Int32 { self == .stream ? cp_stream() : cp_seqpacket() }
+    }
+
     public init(adopting descriptor: consuming Descriptor) { self.descriptor = descriptor }
 
-    public static func connect(to path: String) throws(QuireError) -> UnixSocket {
-        let raw = unsafe cp_unix_connect(path)
+    public static func connect(to path: String, kind: Kind = .stream) throws(QuireError) -> UnixSocket {
+        let raw = unsafe cp_unix_connect(path, kind.type)
         guard raw >= 0 else { throw .system("cannot connect to \(path)") }
         return UnixSocket(adopting: Descriptor(owning: raw))
     }
@@ -15,9 +23,9 @@ public struct UnixSocket: ~Copyable, Sendable {
     /// Binds and listens. A socket that a dead process left behind is replaced; a live one, or any other kind of file, is
     /// an error.
     public static func listen(
-        at path: String, backlog: Int32 = 8, packets: Bool = false
+        at path: String, kind: Kind = .stream, backlog: Int32 = 8
     ) throws(QuireError) -> UnixSocket {
-        let raw = unsafe cp_unix_listen(path, backlog, packets)
+        let raw = unsafe cp_unix_listen(path, kind.type, backlog)
         if raw >= 0 { return UnixSocket(adopting: Descriptor(owning: raw)) }
         let code = cp_errno()
         switch code {
@@ -25,13 +33,13 @@ public struct UnixSocket: ~Copyable, Sendable {
             guard unsafe cp_is_socket(path) else {
                 throw QuireError(.busy, "\(path) exists and is not a socket: remove it or choose another path")
             }
-            let probe = unsafe cp_unix_connect(path)
+            let probe = unsafe cp_unix_connect(path, kind.type)
             if probe >= 0 {
                 close(probe)
                 throw QuireError(.busy, "\(path) is in use by a running process: stop it or choose another path")
             }
             unsafe unlink(path)
-            let second = unsafe cp_unix_listen(path, backlog, packets)
+            let second = unsafe cp_unix_listen(path, kind.type, backlog)
             guard second >= 0 else { throw .system("cannot listen on \(path)") }
             return UnixSocket(adopting: Descriptor(owning: second))
         case ENOENT:
@@ -87,31 +95,13 @@ public struct UnixSocket: ~Copyable, Sendable {
         return bytes
     }
 
-    /// Reads one packet of at most `limit` bytes. Nil at the end of the connection.
-    public borrowing func receivePacket(
-        limit: Int, maxDescriptors: Int, into descriptors: inout PassedDescriptors
-    ) throws(QuireError) -> [UInt8]? {
-        var bytes = [UInt8](repeating: 0, count: limit)
-        var raw = [Int32](repeating: -1, count: 64)
-        var got: Int32 = 0
-        var truncated = false
-        let n = unsafe bytes.withUnsafeMutableBytes { buffer in
-            unsafe cp_recv_with_fds(
-                descriptor.raw, buffer.baseAddress!, limit, &raw, Int32(maxDescriptors), &got, &truncated)
-        }
-        guard n >= 0 else { throw .system("cannot read from the socket") }
-        descriptors.append(raw.prefix(Int(got)))
-        if truncated { throw QuireError(.invalid, "the peer passed more than \(maxDescriptors) descriptors") }
-        return n == 0 ? nil : Array(bytes.prefix(n))
-    }
-
     /// Descriptors that came with a message, in order. What nobody takes is closed.
     public struct PassedDescriptors: ~Copyable {
         private var raw: [Int32] = []
         public init() {}
         deinit { for fd in raw { close(fd) } }
         public var count: Int { raw.count }
-        mutating func append(_ more: some Sequence<Int32>) { raw += more }
+        package mutating func append(_ more: some Sequence<Int32>) { raw += more }
         /// Takes the next one over.
         public mutating func next() -> Descriptor? { raw.isEmpty ? nil : Descriptor(owning: raw.removeFirst()) }
     }
@@ -129,6 +119,39 @@ public struct UnixSocket: ~Copyable, Sendable {
         }
     }
 
+    /// The next message, at most `limit` bytes of it, with its descriptors. Nil when the peer has closed.
+    public borrowing func receiveMessage(
+        limit: Int, maxDescriptors: Int, into descriptors: inout PassedDescriptors
+    ) throws(QuireError) -> [UInt8]? {
+        // One byte more, to see a message that is too long.
+        var bytes = [UInt8](repeating: 0, count: limit + 1)
+        var raw = [Int32](repeating: -1, count: 64)
+        var got: Int32 = 0
+        var truncated = false
+        let n = unsafe bytes.withUnsafeMutableBytes { buffer in
+            unsafe cp_recv_with_fds(
+                descriptor.raw, buffer.baseAddress!, limit + 1, &raw, Int32(maxDescriptors), &got, &truncated)
+        }
+        guard n >= 0 else {
+            if cp_errno() == ECONNRESET { return nil }
+            throw .system("cannot read from the socket")
+        }
+        descriptors.append(raw.prefix(Int(got)))
+        if truncated { throw QuireError(.invalid, "the peer passed more than \(maxDescriptors) descriptors") }
+        if n > limit { throw QuireError(.invalid, "the peer sent a message of more than \(limit) bytes") }
+        if n == 0 { return nil }
+        bytes.removeLast(bytes.count - n)
+        return bytes
+    }
+
+    public borrowing func sendMessage(_ bytes: [UInt8], passing descriptors: [Int32] = []) throws(QuireError) {
+        let n = unsafe bytes.withUnsafeBytes { buffer in
+            unsafe cp_send_with_fds(
+                descriptor.raw, buffer.baseAddress!, bytes.count, descriptors, Int32(descriptors.count))
+        }
+        guard n == bytes.count else { throw .system("cannot write to the socket") }
+    }
+
     /// The process that connected, as the kernel says.
     public borrowing func peer() throws(QuireError) -> (pid: Int32, uid: UInt32) {
         var pid: pid_t = 0
@@ -139,4 +162,20 @@ public struct UnixSocket: ~Copyable, Sendable {
 
     /// Ends the connection in both directions: a thread that reads from it sees the end of the stream.
     public borrowing func shutDown() { shutdown(descriptor.raw, Int32(SHUT_RDWR)) }
+}
+
+/// Both ends of a connection that carries messages, close-on-exec.
+public struct MessagePair: ~Copyable {
+    public var near: Descriptor?
+    public var far: Descriptor?
+
+    public init() throws(QuireError) {
+        var ends: [Int32] = [-1, -1]
+        guard unsafe cp_socket_pair(&ends) == 0 else { throw .system("cannot create a pair of sockets") }
+        near = Descriptor(owning: ends[0])
+        far = Descriptor(owning: ends[1])
+    }
+
+    public mutating func takeNear() -> Descriptor { near.take()! }
+    public mutating func takeFar() -> Descriptor { far.take()! }
 }

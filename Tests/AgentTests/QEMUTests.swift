@@ -34,7 +34,7 @@ import Testing
             ram = try Memfd(name: "ram", byteCount: Self.pages * 4096).takeDescriptor()
             mapFile = try PageMap.makeFile(pageCount: Self.pages)
             map = try PageMap(mapFile.duplicate())
-            let listener = try UnixSocket.listen(at: folder + "/agent", packets: true)
+            let listener = try UnixSocket.listen(at: folder + "/agent", kind: .messages)
             var pipe = try Pipe()
             let input = pipe.takeReader()
             monitor = pipe.takeWriter()
@@ -106,7 +106,7 @@ import Testing
             Files.remove(folder + "/agent")
             Files.removeDirectory(folder)
         }
-        let listener = try UnixSocket.listen(at: folder + "/agent", packets: true)
+        let listener = try UnixSocket.listen(at: folder + "/agent", kind: .messages)
         let output = try ChildProcess.output(of: [
             "env", "LD_PRELOAD=\(Self.agent)", "QUIRE_AGENT_SOCKET=\(folder)/agent",
             "sh", "-c", "echo fine; ls / | sort | head -1",

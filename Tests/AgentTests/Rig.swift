@@ -69,7 +69,7 @@ final class Rig {
             let bytes = [UInt8](repeating: UInt8(value), count: Self.slotsEach * Self.page)
             precondition(pwrite(store.raw, bytes, bytes.count, value * bytes.count) == bytes.count)
         }
-        listener = try UnixSocket.listen(at: folder + "/agent", packets: true)
+        listener = try UnixSocket.listen(at: folder + "/agent", kind: .messages)
         chmod(folder + "/agent", 0o666)
         var ends: [Int32] = [-1, -1]
         precondition(socketpair(AF_UNIX, Int32(SOCK_STREAM.rawValue), 0, &ends) == 0)

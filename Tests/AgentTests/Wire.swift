@@ -81,7 +81,7 @@ final class Connection {
         guard !waitReadable([socket.descriptor.raw], timeoutMilliseconds: 10_000).isEmpty else {
             throw QuireError(.closed, "the agent doesn't answer")
         }
-        return try socket.receivePacket(limit: 4096, maxDescriptors: 8, into: &passed)
+        return try socket.receiveMessage(limit: 4096, maxDescriptors: 8, into: &passed)
     }
 
     func send(_ type: UInt32, _ body: [UInt8], passing descriptors: [Int32] = []) throws {

@@ -75,13 +75,17 @@ static inline void *cp_map_shared(int fd, off_t offset, size_t length, bool writ
 	void *p = mmap(NULL, length, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED | MAP_NORESERVE, fd, offset);
 	return p == MAP_FAILED ? NULL : p;
 }
+static inline void *cp_map_anonymous(size_t length)
+{
+	void *p = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	return p == MAP_FAILED ? NULL : p;
+}
 static inline int cp_is_listening(int fd)
 {
 	int value = 0;
 	socklen_t size = sizeof value;
 	return getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &size) < 0 ? -1 : value;
 }
-int cp_peer(int socket, pid_t *pid, uid_t *uid);   /* SO_PEERCRED: who connected, as the kernel says */
 static inline bool cp_is_socket(const char *path)
 {
 	struct stat s;
@@ -100,8 +104,19 @@ static inline uint64_t cp_clock_ns(clockid_t clock)
 ssize_t cp_recv_with_fds(int socket, void *buffer, size_t length, int *fds, int max_fds, int *fd_count, bool *truncated);
 /* sendmsg with descriptors, MSG_NOSIGNAL. */
 ssize_t cp_send_with_fds(int socket, const void *buffer, size_t length, const int *fds, int fd_count);
-/* A stream, or packets whose ends are kept. -1 with errno; ENAMETOOLONG if the path does not fit. */
-int cp_unix_listen(const char *path, int backlog, bool packets);
-int cp_unix_connect(const char *path);
+/* `type` is SOCK_STREAM or SOCK_SEQPACKET. -1 with errno; ENAMETOOLONG if the path does not fit. */
+int cp_unix_listen(const char *path, int type, int backlog);
+int cp_unix_connect(const char *path, int type);
+int cp_socket_pair(int ends[2]);                   /* SOCK_SEQPACKET, close-on-exec */
+int cp_peer(int socket, pid_t *pid, uid_t *uid);   /* SO_PEERCRED: who connected, as the kernel says */
+static inline int cp_seqpacket(void) { return SOCK_SEQPACKET; }
+static inline int cp_stream(void) { return SOCK_STREAM; }
+
+/* Epoll where a descriptor is reported once and then rests until it is armed again, so that of several threads one
+ * deals with it. `token` is the caller's. */
+int cp_epoll(void);
+int cp_epoll_add(int epoll, int fd, uint64_t token);
+int cp_epoll_arm(int epoll, int fd, uint64_t token);
+int cp_epoll_wait(int epoll, int timeout_ms, uint64_t *token); /* 1: *token is ready; 0: nothing; -1: errno */
 
 #endif
