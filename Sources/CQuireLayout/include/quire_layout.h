@@ -6,11 +6,12 @@
  * targets import it as CQuireLayout, and both assert the same sizes and offsets at the end of this file. Multi-byte
  * fields are little-endian; Quire supports x86-64 guests and hosts only, so no field is ever swapped.
  *
- * There are four parts:
+ * There are five parts:
  *   1. the control disk, by which a guest registers (guest <-> backend, carried by virtio-blk);
  *   2. the state table in guest memory (guest <-> whoever claims: the backend, or the agent in QEMU);
  *   3. the page map and the status page (backend <-> supervisor, agent and command line; never seen by a guest);
- *   4. the agent's protocol (backend <-> libquire-agent.so in QEMU).
+ *   4. the agent's protocol (backend <-> libquire-agent.so in QEMU);
+ *   5. the page store's protocol (backend <-> quired) and the files that outlive quired.
  */
 #ifndef QUIRE_LAYOUT_H
 #define QUIRE_LAYOUT_H
@@ -431,6 +432,181 @@ struct quire_agent_gate {
 	quire_u8  text[256];         /* 16 why, one line for a person, zero-padded */
 };
 
+/* ---------------------------------------------------------------------------------------------------------------
+ * 5a. The page store's protocol: SOCK_SEQPACKET, one message a request and one a reply, at most QUIRE_STORE_MESSAGE_MAX
+ *     bytes. The backend asks, quired answers; a request that breaks a rule is answered by an ERROR with one line for a
+ *     person, and the connection ends.
+ *
+ *     request   descriptors           reply     means
+ *     HELLO     page map, life        WELCOME   I am this VM. With WELCOME comes the store, read-only
+ *     MEMORY    RAM files             DONE      where the pages of these gfns are; replaces what was said before
+ *     LOOKUP    -                     SLOTS     pages with these hashes are quiet: which slots hold the same?
+ *     OFFERS    -                     SLOTS     pages that I looked up in vain earlier: which of them have a slot now?
+ *     REPORT    -                     DONE      merged, or released: I map these slots, or do not map them (any more)
+ *     STATUS    -                     STATUS    figures: of my group after HELLO; of the host for root and quired's user
+ *
+ *     `life` becomes readable or hangs up when no process maps slots for this VM any more: a pidfd of QEMU. Everything
+ *     that the VM holds is given back then, and only then: not when a backend dies.
+ *
+ *     A slot in a SLOTS reply is the VM's from that moment, until it reports the page as released: quired notes it in the
+ *     VM's ledger before it answers. So whoever maps slots keeps two rules:
+ *       - a page-map entry is SHARED from before a slot is mapped there until after it is unmapped;
+ *       - HELLO is sent when no command that maps or unmaps is on its way in QEMU. quired then gives up what the ledger
+ *         has and the page map does not.
+ *     Slots hold what the hash says, as far as a hash can: whoever maps one compares all bytes first.
+ * ------------------------------------------------------------------------------------------------------------- */
+
+#define QUIRE_STORE_MAGIC        "QUIRESTO"
+#define QUIRE_STORE_VERSION      1u
+#define QUIRE_STORE_MESSAGE_MAX  65536u
+#define QUIRE_STORE_MAX_RUNS     1024u
+#define QUIRE_STORE_MAX_PAGES    1024u        /* in a LOOKUP, and in the SLOTS that answer OFFERS */
+#define QUIRE_STORE_MAX_REPORT   65536u       /* pages in a REPORT */
+#define QUIRE_STORE_MAX_REGIONS  64u
+#define QUIRE_STORE_MAX_FILES    60u
+#define QUIRE_STORE_SECRET_BYTES 192u
+#define QUIRE_STORE_GFN_LIMIT    (1u << 30)   /* gfns are below this: 4 TiB */
+#define QUIRE_STORE_SLOT_LIMIT   (1u << 31)   /* slots of one store are below this, and never 0 */
+
+enum quire_store_kind {
+	QUIRE_STORE_HELLO = 1,
+	QUIRE_STORE_MEMORY = 2,
+	QUIRE_STORE_LOOKUP = 3,
+	QUIRE_STORE_OFFERS = 4,
+	QUIRE_STORE_REPORT = 5,
+	QUIRE_STORE_STATUS = 6,
+	QUIRE_STORE_WELCOME = 65,
+	QUIRE_STORE_DONE = 66,
+	QUIRE_STORE_SLOTS = 67,
+	QUIRE_STORE_FIGURES = 68,
+	QUIRE_STORE_ERROR = 69,
+};
+
+struct quire_store_header {
+	quire_u32 kind;              /* 0 enum quire_store_kind */
+	quire_u32 count;             /* 4 of what follows the fixed part; 0 where nothing does */
+};
+
+struct quire_store_hello {
+	struct quire_store_header header;
+	quire_u8  magic[8];          /*  8 QUIRE_STORE_MAGIC */
+	quire_u32 version;           /* 16 QUIRE_STORE_VERSION */
+	quire_u32 node;              /* 20 NUMA node of the guest's memory */
+	quire_u8  name[72];          /* 24 of the VM, zero-padded */
+	quire_u8  group[72];         /* 96 share group; empty: that of the VM's owner */
+};
+
+struct quire_store_welcome {
+	struct quire_store_header header;
+	quire_u32 version;           /*  8 QUIRE_STORE_VERSION */
+	quire_u32 store;             /* 12 the store's number in page-map entries: its node */
+	quire_u64 store_id;          /* 16 differs for every store that ever was: a slot means nothing in another one */
+	quire_u64 slots;             /* 24 the store's size in pages */
+	quire_u64 kept_pages;        /* 32 of this VM, that both ledger and page map have */
+	quire_u64 dropped_pages;     /* 40 that the ledger alone had; they are given up */
+	quire_u64 unknown_pages;     /* 48 that the page map alone has: un-merge them, nobody holds their slots for you */
+	quire_u8  secret[192];       /* 56 the share group's secret: pages are hashed with it */
+};
+
+/* MEMORY: `count` of these follow the header. */
+struct quire_store_region {
+	quire_u64 gfn;
+	quire_u64 pages;
+	quire_u64 offset;            /* bytes, in the file */
+	quire_u32 file;              /* index among the message's descriptors */
+	quire_u32 reserved;
+};
+
+/* LOOKUP: `count` of these, then the hashes (low, high) of all their pages in the same order. REPORT: `count` of these. */
+struct quire_store_pages {
+	quire_u64 gfn;
+	quire_u32 pages;
+	quire_u32 what;              /* REPORT: enum quire_store_report; LOOKUP: 0 */
+};
+
+enum quire_store_report { QUIRE_STORE_MERGED = 1, QUIRE_STORE_RELEASED = 2 };
+
+/* SLOTS: `count` runs follow: gfn + i has slot + i. Pages that are in none have no slot yet. */
+struct quire_store_slots {
+	struct quire_store_header header;
+	quire_u64 offers;            /* 8 pages that wait to be asked for with OFFERS */
+};
+
+struct quire_store_run {
+	quire_u64 gfn;
+	quire_u64 slot;
+	quire_u32 pages;
+	quire_u32 store;
+};
+
+/* OFFERS: header.count pages at most. DONE: */
+struct quire_store_done {
+	struct quire_store_header header;
+	quire_u64 pages;             /* 8 that the request was true of; the others were passed over */
+};
+
+struct quire_store_figures {
+	struct quire_store_header header;
+	quire_u64 machines;          /*   8 VMs */
+	quire_u64 shared_pages;      /*  16 slots in use */
+	quire_u64 sharing_pages;     /*  24 guest pages that are merged with one */
+	quire_u64 held_pages;        /*  32 guest pages that were given a slot and are not reported as merged yet */
+	quire_u64 saved_bytes;       /*  40 */
+	quire_u64 store_bytes;       /*  48 that the host has allocated for slots */
+	quire_u64 index_bytes;       /*  56 for index, counts and tables: an estimate from the number of slots */
+	quire_u64 candidate_bytes;   /*  64 for contents that were seen once: the most it can become */
+	quire_u64 ledger_bytes;      /*  72 */
+	quire_u64 limit_pages;       /*  80 slots that all stores may have together */
+	quire_u64 promotions;        /*  88 contents that got a slot */
+	quire_u64 hits;              /*  96 pages that were given a slot that was there */
+	quire_u64 stale;             /* 104 promotions given up, since a page had changed */
+	quire_u64 full;              /* 112 pages without a slot because the limit was reached */
+	quire_u64 histogram[32];     /* 120 slots that are used 2^i ..< 2^(i+1) times */
+};
+
+struct quire_store_error {
+	struct quire_store_header header;
+	quire_u8  text[504];         /* 8 one line, zero-padded */
+};
+
+/* ---------------------------------------------------------------------------------------------------------------
+ * 5b. What outlives quired, in memfds that its keeper holds. Only quired writes or reads these.
+ *
+ *     A store's table: a header page, then 16 bytes a slot, its hash (low, high), which means something only while a
+ *     ledger has the slot. A VM's ledger: a header page, then 32 bits a gfn: 0, or a slot, with bit 31 until the VM has
+ *     reported the page as merged. The ledgers are the truth about who uses which slot; counts and index follow from
+ *     them.
+ * ------------------------------------------------------------------------------------------------------------- */
+
+#define QUIRE_TABLE_FILE_MAGIC  "QUIRESLT"
+#define QUIRE_LEDGER_MAGIC      "QUIRELED"
+#define QUIRE_PARKED_VERSION    1u
+#define QUIRE_LEDGER_HELD       (1u << 31)
+
+struct quire_slot_table_header {
+	quire_u8  magic[8];          /*   0 QUIRE_TABLE_FILE_MAGIC */
+	quire_u32 version;           /*   8 QUIRE_PARKED_VERSION */
+	quire_u32 node;              /*  12 */
+	quire_u64 store_id;          /*  16 */
+	quire_u64 slots;             /*  24 */
+	quire_u8  group[72];         /*  32 zero-padded */
+	quire_u8  secret[192];       /* 104 */
+	quire_u8  reserved[3800];    /* 296 */
+};
+
+struct quire_ledger_header {
+	quire_u8  magic[8];          /*   0 QUIRE_LEDGER_MAGIC */
+	quire_u32 version;           /*   8 QUIRE_PARKED_VERSION */
+	quire_u32 ended;             /*  12 1: the VM has ended, and nothing that follows holds */
+	quire_u64 store_id;          /*  16 whose slots these are */
+	quire_u64 map_device;        /*  24 the VM's page map, by which a backend that comes back is known */
+	quire_u64 map_inode;         /*  32 */
+	quire_u32 machine;           /*  40 number of the VM in quired */
+	quire_u32 uid;               /*  44 of the VM's owner */
+	quire_u8  name[72];          /*  48 zero-padded */
+	quire_u8  reserved[3976];    /* 120 */
+};
+
 QUIRE_ASSERT(sizeof(struct quire_ctl_identity) == 104);
 QUIRE_ASSERT(sizeof(struct quire_ctl_request) == 88);
 QUIRE_ASSERT(sizeof(struct quire_ctl_status) == 288);
@@ -460,5 +636,18 @@ QUIRE_ASSERT(offsetof(struct quire_agent_command, runs) == 24);
 QUIRE_ASSERT(sizeof(struct quire_agent_outcome) == 12);
 QUIRE_ASSERT(offsetof(struct quire_agent_result, outcomes) == 40);
 QUIRE_ASSERT(sizeof(struct quire_agent_gate) == 272);
+QUIRE_ASSERT(sizeof(struct quire_store_header) == 8);
+QUIRE_ASSERT(sizeof(struct quire_store_hello) == 168);
+QUIRE_ASSERT(sizeof(struct quire_store_welcome) == 248);
+QUIRE_ASSERT(sizeof(struct quire_store_region) == 32);
+QUIRE_ASSERT(sizeof(struct quire_store_pages) == 16);
+QUIRE_ASSERT(sizeof(struct quire_store_slots) == 16);
+QUIRE_ASSERT(sizeof(struct quire_store_run) == 24);
+QUIRE_ASSERT(sizeof(struct quire_store_done) == 16);
+QUIRE_ASSERT(sizeof(struct quire_store_figures) == 376);
+QUIRE_ASSERT(offsetof(struct quire_store_figures, histogram) == 120);
+QUIRE_ASSERT(sizeof(struct quire_store_error) == 512);
+QUIRE_ASSERT(sizeof(struct quire_slot_table_header) == QUIRE_PAGE_BYTES);
+QUIRE_ASSERT(sizeof(struct quire_ledger_header) == QUIRE_PAGE_BYTES);
 
 #endif
