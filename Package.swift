@@ -42,6 +42,20 @@ let package = Package(
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: settings),
+        // The page store, in two: what both sides speak, and the store itself, without a socket.
+        .target(name: "CHash", linkerSettings: [.linkedLibrary("xxhash")]),
+        .target(
+            name: "CIndex",
+            linkerSettings: [.linkedLibrary("urcu-bp"), .linkedLibrary("urcu-cds"), .linkedLibrary("numa")]),
+        .target(
+            name: "StoreProtocol", dependencies: ["CQuireLayout", "CHash", "Platform"], swiftSettings: settings),
+        .target(
+            name: "PageStore",
+            dependencies: [
+                "CQuireLayout", "CIndex", "CPlatform", "Platform", "StoreProtocol",
+                .product(name: "Logging", package: "swift-log"),
+            ],
+            swiftSettings: settings),
         .executableTarget(
             name: "quire-backend",
             dependencies: [
@@ -85,6 +99,10 @@ let package = Package(
         // The stand-in must be built, but not linked: a dependency would do both.
         .testTarget(
             name: "AgentTests", dependencies: ["CPlatform", "CQuireLayout", "Platform", "GuestMemory", "Engines", "Host"]),
+        .testTarget(
+            name: "PageStoreTests",
+            dependencies: ["CPlatform", "CQuireLayout", "Platform", "StoreProtocol", "PageStore"],
+            swiftSettings: settings),
         // Real guests: what `make guest` prepares has to be there.
         .testTarget(
             name: "IntegrationTests",

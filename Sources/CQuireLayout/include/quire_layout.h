@@ -38,7 +38,7 @@ typedef uint64_t quire_u64;
 #define QUIRE_PAGE_SHIFT 12u
 #define QUIRE_PAGE_BYTES 4096u
 
-/* ---------------------------------------------------------------------------------------------------------------
+/* -------------------------------------------------------------------------------------------------------------------
  * 1. The control disk: a virtio-blk disk of QUIRE_CTL_BLOCKS logical blocks of 4 KiB, serial QUIRE_CTL_SERIAL.
  *
  *    block 0  read   struct quire_ctl_identity   what the backend is and which protocol it speaks
@@ -97,7 +97,7 @@ struct quire_ctl_status {
 	quire_u8  text[256];         /* 32 one line for a person: why it was refused, dropped or paused; zero-padded */
 };
 
-/* ---------------------------------------------------------------------------------------------------------------
+/* -------------------------------------------------------------------------------------------------------------------
  * 2. The state table: one byte a guest page, in guest memory. After PPR (Dynamic VM, 2017), with claims added.
  *
  *    value          meaning                                        who may change it, and to what
@@ -154,7 +154,7 @@ struct quire_table_header {
 	quire_u8  reserved4[3832];   /* 264 0 */
 };
 
-/* ---------------------------------------------------------------------------------------------------------------
+/* -------------------------------------------------------------------------------------------------------------------
  * 3a. The page map: a memfd that outlives the backend (its supervisor holds it). A header page, then one 64-bit entry
  *     a gfn, then one range lock for each QUIRE_LOCK_PAGES gfns.
  *
@@ -230,7 +230,7 @@ struct quire_map_header {
 	quire_u8  reserved2[2048];   /* 2048 */
 };
 
-/* ---------------------------------------------------------------------------------------------------------------
+/* -------------------------------------------------------------------------------------------------------------------
  * 3b. The status page: a file of one page in the VM's runtime folder, written by the backend, read by its supervisor
  *     and by `quire status`. Every field is written whole (one aligned store); counters only grow while pid stays.
  * ------------------------------------------------------------------------------------------------------------- */
@@ -269,7 +269,7 @@ struct quire_status {
 	quire_u8  reserved[3584];    /* 512 */
 };
 
-/* ---------------------------------------------------------------------------------------------------------------
+/* -------------------------------------------------------------------------------------------------------------------
  * 4. The agent's protocol: a SOCK_SEQPACKET Unix socket. The backend listens on it, the agent connects to the path in
  *    QUIRE_AGENT_SOCKET and again whenever the connection has ended. Each message is one packet and begins with its
  *    head.
@@ -432,7 +432,7 @@ struct quire_agent_gate {
 	quire_u8  text[256];         /* 16 why, one line for a person, zero-padded */
 };
 
-/* ---------------------------------------------------------------------------------------------------------------
+/* -------------------------------------------------------------------------------------------------------------------
  * 5a. The page store's protocol: SOCK_SEQPACKET, one message a request and one a reply, at most QUIRE_STORE_MESSAGE_MAX
  *     bytes. The backend asks, quired answers; a request that breaks a rule is answered by an ERROR with one line for a
  *     person, and the connection ends.
@@ -569,7 +569,7 @@ struct quire_store_error {
 	quire_u8  text[504];         /* 8 one line, zero-padded */
 };
 
-/* ---------------------------------------------------------------------------------------------------------------
+/* -------------------------------------------------------------------------------------------------------------------
  * 5b. What outlives quired, in memfds that its keeper holds. Only quired writes or reads these.
  *
  *     A store's table: a header page, then 16 bytes a slot, its hash (low, high), which means something only while a

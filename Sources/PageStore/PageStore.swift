@@ -1,0 +1,349 @@
+import CQuireLayout
+import Logging
+import Platform
+import StoreProtocol
+import Synchronization
+
+/// The host's page store: every share group's pages, and the VMs that use them. No sockets; any number of threads.
+///
+/// What must outlive this process is parked before it is relied on: a store and its table, a VM's ledger and its life.
+/// Everything else (counts, index, candidates) follows from these.
+public final class PageStore: Sendable {
+    public struct Configuration: Sendable {
+        /// Slots that all stores may have together.
+        public var limitPages: Int
+        /// For contents that were seen once: the most that may become of it.
+        public var candidateBytes: Int
+        /// VMs at once; at most 4095.
+        public var maxMachines = 1024
+        /// Share groups besides the owners' own, and the users that may put VMs there. Root may always.
+        public var groups: [String: Set<UInt32>] = [:]
+
+        public init(limitPages: Int, candidateBytes: Int) throws(QuireError) {
+            guard limitPages > 0, limitPages < Int(QUIRE_STORE_SLOT_LIMIT) else {
+                throw QuireError(.invalid, "a store limit of \(limitPages) pages: choose 4 KiB to 8 TiB")
+            }
+            self.limitPages = limitPages
+            self.candidateBytes = candidateBytes
+        }
+    }
+
+    /// Shares by group and node, VMs by number.
+    private struct Registry {
+        var shares: [String: Share] = [:]
+        var machines: [Int: Machine] = [:]
+        /// Numbers of VMs whose backend is connected.
+        var connected: Set<Int> = []
+    }
+
+    private let configuration: Configuration
+    private let parking: any Parking
+    private let logger: Logger
+    private let seams: StoreSeams
+    private let budget: SlotBudget
+    private let counters = StoreCounters()
+    private let candidates: Candidates
+    private let registry = Mutex(Registry())
+    /// Held while somebody joins or leaves: so one VM is admitted or ended at a time. Never taken inside of `registry`.
+    private let comings = Mutex(())
+
+    public convenience init(
+        _ configuration: Configuration, logger: Logger
+    ) throws(QuireError) { try self.init(configuration, parking: NoParking(), parked: [], logger: logger) }
+
+    /// Takes over what an earlier process parked.
+    package init(
+        _ configuration: Configuration, parking: any Parking, parked: [ParkedItem], logger: Logger,
+        seams: StoreSeams = StoreSeams()
+    ) throws(QuireError) {
+        self.configuration = configuration
+        self.parking = parking
+        self.logger = logger
+        self.seams = seams
+        budget = SlotBudget(configuration.limitPages)
+        candidates = try Candidates(byteCount: configuration.candidateBytes)
+        restore(parked)
+    }
+
+    // MARK: - After quired was killed
+
+    private static let sharePrefix = "share-", machinePrefix = "vm-"
+    private static func shareItem(_ id: UInt64) -> String { sharePrefix + String(id, radix: 16) }
+    private static func machineItem(_ number: Int) -> String { machinePrefix + String(number) }
+    private static func key(_ group: String, _ node: Int) -> String { "\(group) \(node)" }
+
+    private func restore(_ parked: [ParkedItem]) {
+        var byID: [UInt64: Share] = [:]
+        for item in parked where item.name.hasPrefix(Self.sharePrefix) {
+            do throws(QuireError) {
+                guard let store = item.descriptors.next(), let table = item.descriptors.next() else {
+                    throw QuireError(.invalid, "a store was parked without its table")
+                }
+                let share = try Share(store: store, table: table, budget: budget, counters: counters)
+                byID[share.table.storeID] = share
+            } catch {
+                logger.error("a store is lost, its VMs go on with what they map: \(error)")
+                parking.unpark(item.name)
+            }
+        }
+        var machines: [Int: Machine] = [:]
+        for item in parked where item.name.hasPrefix(Self.machinePrefix) {
+            do throws(QuireError) {
+                guard let descriptor = item.descriptors.next(), let life = item.descriptors.next() else {
+                    throw QuireError(.invalid, "a ledger was parked without its VM's life")
+                }
+                let ledger = try Ledger(descriptor)
+                guard !ledger.hasEnded else {
+                    parking.unpark(item.name)
+                    continue
+                }
+                guard let share = byID[ledger.identity.storeID] else {
+                    throw QuireError(.invalid, "the store of VM '\(ledger.identity.name)' was not parked")
+                }
+                let machine = Machine(ledger: ledger, life: life, share: share, seams: seams)
+                machine.recount()
+                machines[machine.number] = machine
+            } catch {
+                logger.error("a VM is forgotten, it goes on with what it maps: \(error)")
+                parking.unpark(item.name)
+            }
+        }
+        for share in byID.values { share.finishRecount() }
+        registry.withLock { registry in
+            for share in byID.values { registry.shares[Self.key(seams.shareKey(share.group), share.node)] = share }
+            registry.machines = machines
+        }
+        for share in byID.values { forgetIfUnused(share) }
+        if !byID.isEmpty { logger.notice("took over \(byID.count) stores and \(machines.count) VMs") }
+    }
+
+    // MARK: - VMs come
+
+    /// A backend says which VM it works for. The same page map as before: the same VM, which comes back.
+    package func admit(
+        _ hello: StoreRequest.Hello, uid: UInt32, map: consuming Descriptor, life: consuming Descriptor
+    ) throws(QuireError) -> (machine: Machine, welcome: StoreReply.Welcome) {
+        guard hello.version == QUIRE_STORE_VERSION else {
+            throw QuireError(
+                .unsupported, "the backend speaks version \(hello.version) of the page store's protocol and quired "
+                    + "version \(QUIRE_STORE_VERSION): install the same release of both")
+        }
+        guard isStoreName(hello.name) else {
+            throw QuireError(.invalid, "a VM's name has 1 to 64 of A-Z a-z 0-9 . _ - and no dot in front")
+        }
+        let group = try self.group(hello.group, uid: uid)
+        guard Int(hello.node) < Nodes.count else {
+            throw QuireError(.invalid, "there is no NUMA node \(hello.node) here: choose 0...\(Nodes.count - 1)")
+        }
+        try Self.checkLife(life.raw)
+        let map = try ForeignPageMap(map)
+        let identity = try map.identity
+
+        let machine = try enter(hello.name, group, Int(hello.node), uid, identity, life)
+        do throws(QuireError) {
+            let (kept, dropped, unknown) = try machine.reconcile(map)
+            var welcome = StoreReply.Welcome()
+            welcome.store = UInt32(machine.share.node)
+            welcome.storeID = machine.share.table.storeID
+            welcome.slots = UInt64(machine.share.table.slotLimit)
+            welcome.keptPages = kept
+            welcome.droppedPages = dropped
+            welcome.unknownPages = unknown
+            welcome.secret = machine.share.hasher.secret
+            return (machine, welcome)
+        } catch {
+            disconnect(machine)
+            throw error
+        }
+    }
+
+    private func group(_ name: String, uid: UInt32) throws(QuireError) -> String {
+        if name.isEmpty || name == Self.ownGroup(uid) { return Self.ownGroup(uid) }
+        guard isStoreName(name), let users = configuration.groups[name] else {
+            throw QuireError(
+                .invalid, "there is no share group '\(name.prefix(64))': name it to quired with --group, or leave it out")
+        }
+        guard uid == 0 || users.contains(uid) else {
+            throw QuireError(
+                .invalid, "user \(uid) is not in share group '\(name)': add it to quired's --group, or leave the group out")
+        }
+        return name
+    }
+
+    /// The group of everything that one user owns.
+    package static func ownGroup(_ uid: UInt32) -> String { "owner-\(uid)" }
+
+    /// A pidfd or a pipe: what ends by itself, and cannot keep anyone waiting.
+    private static func checkLife(_ raw: Int32) throws(QuireError) {
+        if let info = try? Files.read("/proc/self/fdinfo/\(raw)", limit: 4096), info.contains("\nPid:\t") { return }
+        if let target = Files.target(ofLink: "/proc/self/fd/\(raw)"), target.hasPrefix("pipe:") { return }
+        throw QuireError(.invalid, "the VM's life is neither a pidfd nor a pipe")
+    }
+
+    private func enter(
+        _ name: String, _ group: String, _ node: Int, _ uid: UInt32, _ map: FileStatus.Identity,
+        _ life: consuming Descriptor
+    ) throws(QuireError) -> Machine {
+        let owned = life
+        return try comings.withLock { (_) throws(QuireError) -> Machine in
+            let same = registry.withLock { registry in
+                registry.machines.values.first { $0.name == name && $0.share.group == group }
+            }
+            if let same {
+                if same.isOver {
+                    try leave(same)
+                } else {
+                    guard same.mapIdentity == map, same.uid == uid else {
+                        throw QuireError(
+                            .busy, "the VM '\(name)' is running already in share group '\(group)': choose another name")
+                    }
+                    guard registry.withLock({ $0.connected.insert(same.number).inserted }) else {
+                        throw QuireError(.busy, "another backend is connected for the VM '\(name)'")
+                    }
+                    return same
+                }
+            }
+            let number = try registry.withLock { (registry) throws(QuireError) -> Int in
+                let most = min(configuration.maxMachines, Candidates.machineLimit - 1)
+                guard registry.machines.count < most,
+                    let number = (1..<Candidates.machineLimit).first(where: { registry.machines[$0] == nil })
+                else { throw QuireError(.busy, "there are \(registry.machines.count) VMs already, as many as may be") }
+                return number
+            }
+            let share = try self.share(group, node)
+            do throws(QuireError) {
+                let ledger = try Ledger(
+                    Ledger.makeFile(
+                        Ledger.Identity(
+                            name: name, machine: number, uid: uid, storeID: share.table.storeID, map: map)))
+                let life = try owned.duplicate()
+                try parking.park(Self.machineItem(number), [ledger.descriptor.raw, life.raw])
+                let machine = Machine(ledger: ledger, life: life, share: share, seams: seams)
+                registry.withLock { registry in
+                    registry.machines[number] = machine
+                    registry.connected.insert(number)
+                }
+                logger.info("VM '\(name)' joins share group '\(group)'")
+                return machine
+            } catch {
+                forgetIfUnused(share)
+                throw error
+            }
+        }
+    }
+
+    /// Inside of `comings`.
+    private func share(_ group: String, _ node: Int) throws(QuireError) -> Share {
+        let key = Self.key(seams.shareKey(group), node)
+        if let share = registry.withLock({ $0.shares[key] }) { return share }
+        let slots = configuration.limitPages + 1
+        let store = try StoreFile.makeFile(slots: slots)
+        let table = try SlotTable.makeFile(group: group, node: node, slots: slots)
+        let raw = [store.raw, table.raw]
+        let share = try Share(store: store, table: table, budget: budget, counters: counters)
+        try parking.park(Self.shareItem(share.table.storeID), raw)
+        registry.withLock { $0.shares[key] = share }
+        return share
+    }
+
+    // MARK: - VMs go
+
+    /// The backend is gone. The VM may go on, and keeps what it has.
+    package func disconnect(_ machine: Machine) {
+        registry.withLock { registry in
+            if registry.machines[machine.number] === machine { registry.connected.remove(machine.number) }
+        }
+    }
+
+    /// The VM's life is over.
+    package func end(_ machine: Machine) throws(QuireError) {
+        try comings.withLock { (_) throws(QuireError) in
+            guard registry.withLock({ $0.machines[machine.number] === machine }) else { return }
+            try leave(machine)
+        }
+    }
+
+    /// Inside of `comings`.
+    private func leave(_ machine: Machine) throws(QuireError) {
+        try machine.end()
+        parking.unpark(Self.machineItem(machine.number))
+        registry.withLock { registry in
+            registry.machines[machine.number] = nil
+            registry.connected.remove(machine.number)
+        }
+        logger.info("VM '\(machine.name)' has ended")
+        forgetIfUnused(machine.share)
+    }
+
+    /// A share without a VM has no page either.
+    private func forgetIfUnused(_ share: Share) {
+        let isUnused = registry.withLock { registry in
+            guard !registry.machines.values.contains(where: { $0.share === share }) else { return false }
+            registry.shares[Self.key(seams.shareKey(share.group), share.node)] = nil
+            return true
+        }
+        if isUnused { parking.unpark(Self.shareItem(share.table.storeID)) }
+    }
+
+    /// All VMs, connected or not.
+    package var machines: [Machine] { registry.withLock { Array($0.machines.values) } }
+
+    // MARK: - Work
+
+    package func lookUp(_ machine: Machine, _ lookup: StoreRequest.Lookup, scratch: borrowing Mapping)
+        throws(QuireError) -> [SlotRun]
+    {
+        try machine.lookUp(
+            lookup, machines: { number in self.registry.withLock { $0.machines[number] } }, candidates: candidates,
+            scratch: scratch)
+    }
+
+    /// A page to read into while looking up: one a thread.
+    package static func makeScratch() throws(QuireError) -> Mapping { try Mapping(anonymousByteCount: StoreFile.slotBytes) }
+
+    /// The store, for the VM's side: read-only, and its own open file.
+    package static func readOnlyStore(of machine: Machine) throws(QuireError) -> Descriptor {
+        try machine.share.store.descriptor.reopenedReadOnly()
+    }
+
+    // MARK: - Figures
+
+    /// How many ledger entries of all VMs in the machine's share have a slot.
+    package func useCount(of slot: UInt32, in machine: Machine) -> Int { Int(machine.share.count(of: slot)) }
+    package func allocatorSteps(of machine: Machine) -> Int { machine.share.allocatorSteps }
+
+    /// Of the share that a machine is in, or of the host.
+    package func figures(of machine: Machine?) -> StoreFigures {
+        let (shares, machines) = registry.withLock { registry in
+            (
+                machine.map { [$0.share] } ?? Array(registry.shares.values),
+                registry.machines.values.filter { machine == nil || $0.share === machine!.share }
+            )
+        }
+        var figures = StoreFigures()
+        figures.machines = UInt64(machines.count)
+        for machine in machines {
+            let own = machine.figures
+            figures.heldPages += UInt64(own.held)
+            figures.sharingPages += UInt64(own.merged)
+            figures.ledgerBytes += own.ledgerBytes
+        }
+        for share in shares {
+            let used = UInt64(share.usedSlots)
+            figures.sharedPages += used
+            figures.storeBytes += share.store.allocatedBytes
+            figures.indexBytes += used * Share.bytesPerSlot
+            share.forEachCount { figures.histogram[31 - $0.leadingZeroBitCount] += 1 }
+        }
+        let saved = figures.sharingPages > figures.sharedPages ? figures.sharingPages - figures.sharedPages : 0
+        figures.savedBytes = saved * UInt64(StoreFile.slotBytes)
+        figures.limitPages = UInt64(budget.limit)
+        guard machine == nil else { return figures }
+        figures.candidateBytes = UInt64(candidates.byteCount)
+        figures.promotions = counters.promotions.load(ordering: .relaxed)
+        figures.hits = counters.hits.load(ordering: .relaxed)
+        figures.stale = counters.stale.load(ordering: .relaxed)
+        figures.full = counters.full.load(ordering: .relaxed)
+        return figures
+    }
+}
