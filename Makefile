@@ -23,7 +23,7 @@ AGENT_CFLAGS := -O2 -g -Wall -Wextra -fPIC -fvisibility=hidden -ISources/QuireAg
 
 .PHONY: build agent guest assets prerequisites demo test tests soak bench-recycle install clean
 
-build: prerequisites agent
+build: prerequisites
 	$(BUILD) --product quire
 	$(BUILD) --product quire-backend
 
@@ -61,9 +61,8 @@ bench-recycle: build guest
 	@$(BIN)/quire-bench recycle --guests build/guest $(BENCH)
 
 install: build
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/quire $(DESTDIR)$(PREFIX)/share/qemu/vhost-user
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/qemu/vhost-user
 	install -m 755 $(BIN)/quire $(BIN)/quire-backend $(DESTDIR)$(PREFIX)/bin/
-	install -m 755 $(AGENT) $(DESTDIR)$(PREFIX)/lib/quire/
 	sed 's,@PREFIX@,$(PREFIX),' qemu-config/50-quire.json > $(DESTDIR)$(PREFIX)/share/qemu/vhost-user/50-quire.json
 
 clean:

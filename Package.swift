@@ -14,6 +14,7 @@ let package = Package(
         .library(name: "Engines", targets: ["Engines"]),
         .executable(name: "quire", targets: ["quire"]),
         .executable(name: "quire-backend", targets: ["quire-backend"]),
+        .executable(name: "quired", targets: ["quired"]),
         .executable(name: "quire-bench", targets: ["quire-bench"]),
     ],
     dependencies: [
@@ -42,7 +43,7 @@ let package = Package(
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: settings),
-        // The page store, in two: what both sides speak, and the store itself, without a socket.
+        // The page store, in three: what both sides speak, the store itself without a socket, and the program.
         .target(name: "CHash", linkerSettings: [.linkedLibrary("xxhash")]),
         .target(
             name: "CIndex",
@@ -55,6 +56,10 @@ let package = Package(
                 "CQuireLayout", "CIndex", "CPlatform", "Platform", "StoreProtocol",
                 .product(name: "Logging", package: "swift-log"),
             ],
+            swiftSettings: settings),
+        .executableTarget(
+            name: "quired",
+            dependencies: ["PageStore", "Host", .product(name: "ArgumentParser", package: "swift-argument-parser")],
             swiftSettings: settings),
         .executableTarget(
             name: "quire-backend",
@@ -101,7 +106,10 @@ let package = Package(
             name: "AgentTests", dependencies: ["CPlatform", "CQuireLayout", "Platform", "GuestMemory", "Engines", "Host"]),
         .testTarget(
             name: "PageStoreTests",
-            dependencies: ["CPlatform", "CQuireLayout", "Platform", "StoreProtocol", "PageStore"],
+            dependencies: [
+                "CPlatform", "CQuireLayout", "Platform", "Host", "StoreProtocol", "PageStore", "quired",
+                .product(name: "Logging", package: "swift-log"),
+            ],
             swiftSettings: settings),
         // Real guests: what `make guest` prepares has to be there.
         .testTarget(

@@ -3,6 +3,7 @@
 #include "cplatform.h"
 #include <linux/falloc.h>
 #include <sys/epoll.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 
 int cp_memfd_create(const char *name, unsigned flags) { return (int)syscall(SYS_memfd_create, name, flags); }
@@ -127,6 +128,14 @@ int cp_peer(int socket, pid_t *pid, uid_t *uid)
 	return 0;
 }
 
+void cp_raise_file_limit(void)
+{
+	struct rlimit limit;
+	if (getrlimit(RLIMIT_NOFILE, &limit) < 0) return;
+	limit.rlim_cur = limit.rlim_max;
+	setrlimit(RLIMIT_NOFILE, &limit);
+}
+
 int cp_epoll(void) { return epoll_create1(EPOLL_CLOEXEC); }
 
 int cp_epoll_add(int epoll, int fd, uint64_t token)
@@ -140,6 +149,8 @@ int cp_epoll_arm(int epoll, int fd, uint64_t token)
 	struct epoll_event event = { .events = EPOLLIN | EPOLLONESHOT, .data.u64 = token };
 	return epoll_ctl(epoll, EPOLL_CTL_MOD, fd, &event);
 }
+
+int cp_epoll_remove(int epoll, int fd) { return epoll_ctl(epoll, EPOLL_CTL_DEL, fd, NULL); }
 
 int cp_epoll_wait(int epoll, int timeout_ms, uint64_t *token)
 {

@@ -27,6 +27,11 @@ int cp_lock_test(int fd)
 
 int cp_pipe(int ends[2]) { return pipe2(ends, O_CLOEXEC); }
 
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434
+#endif
+int cp_pidfd(pid_t pid) { return (int)syscall(SYS_pidfd_open, pid, 0); }
+
 #ifndef SYS_close_range
 #define SYS_close_range 436
 #endif

@@ -55,7 +55,7 @@ package final class Machine: Sendable {
     package func setMemory(_ memory: GuestRAM) { ram.withLock { $0 = memory } }
     private var memory: GuestRAM? { ram.withLock { $0 } }
 
-    var isOver: Bool { !waitReadable([life.raw], timeoutMilliseconds: 0).isEmpty }
+    package var isOver: Bool { !waitReadable([life.raw], timeoutMilliseconds: 0).isEmpty }
 
     var figures: (held: Int, merged: Int, ledgerBytes: UInt64) {
         state.withLock { ($0.held, $0.merged, $0.ledger.allocatedBytes) }
@@ -248,6 +248,8 @@ package final class Machine: Sendable {
         offers.withLock { $0 = [] }
         var kept: UInt64 = 0, dropped: UInt64 = 0
         try state.withLock { (state) throws(QuireError) in
+            // Then the ledger says nothing any more, and its references are gone.
+            guard !state.hasEnded else { throw QuireError(.busy, "the VM '\(name)' has just ended") }
             // The pieces first: they are written while they are looked at.
             var pieces: [UInt64] = []
             state.ledger.forEachPiece { (gfn, entries) in

@@ -16,6 +16,8 @@ public final class PageStore: Sendable {
         public var candidateBytes: Int
         /// VMs at once; at most 4095.
         public var maxMachines = 1024
+        /// Of one user who is not root.
+        public var maxMachinesPerUser = 256
         /// Share groups besides the owners' own, and the users that may put VMs there. Root may always.
         public var groups: [String: Set<UInt32>] = [:]
 
@@ -50,6 +52,11 @@ public final class PageStore: Sendable {
     public convenience init(
         _ configuration: Configuration, logger: Logger
     ) throws(QuireError) { try self.init(configuration, parking: NoParking(), parked: [], logger: logger) }
+
+    /// With a keeper, from which it takes over what an earlier quired parked.
+    public convenience init(
+        _ configuration: Configuration, keeper: KeeperLink, logger: Logger
+    ) throws(QuireError) { try self.init(configuration, parking: keeper, parked: keeper.parked, logger: logger) }
 
     /// Takes over what an earlier process parked.
     package init(
@@ -123,11 +130,7 @@ public final class PageStore: Sendable {
     package func admit(
         _ hello: StoreRequest.Hello, uid: UInt32, map: consuming Descriptor, life: consuming Descriptor
     ) throws(QuireError) -> (machine: Machine, welcome: StoreReply.Welcome) {
-        guard hello.version == QUIRE_STORE_VERSION else {
-            throw QuireError(
-                .unsupported, "the backend speaks version \(hello.version) of the page store's protocol and quired "
-                    + "version \(QUIRE_STORE_VERSION): install the same release of both")
-        }
+        try Self.checkVersion(hello)
         guard isStoreName(hello.name) else {
             throw QuireError(.invalid, "a VM's name has 1 to 64 of A-Z a-z 0-9 . _ - and no dot in front")
         }
@@ -157,6 +160,14 @@ public final class PageStore: Sendable {
         }
     }
 
+    package static func checkVersion(_ hello: StoreRequest.Hello) throws(QuireError) {
+        guard hello.version == QUIRE_STORE_VERSION else {
+            throw QuireError(
+                .unsupported, "the backend speaks version \(hello.version) of the page store's protocol and quired "
+                    + "version \(QUIRE_STORE_VERSION): install the same release of both")
+        }
+    }
+
     private func group(_ name: String, uid: UInt32) throws(QuireError) -> String {
         if name.isEmpty || name == Self.ownGroup(uid) { return Self.ownGroup(uid) }
         guard isStoreName(name), let users = configuration.groups[name] else {
@@ -169,6 +180,9 @@ public final class PageStore: Sendable {
         }
         return name
     }
+
+    /// Names of groups that may be configured: not those that users have of themselves.
+    public static func isGroupName(_ name: String) -> Bool { isStoreName(name) && !name.hasPrefix("owner-") }
 
     /// The group of everything that one user owns.
     package static func ownGroup(_ uid: UInt32) -> String { "owner-\(uid)" }
@@ -204,6 +218,8 @@ public final class PageStore: Sendable {
                 }
             }
             let number = try registry.withLock { (registry) throws(QuireError) -> Int in
+                guard uid == 0 || registry.machines.values.count(where: { $0.uid == uid }) < configuration.maxMachinesPerUser
+                else { throw QuireError(.busy, "user \(uid) has \(configuration.maxMachinesPerUser) VMs already, as many as may be") }
                 let most = min(configuration.maxMachines, Candidates.machineLimit - 1)
                 guard registry.machines.count < most,
                     let number = (1..<Candidates.machineLimit).first(where: { registry.machines[$0] == nil })

@@ -2,7 +2,7 @@ import Platform
 import StoreProtocol
 
 /// Somebody who keeps descriptors while quired is away: its keeper, or nobody.
-package protocol Parking: Sendable {
+public protocol Parking: Sendable {
     /// From the moment this returns, the descriptors outlive this process. An item of the same name is replaced.
     func park(_ name: String, _ descriptors: [Int32]) throws(QuireError)
     func unpark(_ name: String)
@@ -16,7 +16,8 @@ package struct NoParking: Parking {
 }
 
 /// Descriptors that an earlier quired parked under a name, in order.
-package final class ParkedItem {
+package final class ParkedItem: @unchecked Sendable {
+    // Made and taken apart by one thread, at start.
     package let name: String
     package var descriptors: UnixSocket.PassedDescriptors
 

@@ -68,6 +68,7 @@ public struct FileStatus: Sendable, Equatable {
     /// What the file system has allocated, in bytes.
     public let allocatedBytes: UInt64
     public let isRegularFile: Bool
+    public let uid: UInt32
 
     public init(of raw: Int32) throws(QuireError) {
         var status = stat()
@@ -75,6 +76,7 @@ public struct FileStatus: Sendable, Equatable {
         identity = Identity(device: UInt64(status.st_dev), inode: UInt64(status.st_ino))
         byteCount = UInt64(status.st_size)
         allocatedBytes = UInt64(status.st_blocks) * 512
+        uid = status.st_uid
         isRegularFile = (status.st_mode & mode_t(S_IFMT)) == mode_t(S_IFREG)
     }
 }

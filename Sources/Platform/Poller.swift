@@ -11,10 +11,13 @@ public struct Poller: ~Copyable, Sendable {
         descriptor = Descriptor(owning: raw)
     }
 
-    /// Armed from the start. It is forgotten when its last descriptor is closed.
+    /// Armed from the start. It is forgotten when its last descriptor is closed, in whatever process: so a descriptor
+    /// that somebody else may have as well is to be removed.
     public borrowing func add(_ raw: Int32, token: UInt64) throws(QuireError) {
         guard cp_epoll_add(descriptor.raw, raw, token) == 0 else { throw .system("cannot wait for descriptor \(raw)") }
     }
+
+    public borrowing func remove(_ raw: Int32) { _ = cp_epoll_remove(descriptor.raw, raw) }
 
     public borrowing func arm(_ raw: Int32, token: UInt64) {
         _ = cp_epoll_arm(descriptor.raw, raw, token)

@@ -95,7 +95,20 @@ public enum ProcessCalls {
         return false
     }
 
+    /// A descriptor of a process: readable once it has ended, whoever has its number then.
+    public static func descriptor(of pid: pid_t) throws(QuireError) -> Descriptor {
+        let raw = cp_pidfd(pid)
+        guard raw >= 0 else { throw .system("cannot open process \(pid)") }
+        return Descriptor(owning: raw)
+    }
+
+    /// As many descriptors as may be.
+    public static func raiseFileLimit() { cp_raise_file_limit() }
+
     public static var ownPID: pid_t { getpid() }
+    public static var ownUID: UInt32 { geteuid() }
+    public static var processorCount: Int { max(1, sysconf(Int32(_SC_NPROCESSORS_ONLN))) }
+    public static var memoryBytes: Int { max(0, sysconf(Int32(_SC_PHYS_PAGES))) * max(1, sysconf(Int32(_SC_PAGESIZE))) }
     public static var isRoot: Bool { geteuid() == 0 }
     public static func isTerminal(_ raw: Int32) -> Bool { isatty(raw) == 1 }
     /// A write to a pipe or socket that nobody reads then fails with EPIPE instead of ending this process.

@@ -128,14 +128,15 @@ public struct UnixSocket: ~Copyable, Sendable {
         var raw = [Int32](repeating: -1, count: 64)
         var got: Int32 = 0
         var truncated = false
-        let n = unsafe bytes.withUnsafeMutableBytes { buffer in
-            unsafe cp_recv_with_fds(
-                descriptor.raw, buffer.baseAddress!, limit + 1, &raw, Int32(maxDescriptors), &got, &truncated)
-        }
-        guard n >= 0 else {
-            if cp_errno() == ECONNRESET { return nil }
-            throw .system("cannot read from the socket")
-        }
+        var n = -1
+        repeat {
+            n = unsafe bytes.withUnsafeMutableBytes { buffer in
+                unsafe cp_recv_with_fds(
+                    descriptor.raw, buffer.baseAddress!, limit + 1, &raw, Int32(maxDescriptors), &got, &truncated)
+            }
+            // A peer that closed before it had read everything: told once, and what it had sent comes after.
+        } while n < 0 && cp_errno() == ECONNRESET
+        guard n >= 0 else { throw .system("cannot read from the socket") }
         descriptors.append(raw.prefix(Int(got)))
         if truncated { throw QuireError(.invalid, "the peer passed more than \(maxDescriptors) descriptors") }
         if n > limit { throw QuireError(.invalid, "the peer sent a message of more than \(limit) bytes") }

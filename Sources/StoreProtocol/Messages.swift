@@ -223,7 +223,8 @@ public enum StoreReply: Equatable, Sendable {
     case done(pages: UInt64)
     case slots([SlotRun], offers: UInt64)
     case figures(StoreFigures)
-    case error(String)
+    /// One line for a person; and whether the same request may do better in a moment.
+    case error(String, isBusy: Bool = false)
 
     public struct Welcome: Equatable, Sendable {
         public var version = UInt32(QUIRE_STORE_VERSION)
@@ -274,8 +275,8 @@ public enum StoreReply: Equatable, Sendable {
             header(QUIRE_STORE_FIGURES, 0)
             for value in figures.fields { out.word64(value) }
             for value in figures.histogram { out.word64(value) }
-        case .error(let text):
-            header(QUIRE_STORE_ERROR, 0)
+        case .error(let text, let isBusy):
+            header(QUIRE_STORE_ERROR, isBusy ? 1 : 0)
             out.raw(paddedText(text, capacity: Self.textBytes))
         }
         return out.bytes
@@ -313,7 +314,7 @@ public enum StoreReply: Equatable, Sendable {
             for field in StoreFigures.order { figures[keyPath: field] = try input.word64() }
             for index in figures.histogram.indices { figures.histogram[index] = try input.word64() }
             self = .figures(figures)
-        case QUIRE_STORE_ERROR: self = .error(try input.text(Self.textBytes))
+        case QUIRE_STORE_ERROR: self = .error(try input.text(Self.textBytes), isBusy: count == 1)
         default: throw ProtocolViolation("there is no reply \(kind)")
         }
         try input.end()

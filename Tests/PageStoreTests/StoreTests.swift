@@ -1,5 +1,6 @@
 import CQuireLayout
 import Glibc
+import Host
 import PageStore
 import Platform
 import StoreProtocol
@@ -306,6 +307,76 @@ struct StoreTests {
         // Not even another user who has root's rights to nothing else: the mode says so.
         var status = stat()
         #expect(unsafe fstat(a.slots.raw, &status) == 0 && status.st_mode & 0o777 == 0o400)
+    }
+
+    /// QEMU's pidfd is a life: what the VM had goes with it, and not with its backend.
+    @Test func aVMEndsWithItsProcess() throws {
+        let store = try Self.makeStore()
+        let vm = try FakeVM("a")
+        var qemu = try ChildProcess(["sleep", "60"])
+        let (machine, _) = try store.admit(
+            .init(name: "a"), uid: 1000, map: vm.map.duplicate(), life: ProcessCalls.descriptor(of: qemu.pid))
+        store.disconnect(machine)
+        #expect(!machine.isOver)
+        // The name stays taken, by another page map at least.
+        #expect(message { try FakeVM("a").admit(to: store) } == "the VM 'a' is running already in share group 'owner-1000': choose another name")
+        qemu.signal(SIGKILL)
+        qemu.wait()
+        #expect(machine.isOver)
+        #expect(message { try FakeVM("a").admit(to: store) } == nil)
+        #expect(message { try machine.report([.init(.released, 0..<10)]) } == nil)
+    }
+
+    @Test func oneUserDoesNotTakeAllThereIs() throws {
+        var configuration = try configuration()
+        configuration.maxMachinesPerUser = 3
+        configuration.maxMachines = 5
+        let store = try PageStore(configuration, logger: quietLogger)
+        let vms = try (0..<8).map { try FakeVM("vm\($0)") }
+        let errors = vms.enumerated().map { index, vm in message { try vm.admit(to: store, uid: index < 4 ? 7 : 0) } }
+        #expect(errors[3] == "user 7 has 3 VMs already, as many as may be")
+        #expect(errors[6] == "there are 5 VMs already, as many as may be")
+        #expect(errors.count { $0 == nil } == 5)
+    }
+
+    // MARK: - Several threads
+
+    /// Threads that look up, get and give back the same few contents, so that slots are born and die all the time. What
+    /// anyone is given has the right bytes for as long as it is his; at the end nothing is left.
+    @Test func slotsComeAndGoUnderManyThreads() throws {
+        let store = try Self.makeStore()
+        let guests = try (0..<4).map { try Guest(FakeVM("vm\($0)", pages: 64), in: store) }
+        let failures = Monitor<[String]>([])
+        let deadline = monotonicNanoseconds() + 2_500_000_000
+        let threads = try guests.enumerated().map { number, guest in
+            nonisolated(unsafe) let guest = guest
+            return try JoinableThread("guest") {
+                do {
+                    let guest = unsafe guest
+                    var random = SplitMix(UInt64(number))
+                    // Contents 1...23, in stretches: neighbours are equal in all of them.
+                    for gfn in guest.vm.gfns { try guest.vm.write(gfn, page(gfn % 23 + 1)) }
+                    while monotonicNanoseconds() < deadline {
+                        let gfn = UInt64.random(in: 0..<50, using: &random)
+                        var runs = try guest.lookUp([gfn..<gfn + UInt64.random(in: 1...14, using: &random)])
+                        if Bool.random(using: &random) { runs += try guest.machine.takeOffers(8) }
+                        for run in runs {
+                            for (index, gfn) in run.gfns.enumerated()
+                            where try guest.content(of: run.slot + UInt32(index)) != page(gfn % 23 + 1) {
+                                throw QuireError(.invalid, "wrong bytes in \(run)")
+                            }
+                        }
+                        let given = try guest.machine.report(runs.map { .init(.released, $0.gfns) })
+                        if given != runs.reduce(0, { $0 + UInt64($1.pages) }) { throw QuireError(.invalid, "\(given) of \(runs)") }
+                    }
+                } catch { failures.update { $0.append("\(error)") } }
+            }
+        }
+        for thread in threads { thread.join() }
+        #expect(failures.read { $0 } == [])
+        let figures = store.figures(of: nil)
+        #expect(figures.promotions > 1000 && figures.hits > 1000, "\(figures)")
+        #expect(figures.sharedPages == 0 && figures.heldPages == 0 && figures.storeBytes == 0 && figures.histogram.allSatisfy { $0 == 0 })
     }
 
     // MARK: - Growth

@@ -68,6 +68,7 @@ static inline int cp_set_nonblocking(int fd, bool on)
 	return flags < 0 ? -1 : fcntl(fd, F_SETFL, on ? flags | O_NONBLOCK : flags & ~O_NONBLOCK);
 }
 static inline int cp_set_cloexec(int fd, bool on) { return fcntl(fd, F_SETFD, on ? FD_CLOEXEC : 0); }
+void cp_raise_file_limit(void);                    /* RLIMIT_NOFILE as far as the hard limit allows */
 static inline int cp_dup_cloexec(int fd) { return fcntl(fd, F_DUPFD_CLOEXEC, 3); }
 static inline int cp_eventfd(void) { return eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); }
 static inline void *cp_map_shared(int fd, off_t offset, size_t length, bool writable)
@@ -116,6 +117,7 @@ static inline int cp_stream(void) { return SOCK_STREAM; }
  * deals with it. `token` is the caller's. */
 int cp_epoll(void);
 int cp_epoll_add(int epoll, int fd, uint64_t token);
+int cp_epoll_remove(int epoll, int fd);
 int cp_epoll_arm(int epoll, int fd, uint64_t token);
 int cp_epoll_wait(int epoll, int timeout_ms, uint64_t *token); /* 1: *token is ready; 0: nothing; -1: errno */
 

@@ -32,6 +32,7 @@ int cp_next_signal(int fd, bool *from_kernel);
 int cp_reap(pid_t pid, bool block, int *status);
 int cp_wait_exit_status(int status);
 int cp_wait_signal(int status);                    /* 0: it was not killed by one */
+int cp_pidfd(pid_t pid);                           /* close-on-exec; readable once the process has ended */
 void cp_ignore_sigpipe(void);
 
 /* Open-file-description locks: they belong to the open file, so a child that inherits the descriptor keeps the lock,

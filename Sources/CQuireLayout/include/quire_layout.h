@@ -565,7 +565,7 @@ struct quire_store_figures {
 };
 
 struct quire_store_error {
-	struct quire_store_header header;
+	struct quire_store_header header; /* count 1: busy, the same may do better in a moment */
 	quire_u8  text[504];         /* 8 one line, zero-padded */
 };
 

@@ -1,0 +1,136 @@
+import Glibc
+import Platform
+import StoreProtocol
+
+/// The process above quired that holds its descriptors and starts it again when it dies. It knows nothing of what they
+/// mean, so there is little in it that could go wrong. (systemd's descriptor store does the same; the names are for it.)
+///
+/// Messages on one connection, in both directions: `P` and a name with descriptors: park these; `U` and a name: forget
+/// them; `R`: I am at work now; `E`, to the worker: that was all. What the worker has sent is kept from that moment: the kernel holds it, even
+/// if the worker dies before the keeper has read it.
+public struct Keeper {
+    static let nameBytes = 128
+    static let maxDescriptors = 8
+
+    private var parked: [String: [Int32]] = [:]
+    /// The worker of now has come as far as doing its work.
+    private var isReady = false
+
+    public init() {}
+
+    /// Runs `command` with `--keeper-fd 3` until it ends by itself with status 0, or SIGTERM or SIGINT comes. Returns the
+    /// status to exit with.
+    public mutating func run(_ command: [String], log: (String) -> Void) throws(QuireError) -> Int32 {
+        let signals = try SignalDescriptor([SIGTERM, SIGINT, SIGCHLD])
+        var pause: UInt32 = 0
+        while true {
+            var pair = try MessagePair()
+            let near = UnixSocket(adopting: pair.takeNear())
+            let far = pair.takeFar()
+            isReady = false
+            let pid = try ProcessCalls.spawn(
+                command + ["--keeper-fd", "3"], passing: [.init(from: far.raw, to: 3)], inheritOthers: false,
+                ownGroup: true, parentDeathSignal: nil)
+            _ = consume far
+            // One that dies before it has read all of this is started again below.
+            try? handOver(near)
+            let isStopping = attend(near, signals, pid)
+            let end = ProcessCalls.wait(pid, blocking: true) ?? .exited(127)
+            if isStopping || end == .exited(0) { return 0 }
+            // It could not even start, and has said why.
+            if case .exited(let status) = end, parked.isEmpty { return status }
+            // One that cannot start must not keep the machine busy.
+            pause = isReady ? 10 : min(5000, max(10, pause * 2))
+            log("quired \(end), starting it again with \(parked.count) parked items")
+            if !waitReadable([signals.descriptor.raw], timeoutMilliseconds: Int32(pause)).isEmpty,
+                Self.isStop(signals)
+            {
+                return 0
+            }
+        }
+    }
+
+    private func handOver(_ socket: borrowing UnixSocket) throws(QuireError) {
+        for (name, descriptors) in parked.sorted(by: { $0.key < $1.key }) {
+            try socket.sendMessage(Array("P\(name)".utf8), passing: descriptors)
+        }
+        try socket.sendMessage(Array("E".utf8))
+    }
+
+    /// Keeps what the worker sends until it is gone. True if it was told to go.
+    private mutating func attend(_ socket: borrowing UnixSocket, _ signals: borrowing SignalDescriptor, _ pid: Int32) -> Bool {
+        var isStopping = false
+        while true {
+            let ready = waitReadable([socket.descriptor.raw, signals.descriptor.raw])
+            if ready.contains(1), Self.isStop(signals) {
+                isStopping = true
+                ProcessCalls.signal(pid, SIGTERM)
+            }
+            guard ready.contains(0) else { continue }
+            var descriptors = UnixSocket.PassedDescriptors()
+            guard
+                let message = try? socket.receiveMessage(
+                    limit: Self.nameBytes + 1, maxDescriptors: Self.maxDescriptors, into: &descriptors)
+            else { return isStopping }
+            if message.first == UInt8(ascii: "R") {
+                isReady = true
+                continue
+            }
+            let name = String(decoding: message.dropFirst(), as: UTF8.self)
+            for raw in parked.removeValue(forKey: name) ?? [] { close(raw) }
+            guard message.first == UInt8(ascii: "P") else { continue }
+            var list: [Int32] = []
+            while let descriptor = descriptors.next() { list.append(descriptor.release()) }
+            parked[name] = list
+        }
+    }
+
+    /// Reads what signals there are; true if one of them asks to stop.
+    private static func isStop(_ signals: borrowing SignalDescriptor) -> Bool {
+        var stop = false
+        while let event = signals.next() { if event.number != SIGCHLD { stop = true } }
+        return stop
+    }
+}
+
+/// The worker's side of a keeper.
+public final class KeeperLink: Parking {
+    private let socket: UnixSocket
+    /// What an earlier worker had parked; taken once.
+    package let parked: [ParkedItem]
+
+    /// Takes over everything that is parked.
+    public init(adopting descriptor: consuming Descriptor) throws(QuireError) {
+        let socket = UnixSocket(adopting: descriptor)
+        var items: [ParkedItem] = []
+        while true {
+            var descriptors = UnixSocket.PassedDescriptors()
+            guard
+                let message = try socket.receiveMessage(
+                    limit: Keeper.nameBytes + 1, maxDescriptors: Keeper.maxDescriptors, into: &descriptors)
+            else { throw QuireError(.closed, "the keeper is gone") }
+            guard message.first == UInt8(ascii: "P") else { break }
+            items.append(
+                ParkedItem(name: String(decoding: message.dropFirst(), as: UTF8.self), descriptors: descriptors))
+        }
+        parked = items
+        self.socket = socket
+    }
+
+    /// The descriptor of an item that has one.
+    public func takeParked(_ name: String) -> Descriptor? {
+        parked.first { $0.name == name }?.descriptors.next()
+    }
+
+    public func park(_ name: String, _ descriptors: [Int32]) throws(QuireError) {
+        precondition(name.utf8.count <= Keeper.nameBytes && descriptors.count <= Keeper.maxDescriptors)
+        do throws(QuireError) { try socket.sendMessage(Array("P\(name)".utf8), passing: descriptors) } catch {
+            throw QuireError(.closed, "quired's keeper is gone, so nothing new can be kept: restart quired", cause: error)
+        }
+    }
+
+    /// This process does its work: when it dies, it is started again at once.
+    public func ready() { try? socket.sendMessage(Array("R".utf8)) }
+
+    public func unpark(_ name: String) { try? socket.sendMessage(Array("U\(name)".utf8)) }
+}

@@ -1,0 +1,316 @@
+import CPlatform
+import CQuireLayout
+import Glibc
+import Host
+import Platform
+import StoreProtocol
+import Testing
+
+@Suite(.serialized) struct QuiredTests {
+    @Test func twoVMsOverTheSocket() throws {
+        let quired = try RunningStore()
+        var a = try Backend(FakeVM("a"), path: quired.path), b = try Backend(FakeVM("b"), path: quired.path)
+        for gfn in UInt64(0)..<64 {
+            try a.vm.write(gfn, page(gfn))
+            try b.vm.write(gfn + 100, page(gfn))
+        }
+        #expect(try a.lookUp(0..<64) == [])
+        let runs = try b.lookUp(100..<164)
+        #expect(runs.map(\.gfns) == [100..<164])
+        for run in runs {
+            let (merged, refused) = try b.merge(run)
+            #expect(merged.count == 64 && refused == [])
+        }
+        #expect(try b.client.report([.init(.merged, 100..<164)]) == 64)
+        // A has been told, with its next answer, that there is something for it.
+        #expect(try a.lookUp(200..<201) == [])
+        #expect(a.client.waitingOffers == 64)
+        for run in try a.client.offers() { _ = try a.merge(run) }
+        #expect(try a.client.report([.init(.merged, 0..<64)]) == 64)
+        let figures = try quired.figures()
+        #expect(figures.machines == 2 && figures.sharedPages == 64 && figures.sharingPages == 128)
+        #expect(figures.savedBytes == 64 * 4096 && figures.storeBytes == 64 * 4096 && figures.histogram[1] == 64)
+        #expect(try a.client.figures().sharingPages == 128)
+
+        // A's QEMU ends: what it had goes, without a word from its backend.
+        a.vm.end()
+        #expect(try eventually { try quired.figures().sharingPages == 64 })
+        #expect(message { try a.client.figures() } != nil)
+        b.vm.end()
+        #expect(try eventually { try quired.figures().machines == 0 })
+        #expect(try quired.figures().storeBytes == 0)
+        #expect(quired.stop() == .exited(0))
+        #expect(Files.list(quired.folder) == [])
+    }
+
+    @Test func folderAndSocketAreForTheOwnerAlone() throws {
+        let quired = try RunningStore()
+        var status = stat()
+        #expect(unsafe stat(quired.folder, &status) == 0 && status.st_mode & 0o777 == 0o750)
+        let second = try ChildProcess.output(of: [
+            "sh", "-c", "\(RunningStore.program) --directory \(quired.folder) 2>&1; \(RunningStore.program) --keep --directory \(quired.folder) 2>&1; true",
+        ])
+        let line = "quired: \(quired.path) is in use by a running process: stop it or choose another path\n"
+        #expect(second == line + line)
+    }
+
+    @Test func oneClearLineForWhatIsWrong() throws {
+        let quired = try RunningStore(["--keep", "--group", "web=1,2"])
+        let vm = try FakeVM("a")
+        func hello(_ hello: StoreRequest.Hello) -> String? {
+            message { _ = try StoreClient.connect(to: quired.path, hello, pageMap: vm.map.raw, life: vm.lifeRaw) }
+        }
+        #expect(hello(.init(name: "a", group: "db"))
+            == "there is no share group 'db': name it to quired with --group, or leave it out")
+        var other = StoreRequest.Hello(name: "a")
+        other.version = 7
+        #expect(hello(other)
+            == "the backend speaks version 7 of the page store's protocol and quired version 1: install the same release of both")
+        #expect(hello(.init(name: "a", node: 99))?.hasPrefix("there is no NUMA node 99 here") == true)
+        #expect(hello(.init(name: "a", group: "web")) == nil)
+        func option(_ words: String) throws -> String {
+            try ChildProcess.output(of: ["sh", "-c", "\(RunningStore.program) \(words) 2>&1; true"])
+        }
+        #expect(try option("--limit 3x") == "quired: --limit 3x: give a size such as 512M\n")
+        #expect(try option("--group web") == "quired: --group web: give NAME=UID or NAME=UID,UID; NAME does not begin with owner-\n")
+        #expect(try option("--keep --directory relative")
+            == "quired: there is no runtime directory: give --directory and an absolute path\n")
+    }
+
+    /// One backend a VM; the next one is taken once the first is gone, and the page map says which VM it is.
+    @Test func whoIsWho() throws {
+        let quired = try RunningStore()
+        let vm = try FakeVM("a"), impostor = try FakeVM("a")
+        var first = Optional(try Backend(vm, path: quired.path))
+        #expect(message { _ = try Backend(vm, path: quired.path) } == "another backend is connected for the VM 'a'")
+        first = nil
+        #expect(message { _ = try Backend(impostor, path: quired.path) }?.hasPrefix("the VM 'a' is running already") == true)
+        first = try Backend(vm, path: quired.path)
+        _ = first
+        vm.end()
+        #expect(message { _ = try Backend(impostor, path: quired.path) } == nil)
+    }
+
+    // MARK: - kill -9
+
+    /// Backends at work while quired is killed again and again. At the end, and after each kill, every VM still maps what
+    /// it mapped, with the bytes that it had; and the counts are what the VMs' own page maps add up to.
+    @Test func killedInTheMiddle() throws {
+        let quired = try RunningStore()
+        let path = quired.path
+        let stop = Monitor(false), failures = Monitor<[String]>([]), results = Monitor<[[UInt64: UInt32]]>([])
+        let vms = try (0..<4).map { try FakeVM("vm\($0)", pages: 512, firstGFN: UInt64($0) * 7000) }
+        let rounds = Monitor(0)
+        let threads = try vms.enumerated().map { number, vm in
+            nonisolated(unsafe) let vm = vm
+            return try JoinableThread("backend") {
+                do {
+                    var contents: [UInt64: UInt64] = [:]
+                    var random = SplitMix(UInt64(number))
+                    var backend = try unsafe Backend(vm, path: path)
+                    while !stop.read({ $0 }) {
+                        do {
+                            try Self.work(&backend, &contents, &random)
+                            rounds.update { $0 += 1 }
+                        } catch let error as QuireError where error.code == .closed || error.code == .system {
+                            // No command is on its way in this QEMU: it is this thread that carries them out.
+                            guard eventually({ (try? backend.reconnect(path)) != nil }) else {
+                                throw QuireError(.closed, "cannot come back")
+                            }
+                            if backend.client.welcome.keptPages != UInt64(backend.mapped.count)
+                                || backend.client.welcome.unknownPages != 0 {
+                                throw QuireError(.invalid, "\(backend.client.welcome), mapped are \(backend.mapped.count)")
+                            }
+                        }
+                        for (gfn, slot) in backend.mapped where try backend.content(of: slot) != page(contents[gfn]!) {
+                            throw QuireError(.invalid, "wrong bytes at \(gfn)")
+                        }
+                    }
+                    // Whatever was on its way is settled by coming back.
+                    let settled = eventually { (try? backend.reconnect(path)) != nil }
+                    if !settled { throw QuireError(.closed, "cannot settle") }
+                    let mapped = backend.mapped
+                    results.update { $0.append(mapped) }
+                } catch { failures.update { $0.append("\(error)") } }
+            }
+        }
+        var random = SplitMix(3)
+        for _ in 0..<25 {
+            usleep(UInt32.random(in: 20_000..<180_000, using: &random))
+            quired.kill()
+        }
+        stop.update { $0 = true }
+        for thread in threads { thread.join() }
+        #expect(failures.read { $0 } == [])
+        #expect(rounds.read { $0 } > 100)
+        // Settled with the last worker, and again from nothing but what was parked.
+        for _ in 0..<2 {
+            #expect(quired.waitUntilItServes())
+            let mapped = results.read { $0 }
+            var counts: [UInt32: Int] = [:]
+            for slot in mapped.flatMap({ $0.values }) { counts[slot, default: 0] += 1 }
+            let figures = try quired.figures()
+            #expect(figures.machines == 4 && counts.count > 10)
+            #expect(figures.sharedPages == UInt64(counts.count) && figures.storeBytes == UInt64(counts.count) * 4096)
+            #expect(figures.sharingPages == UInt64(counts.values.reduce(0, +)) && figures.heldPages == 0)
+            var histogram = [UInt64](repeating: 0, count: 32)
+            for count in counts.values { histogram[Int.bitWidth - 1 - count.leadingZeroBitCount] += 1 }
+            #expect(figures.histogram == histogram)
+            quired.kill()
+        }
+        // Their lives end with these.
+        withExtendedLifetime(vms) {}
+    }
+
+    private static func work(
+        _ backend: inout Backend, _ contents: inout [UInt64: UInt64], _ random: inout SplitMix
+    ) throws {
+        let gfns = backend.vm.gfns
+        let gfn = UInt64.random(in: gfns, using: &random)
+        let end = min(gfns.upperBound, gfn + UInt64.random(in: 1...64, using: &random))
+        switch Int.random(in: 0..<10, using: &random) {
+        case 0..<3:
+            let content = UInt64.random(in: 0..<40, using: &random)
+            var folded: [UInt64] = []
+            for (index, gfn) in (gfn..<end).enumerated() {
+                if backend.mapped[gfn] != nil { folded.append(gfn) }
+                try backend.fold(gfn)
+                contents[gfn] = content + UInt64(index)
+                try backend.vm.write(gfn, page(content + UInt64(index)))
+            }
+            try backend.client.report(folded.map { .init(.released, $0..<$0 + 1) })
+        case 3..<9:
+            // Pages that were never written are zeros, and pages that are mapped are holes: both hash as zeros.
+            let runs = try Bool.random(using: &random) ? backend.lookUp(gfn..<end) : backend.client.offers(atMost: 64)
+            for run in runs {
+                let (merged, refused) = try backend.merge(run)
+                try backend.client.report(
+                    merged.map { .init(.merged, $0..<$0 + 1) } + refused.map { .init(.released, $0..<$0 + 1) })
+            }
+        default:
+            let folded = (gfn..<end).filter { backend.mapped[$0] != nil }
+            for gfn in folded { try backend.fold(gfn) }
+            try backend.client.report(folded.map { .init(.released, $0..<$0 + 1) })
+        }
+    }
+
+    /// The control: without a keeper a new quired knows nothing of what VMs map.
+    @Test func controlWithoutKeeper() throws {
+        let quired = try RunningStore([])
+        var a = try Backend(FakeVM("a"), path: quired.path)
+        for gfn in UInt64(0)..<2 { try a.vm.write(gfn, page(4)) }
+        _ = try a.lookUp(0..<1)
+        for run in try a.lookUp(1..<2) { _ = try a.merge(run) }
+        try a.client.report([.init(.merged, 1..<2)])
+        let before = a.client.welcome.storeID
+        quired.kill()
+        try quired.startAgain()
+        try a.reconnect(quired.path)
+        #expect(a.client.welcome.keptPages == 0 && a.client.welcome.unknownPages == 1)
+        #expect(a.client.welcome.storeID != before)
+    }
+
+    // MARK: - Hostile clients
+
+    /// Nonsense of every kind from many connections, beside an honest VM that notices nothing.
+    @Test func nonsenseHurtsNobody() throws {
+        let quired = try RunningStore()
+        let worker = quired.worker
+        var honest = try Backend(FakeVM("honest"), path: quired.path)
+        for gfn in UInt64(0)..<2 { try honest.vm.write(gfn, page(1)) }
+        _ = try honest.lookUp(0..<1)
+        for run in try honest.lookUp(1..<2) { _ = try honest.merge(run) }
+        try honest.client.report([.init(.merged, 1..<2)])
+        let slot = try #require(honest.mapped[1])
+
+        var random = SplitMix(11)
+        let vm = try FakeVM("evil")
+        for round in 0..<400 {
+            let socket = try UnixSocket.connect(to: quired.path, kind: .messages)
+            if round % 4 != 0 {
+                try socket.sendMessage(StoreRequest.hello(.init(name: "evil\(round % 7)")).encoded(), passing: [vm.map.raw, vm.lifeRaw])
+                _ = waitReadable([socket.descriptor.raw], timeoutMilliseconds: 5000)
+                if round % 2 == 0 { try? socket.sendMessage(StoreRequest.memory([vm.region]).encoded(), passing: [vm.ram.raw]) }
+            }
+            for _ in 0..<4 {
+                let raw = Bool.random(using: &random) ? [Int32](repeating: vm.ram.raw, count: Int.random(in: 0...62, using: &random)) : []
+                if (try? socket.sendMessage(Self.nonsense(&random), passing: raw)) == nil { break }
+            }
+            // Some leave without reading, some wait for what comes.
+            if round % 3 == 0 { _ = waitReadable([socket.descriptor.raw], timeoutMilliseconds: 50) }
+        }
+        #expect(quired.worker == worker, "it was never started again")
+        #expect(try honest.content(of: slot) == page(1))
+        #expect(try honest.client.report([.init(.released, 1..<2)]) == 1)
+        vm.end()
+        #expect(try eventually { try quired.figures().machines == 1 })
+        #expect(try quired.figures().sharedPages == 0)
+    }
+
+    /// Requests with something wrong in them, and plain noise.
+    private static func nonsense(_ random: inout SplitMix) -> [UInt8] {
+        var bytes: [UInt8]
+        switch Int.random(in: 0..<7, using: &random) {
+        case 0:
+            bytes = (0..<Int.random(in: 1...300, using: &random)).map { _ in UInt8.random(in: 0 ... .max, using: &random) }
+        case 1:
+            var lookup = StoreRequest.Lookup()
+            for _ in 0..<Int.random(in: 1...20, using: &random) {
+                lookup.append(UInt64.random(in: 0..<300, using: &random), [PageHash(low: 1, high: 2), PageHash(low: 3, high: 4)])
+            }
+            bytes = StoreRequest.lookup(lookup).encoded()
+        case 2:
+            bytes = StoreRequest.report((0..<20).map { _ in
+                .init(Bool.random(using: &random) ? .merged : .released, 0..<UInt64.random(in: 1...3000, using: &random))
+            }).encoded()
+        case 3: bytes = StoreRequest.offers(Int.random(in: 0...2000, using: &random)).encoded()
+        case 4:
+            bytes = StoreRequest.memory((0..<Int.random(in: 0...64, using: &random)).map { _ in
+                .init(gfn: UInt64.random(in: 0..<1 << 31, using: &random), pages: UInt64.random(in: 0..<1 << 31, using: &random),
+                    offset: UInt64.random(in: 0 ... .max, using: &random), file: Int.random(in: 0..<70, using: &random))
+            }).encoded()
+        case 5: bytes = StoreRequest.hello(.init(name: "x", group: "../..", node: .random(in: 0...9, using: &random))).encoded()
+        default: bytes = StoreRequest.status.encoded() + [UInt8](repeating: 0, count: Int.random(in: 0...70_000, using: &random))
+        }
+        // A few bits turned over, or the end cut off.
+        for _ in 0..<Int.random(in: 0...3, using: &random) where !bytes.isEmpty {
+            bytes[Int.random(in: bytes.indices, using: &random)] ^= 1 << UInt8.random(in: 0..<8, using: &random)
+        }
+        if Int.random(in: 0..<4, using: &random) == 0 { bytes.removeLast(Int.random(in: 0..<bytes.count, using: &random)) }
+        return bytes
+    }
+
+    /// Every request and reply survives the wire, and no prefix of one does.
+    @Test func messagesRoundTrip() throws {
+        var lookup = StoreRequest.Lookup()
+        lookup.append(5, [PageHash(low: 1, high: 2), PageHash(low: .max, high: 0)])
+        lookup.append(1 << 29, [PageHash(low: 3, high: 4)])
+        let requests: [StoreRequest] = [
+            .hello(.init(name: "a", group: "b", node: 3)), .memory([.init(gfn: 1, pages: 2, offset: 4096, file: 7)]),
+            .memory([]), .lookup(lookup), .offers(12), .report([.init(.merged, 3..<9), .init(.released, 0..<1)]), .status,
+        ]
+        for request in requests {
+            let bytes = request.encoded()
+            #expect(try StoreRequest(bytes) == request)
+            for count in 0..<bytes.count {
+                #expect(throws: ProtocolViolation.self) { try StoreRequest(Array(bytes[..<count])) }
+            }
+        }
+        #expect(StoreRequest.hello(.init(name: "a")).encoded().count == MemoryLayout<quire_store_hello>.size)
+        var welcome = StoreReply.Welcome()
+        welcome.secret = [UInt8](repeating: 9, count: 192)
+        welcome.storeID = 77
+        var figures = StoreFigures()
+        figures.full = 5
+        figures.machines = 9
+        figures.histogram[31] = 4
+        let replies: [StoreReply] = [
+            .welcome(welcome), .done(pages: 5), .slots([SlotRun(gfn: 1, slot: 2, pages: 3, store: 0)], offers: 8),
+            .figures(figures), .error("no"), .error("later", isBusy: true),
+        ]
+        for reply in replies { #expect(try StoreReply(reply.encoded()) == reply) }
+        #expect(StoreReply.welcome(welcome).encoded().count == MemoryLayout<quire_store_welcome>.size)
+        #expect(StoreReply.figures(figures).encoded().count == MemoryLayout<quire_store_figures>.size)
+        #expect(StoreReply.error("no").encoded().count == MemoryLayout<quire_store_error>.size)
+    }
+}
