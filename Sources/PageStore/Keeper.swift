@@ -19,35 +19,50 @@ public struct Keeper {
     public init() {}
 
     /// Runs `command` with `--keeper-fd 3` until it ends by itself with status 0, or SIGTERM or SIGINT comes. Returns the
-    /// status to exit with.
+    /// status to exit with. As long as anything is parked it goes on, whatever fails: what it holds is lost with it.
     public mutating func run(_ command: [String], log: (String) -> Void) throws(QuireError) -> Int32 {
         let signals = try SignalDescriptor([SIGTERM, SIGINT, SIGCHLD])
         var pause: UInt32 = 0
         while true {
-            var pair = try MessagePair()
-            let near = UnixSocket(adopting: pair.takeNear())
-            let far = pair.takeFar()
             isReady = false
-            let pid = try ProcessCalls.spawn(
-                command + ["--keeper-fd", "3"], passing: [.init(from: far.raw, to: 3)], inheritOthers: false,
-                ownGroup: true, parentDeathSignal: nil)
-            _ = consume far
-            // One that dies before it has read all of this is started again below.
-            try? handOver(near)
-            let isStopping = attend(near, signals, pid)
-            let end = ProcessCalls.wait(pid, blocking: true) ?? .exited(127)
-            if isStopping || end == .exited(0) { return 0 }
-            // It could not even start, and has said why.
-            if case .exited(let status) = end, parked.isEmpty { return status }
+            do throws(QuireError) {
+                let (end, isStopping) = try runOnce(command, signals)
+                if isStopping || end == .exited(0) { return 0 }
+                // It could not even start, and has said why.
+                if case .exited(let status) = end, parked.isEmpty { return status }
+                log("quired \(end), starting it again with \(parked.count) parked items")
+            } catch {
+                // The program is being replaced, or there is no memory for another process.
+                guard !parked.isEmpty else { throw error }
+                log("\(error): trying again")
+            }
             // One that cannot start must not keep the machine busy.
             pause = isReady ? 10 : min(5000, max(10, pause * 2))
-            log("quired \(end), starting it again with \(parked.count) parked items")
-            if !waitReadable([signals.descriptor.raw], timeoutMilliseconds: Int32(pause)).isEmpty,
-                Self.isStop(signals)
-            {
-                return 0
+            let deadline = monotonicNanoseconds() + UInt64(pause) * 1_000_000
+            while case let now = monotonicNanoseconds(), now < deadline {
+                // Ends of children are signals too, and no reason to hurry.
+                let left = Int32((deadline - now) / 1_000_000 + 1)
+                if !waitReadable([signals.descriptor.raw], timeoutMilliseconds: left).isEmpty, Self.isStop(signals) {
+                    return 0
+                }
             }
         }
+    }
+
+    private mutating func runOnce(
+        _ command: [String], _ signals: borrowing SignalDescriptor
+    ) throws(QuireError) -> (ProcessEnd, isStopping: Bool) {
+        var pair = try MessagePair()
+        let near = UnixSocket(adopting: pair.takeNear())
+        let far = pair.takeFar()
+        let pid = try ProcessCalls.spawn(
+            command + ["--keeper-fd", "3"], passing: [.init(from: far.raw, to: 3)], inheritOthers: false, ownGroup: true,
+            parentDeathSignal: nil)
+        _ = consume far
+        // One that dies before it has read all of this is started again.
+        try? handOver(near)
+        let isStopping = attend(near, signals, pid)
+        return (ProcessCalls.wait(pid, blocking: true) ?? .exited(127), isStopping)
     }
 
     private func handOver(_ socket: borrowing UnixSocket) throws(QuireError) {

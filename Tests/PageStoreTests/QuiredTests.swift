@@ -210,6 +210,31 @@ import Testing
         #expect(a.client.welcome.storeID != before)
     }
 
+    /// The program is gone for a while, as during an upgrade: the keeper goes on, and so does what it keeps.
+    @Test func keeperOutlivesAProgramThatCannotStart() throws {
+        let folder = "/tmp/quired-copy-\(ProcessCalls.ownPID)"
+        try Files.makeDirectory(folder, mode: 0o700)
+        let copy = folder + "/quired"
+        // Next to it are the libraries that it looks for there, if any.
+        _ = try ChildProcess.output(of: ["cp", RunningStore.program, copy])
+        let quired = try RunningStore(["--keep"], program: copy)
+        var a = try Backend(FakeVM("a"), path: quired.path)
+        for gfn in UInt64(0)..<2 { try a.vm.write(gfn, page(4)) }
+        _ = try a.lookUp(0..<1)
+        for run in try a.lookUp(1..<2) { _ = try a.merge(run) }
+        try a.client.report([.init(.merged, 1..<2)])
+        _ = try ChildProcess.output(of: ["mv", copy, copy + ".old"])
+        quired.kill(andWait: false)
+        ProcessCalls.sleep(milliseconds: 300)
+        _ = try ChildProcess.output(of: ["mv", copy + ".old", copy])
+        #expect(quired.waitUntilItServes())
+        try a.reconnect(quired.path)
+        #expect(a.client.welcome.keptPages == 1 && a.client.welcome.unknownPages == 0)
+        #expect(quired.stop() == .exited(0))
+        Files.remove(copy)
+        Files.removeDirectory(folder)
+    }
+
     // MARK: - Hostile clients
 
     /// Nonsense of every kind from many connections, beside an honest VM that notices nothing.

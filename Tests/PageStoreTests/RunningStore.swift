@@ -18,10 +18,10 @@ final class RunningStore {
         return own[..<(own.lastIndex(of: "/") ?? own.endIndex)] + "/quired"
     }()
 
-    init(_ more: [String] = ["--keep"]) throws {
+    init(_ more: [String] = ["--keep"], program: String = RunningStore.program) throws {
         folder = "/tmp/quired-test-\(ProcessCalls.ownPID)-\(UInt32.random(in: 0 ... .max))"
         arguments = [
-            Self.program, "--directory", folder, "--limit", "256M", "--candidates", "1M", "--workers", "3",
+            program, "--directory", folder, "--limit", "256M", "--candidates", "1M", "--workers", "3",
             "--log-level", "error",
         ] + more
         process = try Self.start(arguments)
