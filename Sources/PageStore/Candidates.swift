@@ -1,8 +1,8 @@
 import Platform
 import StoreProtocol
 
-/// Contents that were seen once, and where: "VM m had this at gfn g". A hint and nothing more: whoever believes one looks
-/// at that page before anything follows from it.
+/// Contents that were seen once, and where: "VM m had this at gfn g". A hint and nothing more: whoever believes one
+/// looks at that page before anything follows from it.
 ///
 /// So it may forget. It is a table of a fixed size, sets of 8 entries of 8 bytes (one cache line); a content that comes
 /// when its set is full replaces one of them, chosen by the newcomer's hash. What never comes again ages out like that,
@@ -14,8 +14,8 @@ final class Candidates: Sendable {
         let gfn: UInt64
     }
 
-    // Bits of an entry: 0..29 gfn, 30..41 machine, 42..63 of the hash's high word. Machines are numbered from 1: an entry
-    // is never 0.
+    // Bits of an entry: 0..29 gfn, 30..41 machine, 42..63 of the hash's high word. Machines are numbered from 1: an
+    // entry is never 0.
     private static let machineShift: UInt64 = 30
     private static let tagShift: UInt64 = 42
     static let machineLimit = 1 << 12

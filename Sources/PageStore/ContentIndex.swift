@@ -2,8 +2,8 @@ import CIndex
 import Platform
 import StoreProtocol
 
-/// From the hash of a page to the slot that holds it; read by any number of threads without a lock (liburcu's cds_lfht).
-/// It knows slots only as long as somebody uses them: contents that were seen once are `Candidates`.
+/// From the hash of a page to the slot that holds it; read by any number of threads without a lock (liburcu's
+/// cds_lfht). It knows slots only as long as somebody uses them: contents that were seen once are `Candidates`.
 ///
 /// The one thing that its user has to know is when a slot may mean something else: not while a reader that found it is
 /// inside `reading`. So a slot is removed, then `waitForReaders`, then it may be given another content.
@@ -34,7 +34,8 @@ import StoreProtocol
         return slot == 0 ? nil : UInt32(slot)
     }
 
-    /// Adds a slot under the hash that the table has for it. Another slot that has this hash already is returned instead.
+    /// Adds a slot under the hash that the table has for it. Another slot that has this hash already is returned
+    /// instead.
     func add(_ slot: UInt32) -> UInt32 { UInt32(unsafe ci_add(index, UInt64(slot))) }
 
     func remove(_ slot: UInt32) { _ = unsafe ci_remove(index, UInt64(slot)) }

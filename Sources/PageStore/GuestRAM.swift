@@ -2,8 +2,8 @@ import Glibc
 import Platform
 import StoreProtocol
 
-/// Where a VM says its pages are: files that the VM's side owns and may change, truncate or fill with lies at any moment.
-/// They are only ever read, by `pread`, which such a file cannot turn into a signal.
+/// Where a VM says its pages are: files that the VM's side owns and may change, truncate or fill with lies at any
+/// moment. They are only ever read, by `pread`, which such a file cannot turn into a signal.
 package final class GuestRAM: Sendable {
     /// Sorted by gfn, disjoint.
     private let regions: [StoreRequest.Region]
@@ -61,8 +61,8 @@ package final class GuestRAM: Sendable {
         return true
     }
 
-    /// Reads up to `count` pages from `gfn` on to `offset` of a mapping. Returns how many came whole: fewer where RAM or
-    /// its file ends.
+    /// Reads up to `count` pages from `gfn` on to `offset` of a mapping. Returns how many came whole: fewer where RAM
+    /// or its file ends.
     func read(_ gfn: UInt64, count: Int, into mapping: borrowing Mapping, at offset: Int) -> Int {
         var done = 0
         while done < count, let region = region(of: gfn + UInt64(done)) {

@@ -3,11 +3,12 @@ import Platform
 import StoreProtocol
 
 /// The process above quired that holds its descriptors and starts it again when it dies. It knows nothing of what they
-/// mean, so there is little in it that could go wrong. (systemd's descriptor store does the same; the names are for it.)
+/// mean, so there is little in it that could go wrong. (systemd's descriptor store does the same; the names are for
+/// it.)
 ///
 /// Messages on one connection, in both directions: `P` and a name with descriptors: park these; `U` and a name: forget
-/// them; `R`: I am at work now; `E`, to the worker: that was all. What the worker has sent is kept from that moment: the kernel holds it, even
-/// if the worker dies before the keeper has read it.
+/// them; `R`: I am at work now; `E`, to the worker: that was all. What the worker has sent is kept from that moment:
+/// the kernel holds it, even if the worker dies before the keeper has read it.
 public struct Keeper {
     static let nameBytes = 128
     static let maxDescriptors = 8
@@ -18,8 +19,9 @@ public struct Keeper {
 
     public init() {}
 
-    /// Runs `command` with `--keeper-fd 3` until it ends by itself with status 0, or SIGTERM or SIGINT comes. Returns the
-    /// status to exit with. As long as anything is parked it goes on, whatever fails: what it holds is lost with it.
+    /// Runs `command` with `--keeper-fd 3` until it ends by itself with status 0, or SIGTERM or SIGINT comes. Returns
+    /// the status to exit with. As long as anything is parked it goes on, whatever fails: what it holds is lost with
+    /// it.
     public mutating func run(_ command: [String], log: (String) -> Void) throws(QuireError) -> Int32 {
         let signals = try SignalDescriptor([SIGTERM, SIGINT, SIGCHLD])
         var pause: UInt32 = 0
@@ -73,7 +75,9 @@ public struct Keeper {
     }
 
     /// Keeps what the worker sends until it is gone. True if it was told to go.
-    private mutating func attend(_ socket: borrowing UnixSocket, _ signals: borrowing SignalDescriptor, _ pid: Int32) -> Bool {
+    private mutating func attend(
+        _ socket: borrowing UnixSocket, _ signals: borrowing SignalDescriptor, _ pid: Int32
+    ) -> Bool {
         var isStopping = false
         while true {
             let ready = waitReadable([socket.descriptor.raw, signals.descriptor.raw])

@@ -4,12 +4,12 @@ import StoreProtocol
 
 /// What one VM has of its store: for each gfn nothing, or a slot, and whether the VM has said that it maps it.
 ///
-/// The ledgers are the truth about who uses a slot. A slot is noted before the VM is told of it, and struck out only when
-/// the VM gives it up or has ended; so at any instant, also right after quired was killed, everything that a VM may be
-/// mapping stands here. And since no VM can write a ledger, none can give up, or add to, what another one holds.
+/// The ledgers are the truth about who uses a slot. A slot is noted before the VM is told of it, and struck out only
+/// when the VM gives it up or has ended; so at any instant, also right after quired was killed, everything that a VM
+/// may be mapping stands here. And since no VM can write a ledger, none can give up, or add to, what another one holds.
 ///
-/// A memory file (quire_layout.h, part 5b), read and written by system calls alone: no memory for a page is an error then,
-/// where a mapping would raise a signal, and reading what was never written costs no memory.
+/// A memory file (quire_layout.h, part 5b), read and written by system calls alone: no memory for a page is an error
+/// then, where a mapping would raise a signal, and reading what was never written costs no memory.
 struct Ledger: ~Copyable, Sendable {
     struct Entry: Equatable, Sendable {
         /// 0: nothing.

@@ -138,8 +138,9 @@ package final class Machine: Sendable {
     ) {
         for run in Share.runs(seen.map(\.index)) {
             let places = seen.filter { run.contains($0.index) }.map(\.place)
-            let promoted = share.promote(gfn + UInt64(run.lowerBound), pages[run], from: memory, copyHash: seams.copyHash) {
-                (offset, slotOffset) in
+            let promoted = share.promote(
+                gfn + UInt64(run.lowerBound), pages[run], from: memory, copyHash: seams.copyHash
+            ) { (offset, slotOffset) in
                 guard let other = machines(places[offset].machine), other.share === share,
                     let memory = other.memory, memory.read(places[offset].gfn, count: 1, into: scratch, at: 0) == 1
                 else { return false }
@@ -244,7 +245,9 @@ package final class Machine: Sendable {
 
     /// A backend has come, and nothing that maps or unmaps is on its way: what the VM does not map is given up, what it
     /// does map counts as merged. The page map can take from what the ledger has, never add to it.
-    func reconcile(_ map: borrowing ForeignPageMap) throws(QuireError) -> (kept: UInt64, dropped: UInt64, unknown: UInt64) {
+    func reconcile(
+        _ map: borrowing ForeignPageMap
+    ) throws(QuireError) -> (kept: UInt64, dropped: UInt64, unknown: UInt64) {
         offers.withLock { $0 = [] }
         var kept: UInt64 = 0, dropped: UInt64 = 0
         try state.withLock { (state) throws(QuireError) in

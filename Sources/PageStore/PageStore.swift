@@ -218,8 +218,10 @@ public final class PageStore: Sendable {
                 }
             }
             let number = try registry.withLock { (registry) throws(QuireError) -> Int in
-                guard uid == 0 || registry.machines.values.count(where: { $0.uid == uid }) < configuration.maxMachinesPerUser
-                else { throw QuireError(.busy, "user \(uid) has \(configuration.maxMachinesPerUser) VMs already, as many as may be") }
+                let own = registry.machines.values.count { $0.uid == uid }
+                guard uid == 0 || own < configuration.maxMachinesPerUser else {
+                    throw QuireError(.busy, "user \(uid) has \(own) VMs already, as many as may be")
+                }
                 let most = min(configuration.maxMachines, Candidates.machineLimit - 1)
                 guard registry.machines.count < most,
                     let number = (1..<Candidates.machineLimit).first(where: { registry.machines[$0] == nil })
@@ -315,7 +317,9 @@ public final class PageStore: Sendable {
     }
 
     /// A page to read into while looking up: one a thread.
-    package static func makeScratch() throws(QuireError) -> Mapping { try Mapping(anonymousByteCount: StoreFile.slotBytes) }
+    package static func makeScratch() throws(QuireError) -> Mapping {
+        try Mapping(anonymousByteCount: StoreFile.slotBytes)
+    }
 
     /// The store, for the VM's side: read-only, and its own open file.
     package static func readOnlyStore(of machine: Machine) throws(QuireError) -> Descriptor {

@@ -5,8 +5,8 @@
 /// lowest run of n slots and freeing one both walk one path: O(log n), however the slots are scattered. Neighbours join
 /// by themselves, since nothing but the bits says what is free.
 ///
-/// It starts small and doubles when it needs room, up to `limit`, so a large limit costs nothing; and once everything is
-/// free again it is small again. Slot 0 is never handed out.
+/// It starts small and doubles when it needs room, up to `limit`, so a large limit costs nothing; and once everything
+/// is free again it is small again. Slot 0 is never handed out.
 package struct RunAllocator {
     private struct Room {
         var prefix: UInt32 = 0

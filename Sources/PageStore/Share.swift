@@ -52,8 +52,8 @@ final class StoreCounters: Sendable {
 ///     free       punched
 ///
 /// A count goes from 0 to 1 once (by the thread that filled the slot) and from 1 to 0 once (by the thread that then
-/// retires it). Everything between is a compare-exchange, so looking up needs no lock; `allocator` has the only one, held
-/// for one walk of its tree.
+/// retires it). Everything between is a compare-exchange, so looking up needs no lock; `allocator` has the only one,
+/// held for one walk of its tree.
 final class Share: Sendable {
     let store: StoreFile
     let table: SlotTable
@@ -189,7 +189,8 @@ final class Share: Sendable {
             if (try? table.setHashes(run.lowerBound, pages)) == nil { copied = 0 }
             for (offset, slot) in run.enumerated() {
                 let at = StoreFile.offset(slot)
-                guard offset < copied, copyHash(pages[next + offset], { hasher.hash(store.mapping, at: at) }) == pages[next + offset],
+                let claimed = pages[next + offset]
+                guard offset < copied, copyHash(claimed, { hasher.hash(store.mapping, at: at) }) == claimed,
                     isSeenAgain(next + offset - hashes.startIndex, at)
                 else {
                     counters.stale.add(1, ordering: .relaxed)

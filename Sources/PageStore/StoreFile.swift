@@ -6,9 +6,9 @@ import StoreProtocol
 /// The pages of a share group's store on one NUMA node: a sparse memory file of slots of 4 KiB.
 ///
 /// Only quired writes it. Everyone else gets a descriptor that was opened for reading; and the file's mode keeps every
-/// other user from opening it anew through /proc. (Somebody with quired's own user or root's rights could, but could trace
-/// quired just as well. A write seal would bind those too, and quired as well: it could not punch holes any more, nor
-/// write after a restart.)
+/// other user from opening it anew through /proc. (Somebody with quired's own user or root's rights could, but could
+/// trace quired just as well. A write seal would bind those too, and quired as well: it could not punch holes any more,
+/// nor write after a restart.)
 final class StoreFile: Sendable {
     static let slotBytes = 4096
 
@@ -86,7 +86,8 @@ final class StoreFile: Sendable {
             mapping.load32(Self.offset(\.version)) == UInt32(QUIRE_PARKED_VERSION)
         else { throw QuireError(.invalid, "a store's table was written by another version") }
         slotLimit = Int(mapping.load64(Self.offset(\.slots)))
-        guard slotLimit > 1, slotLimit <= Int(QUIRE_STORE_SLOT_LIMIT), size == Self.headerBytes + slotLimit * Self.entryBytes
+        guard slotLimit > 1, slotLimit <= Int(QUIRE_STORE_SLOT_LIMIT),
+            size == Self.headerBytes + slotLimit * Self.entryBytes
         else { throw QuireError(.invalid, "a store's table does not have the size that it says") }
         group = mapping.loadText(Self.offset(\.group), capacity: 72)
         node = Int(mapping.load32(Self.offset(\.node)))
@@ -105,14 +106,17 @@ final class StoreFile: Sendable {
 
     /// Whether these slots' hashes are in one page of the file: if one of them was ever written, asking for the other
     /// does not cost memory.
-    static func areNeighbours(_ one: UInt32, _ other: UInt32) -> Bool { entry(Int(one)) >> 12 == entry(Int(other)) >> 12 }
+    static func areNeighbours(_ one: UInt32, _ other: UInt32) -> Bool {
+        entry(Int(one)) >> 12 == entry(Int(other)) >> 12
+    }
 
     func hash(of slot: UInt32) -> PageHash {
         let at = Self.entry(Int(slot))
         return PageHash(low: mapping.load64(at), high: mapping.load64(at + 8))
     }
 
-    /// Hashes of slots from `first` on. Written by a system call: where there is no memory it fails, and raises no signal.
+    /// Hashes of slots from `first` on. Written by a system call: where there is no memory it fails, and raises no
+    /// signal.
     func setHashes(_ first: Int, _ hashes: ArraySlice<PageHash>) throws(QuireError) {
         var words: [UInt32] = []
         words.reserveCapacity(4 * hashes.count)

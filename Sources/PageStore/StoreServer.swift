@@ -152,7 +152,8 @@ public final class StoreServer: Sendable {
             if error.errno != EAGAIN { ProcessCalls.sleep(milliseconds: 50) }
             return
         }
-        guard let (_, uid) = try? socket.peer(), (try? Descriptor.makeNonblocking(socket.descriptor.raw)) != nil else { return }
+        guard let (_, uid) = try? socket.peer(), (try? Descriptor.makeNonblocking(socket.descriptor.raw)) != nil
+        else { return }
         let isWelcome = state.withLock { state in
             state.connections.count < Self.maxConnections
                 && (uid == 0 || state.connections.values.count { $0.uid == uid } < Self.maxConnectionsPerUser)
@@ -205,7 +206,10 @@ public final class StoreServer: Sendable {
     ) throws {
         switch request {
         case .hello, .memory: break
-        default: guard descriptors.count == 0 else { throw ProtocolViolation("descriptors came with a request that takes none") }
+        default:
+            guard descriptors.count == 0 else {
+                throw ProtocolViolation("descriptors came with a request that takes none")
+            }
         }
         let known = connection.machine.withLock { $0 }
         switch (request, known) {

@@ -1,4 +1,5 @@
-/// Little-endian fields of a message. Reading outside of it is an error of the peer's and throws; nothing is read twice.
+/// Little-endian fields of a message. Reading outside of it is an error of the peer's and throws; nothing is read
+/// twice.
 struct ByteReader {
     private let bytes: [UInt8]
     private(set) var position = 0
@@ -43,8 +44,12 @@ struct ByteWriter {
 
     init(reserving count: Int = 64) { bytes.reserveCapacity(count) }
 
-    mutating func word32(_ value: UInt32) { unsafe withUnsafeBytes(of: value.littleEndian) { unsafe bytes.append(contentsOf: $0) } }
-    mutating func word64(_ value: UInt64) { unsafe withUnsafeBytes(of: value.littleEndian) { unsafe bytes.append(contentsOf: $0) } }
+    mutating func word32(_ value: UInt32) {
+        unsafe withUnsafeBytes(of: value.littleEndian) { unsafe bytes.append(contentsOf: $0) }
+    }
+    mutating func word64(_ value: UInt64) {
+        unsafe withUnsafeBytes(of: value.littleEndian) { unsafe bytes.append(contentsOf: $0) }
+    }
     mutating func raw(_ more: some Sequence<UInt8>) { bytes.append(contentsOf: more) }
 }
 

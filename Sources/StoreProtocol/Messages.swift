@@ -1,8 +1,8 @@
 import CQuireLayout
 import Platform
 
-/// The messages between a backend and quired, as quire_layout.h (part 5a) lays them out. Decoding checks everything that
-/// the message alone can say: sizes, counts, ranges of gfns and slots. What they mean is for the store to judge.
+/// The messages between a backend and quired, as quire_layout.h (part 5a) lays them out. Decoding checks everything
+/// that the message alone can say: sizes, counts, ranges of gfns and slots. What they mean is for the store to judge.
 public enum StoreRequest: Equatable, Sendable {
     case hello(Hello)
     case memory([Region])

@@ -12,8 +12,8 @@ public struct PageHash: Hashable, Sendable {
     }
 }
 
-/// Hashes pages with the secret of a share group, so that a guest, which does not know it, cannot aim at collisions, and
-/// hashes of two groups have nothing to do with each other.
+/// Hashes pages with the secret of a share group, so that a guest, which does not know it, cannot aim at collisions,
+/// and hashes of two groups have nothing to do with each other.
 public struct PageHasher: Sendable {
     public let secret: [UInt8]
     /// The hash of a page of zeros: such pages need no slot.

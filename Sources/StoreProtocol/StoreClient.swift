@@ -65,7 +65,8 @@ public struct StoreClient: ~Copyable, Sendable {
         _ = try done(.memory(regions), passing: files)
     }
 
-    /// Slots for pages that are quiet, whose hashes are these. They are this VM's from now on, until reported as released.
+    /// Slots for pages that are quiet, whose hashes are these. They are this VM's from now on, until reported as
+    /// released.
     public mutating func lookUp(_ lookup: StoreRequest.Lookup) throws(QuireError) -> [SlotRun] {
         try slots(.lookup(lookup))
     }

@@ -22,7 +22,7 @@ struct Quired: ParsableCommand {
     @Option(help: "The most memory that shared pages may take: 4G. Half of the host's without it.")
     var limit: String?
 
-    @Option(name: .customLong("candidates"), help: "Memory for contents that were seen once: 32M. 1/2048 of the host's without it.")
+    @Option(name: .customLong("candidates"), help: "Memory for contents seen once: 32M. 1/2048 of the host's without it.")
     var candidates: String?
 
     @Option(help: ArgumentHelp("A share group, and the users whose VMs may be in it. Repeatable.", valueName: "name=uid,…"))

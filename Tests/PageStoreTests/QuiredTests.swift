@@ -93,8 +93,8 @@ import Testing
 
     // MARK: - kill -9
 
-    /// Backends at work while quired is killed again and again. At the end, and after each kill, every VM still maps what
-    /// it mapped, with the bytes that it had; and the counts are what the VMs' own page maps add up to.
+    /// Backends at work while quired is killed again and again. At the end, and after each kill, every VM still maps
+    /// what it mapped, with the bytes that it had; and the counts are what the VMs' own page maps add up to.
     @Test func killedInTheMiddle() throws {
         let quired = try RunningStore()
         let path = quired.path

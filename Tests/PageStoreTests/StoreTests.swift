@@ -381,7 +381,8 @@ struct StoreTests {
 
     // MARK: - Growth
 
-    /// The work for `pages` pages: steps of the allocator's trees, and CPU time, of which only a ratio is ever looked at.
+    /// The work for `pages` pages: steps of the allocator's trees, and CPU time, of which only a ratio is ever looked
+    /// at.
     private struct Work {
         var steps = 0
         var cpu: UInt64 = 0
@@ -394,8 +395,8 @@ struct StoreTests {
         #expect(Double(fourN.cpu) < 4 * 3 * Double(n.cpu), "\(n) to \(fourN)")
     }
 
-    /// A VM of `pages` pages: 64 distinct pages of memory behind many regions. Every block of 1024 pages is looked up, and
-    /// reported as merged, with the hashes that `hashes` has for it.
+    /// A VM of `pages` pages: 64 distinct pages of memory behind many regions. Every block of 1024 pages is looked up,
+    /// and reported as merged, with the hashes that `hashes` has for it.
     private static func lookUpBlocks(_ pages: Int, _ hashes: (PageHasher, UInt64) -> [PageHash]) throws -> Work {
         let store = try PageStore(
             configuration(limit: 1 << 20, candidates: 1 << 24), parking: NoParking(), parked: [], logger: quietLogger)
