@@ -64,7 +64,7 @@ import Testing
 
         /// QEMU maps its RAM after the agent has connected.
         func attach() throws -> Ready {
-            for _ in 0..<500 {
+            for _ in 0..<3000 {
                 let ready = try connection.attach(
                     regions: [Region(gfn: 0, pages: Self.pages)], map: mapFile.raw, files: [ram.raw], stores: [])
                 if ready.status != QUIRE_AGENT_NOT_MAPPED.rawValue { return ready }

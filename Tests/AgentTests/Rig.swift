@@ -158,7 +158,7 @@ final class Rig {
     private func readLine() -> String? {
         var line: [UInt8] = []
         var byte: UInt8 = 0
-        while !waitReadable([output.raw], timeoutMilliseconds: 20_000).isEmpty, read(output.raw, &byte, 1) == 1 {
+        while !waitReadable([output.raw], timeoutMilliseconds: 60_000).isEmpty, read(output.raw, &byte, 1) == 1 {
             if byte == 10 { return String(decoding: line, as: UTF8.self) }
             line.append(byte)
         }

@@ -91,39 +91,41 @@ import Testing
         #expect(count.merged > 50 && count.busy > 0)
     }
 
-    // MARK: - Controls
+    // MARK: - Controls: most fail within a second, and are given time on a busy machine
+
+    private static let patience = 60.0
 
     @Test func controlWithoutMinor() throws {
         var count = Count()
-        #expect(try stress("ccckf", seconds: 10, ["leave=\(Step.registerMinor.rawValue)"], count: &count) == "lost")
+        #expect(try stress("ccckf", seconds: Self.patience, ["leave=\(Step.registerMinor.rawValue)"], count: &count) == "lost")
     }
 
     @Test func controlFoldWithoutWriteProtect() throws {
         var count = Count()
-        #expect(try stress("ccckf", seconds: 10, ["leave=\(Step.protect.rawValue)"], count: &count) == "lost")
+        #expect(try stress("ccckf", seconds: Self.patience, ["leave=\(Step.protect.rawValue)"], count: &count) == "lost")
     }
 
     @Test func controlAbortWithoutUnregister() throws {
         var count = Count()
-        #expect(try stress("ccckf", seconds: 10, ["leave=\(Step.unregister.rawValue)", "hang=2"], count: &count) == "hang")
+        #expect(try stress("ccckf", seconds: Self.patience, ["leave=\(Step.unregister.rawValue)", "hang=2"], count: &count) == "hang")
     }
 
     @Test func controlWithoutWake() throws {
         var count = Count()
-        #expect(try stress("ccckf", seconds: 10, ["leave=\(Step.wake.rawValue)", "hang=2"], count: &count) == "hang")
+        #expect(try stress("ccckf", seconds: Self.patience, ["leave=\(Step.wake.rawValue)", "hang=2"], count: &count) == "hang")
     }
 
     /// It takes a thread that writes from the page to the memfd while the window is open on it.
     @Test func controlPunchBeforeWake() throws {
         var count = Count()
         let options = ["punch_early=1", "hang=2", "write=1"]
-        #expect(try stress("wwwwww", seconds: 20, pages: 64, delay: 300, options, count: &count) == "hang")
+        #expect(try stress("wwwwww", seconds: Self.patience, pages: 64, delay: 300, options, count: &count) == "hang")
     }
 
     /// What a disk with cache=none would do to a guest without range lock and gate.
     @Test func controlDirectIOPastTheInterposer() throws {
         var count = Count()
         #expect(
-            try stress("DDDDDDDD", seconds: 15, pages: 64, delay: 500, ["write=1"], count: &count) == "lost")
+            try stress("DDDDDDDD", seconds: Self.patience, pages: 64, delay: 500, ["write=1"], count: &count) == "lost")
     }
 }

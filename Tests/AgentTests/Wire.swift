@@ -51,7 +51,7 @@ struct Gate: Equatable {
     var text: String
 }
 
-/// A connection that the agent has made. Every wait ends after ten seconds.
+/// A connection that the agent has made. Every wait ends after a minute.
 final class Connection {
     let socket: UnixSocket
     /// The hello: its bytes, and the descriptors of pagemap and mem.
@@ -65,7 +65,7 @@ final class Connection {
     private var id: UInt64 = 0
 
     init(_ listener: borrowing UnixSocket) throws {
-        guard !waitReadable([listener.descriptor.raw], timeoutMilliseconds: 10_000).isEmpty else {
+        guard !waitReadable([listener.descriptor.raw], timeoutMilliseconds: 60_000).isEmpty else {
             throw QuireError(.closed, "the agent doesn't connect")
         }
         socket = try listener.accept()
@@ -78,7 +78,7 @@ final class Connection {
     private static func packet(
         _ socket: borrowing UnixSocket, _ passed: inout UnixSocket.PassedDescriptors
     ) throws -> [UInt8]? {
-        guard !waitReadable([socket.descriptor.raw], timeoutMilliseconds: 10_000).isEmpty else {
+        guard !waitReadable([socket.descriptor.raw], timeoutMilliseconds: 60_000).isEmpty else {
             throw QuireError(.closed, "the agent doesn't answer")
         }
         return try socket.receiveMessage(limit: 4096, maxDescriptors: 8, into: &passed)

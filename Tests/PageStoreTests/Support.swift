@@ -162,9 +162,9 @@ func message<R: ~Copyable>(_ body: () throws -> R) -> String? {
     }
 }
 
-/// Polls until `condition` holds, for at most ten seconds.
+/// Polls until `condition` holds, for at most a minute.
 func eventually(_ condition: () throws -> Bool) rethrows -> Bool {
-    let deadline = monotonicNanoseconds() + 10_000_000_000
+    let deadline = monotonicNanoseconds() + 60_000_000_000
     while monotonicNanoseconds() < deadline {
         if try condition() { return true }
         ProcessCalls.sleep(milliseconds: 10)

@@ -55,7 +55,7 @@ static struct shared {
 } *shared;
 
 static char *guest;
-static unsigned pages = 4096, workers, one_in = 8, hang_seconds = 4;
+static unsigned pages = 4096, workers, one_in = 8, hang_seconds = 20;
 static bool frees;
 static const char *kinds = "";
 static const char *path;
