@@ -20,7 +20,7 @@ extension Integration {
         private static func violations(_ machine: Machine, module: String, rounds: Int) throws -> (violations: Int, corruptions: Int, text: String) {
             let folder = try Folder()
             var machine = machine
-            machine.memory = "384M"
+            machine.memory = "384M,slots=1,maxmem=2G"
             machine.arguments += ["-drive", "file=\(try folder.sparseFile("disk", byteCount: 512 << 20)),format=raw,if=virtio"]
             let guest = try Guest(machine, in: folder)
             return try guest.watched {
@@ -31,6 +31,7 @@ extension Integration {
                 if module != "quire" { guest.console.mayPanic = true }
                 try guest.sh("insmod /lib/quire/quire_check.ko rounds=\(rounds) gap_ms=100")
                 var text = ""
+                if module == "quire" { try hotplug(guest) }
                 do {
                     try guest.wait(for: "\(rounds) rounds", within: Guest.patience(for: rounds * 3)) {
                         let now = try guest.sh("cat /sys/kernel/debug/quire_check/result")
@@ -48,6 +49,21 @@ extension Integration {
                 }
                 return (Self.number("violations", in: text), Self.number("corruptions", in: text), text)
             }
+        }
+
+        /// CPUs and memory go and come while rounds are run. The checker's own load goes on all the time; the pressure on
+        /// memory ends before memory is taken away, or nothing could be moved out of it.
+        private static func hotplug(_ guest: Guest) throws {
+            for _ in 0..<2 { try guest.sh("cd /sys/devices/system/cpu/cpu1; echo 0 > online; sleep 1; echo 1 > online") }
+            let dimm = try guest.plugDIMM()
+            try guest.wait(for: "a larger table") {
+                try guest.figure("page_count") * 4096 > 1 << 30 && guest.figure("marking") == 1
+            }
+            try guest.sh("sleep 3; touch /tmp/stop")
+            try guest.takeOffline(dimm)
+            try guest.unplug(dimm)
+            let result = try guest.sh("cat /sys/kernel/debug/quire_check/result")
+            #expect(result.hasPrefix("running"), "rounds ended before all of it had happened: \(result)")
         }
 
         private static func number(_ name: String, in text: String) -> Int {

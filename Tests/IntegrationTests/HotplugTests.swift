@@ -6,8 +6,6 @@ import Testing
 extension Integration {
     /// Memory and CPUs come and go, the module comes and goes, all of it under load.
     @Suite(.serialized) struct Hotplug {
-        private static let blocks = "/sys/devices/system/memory"
-
         /// A DIMM is plugged and onlined under churn: the module makes a larger table, and what is freed in the DIMM goes
         /// back to the host like any other memory. It is offlined and unplugged again, and everything goes on.
         @Test func memory() throws {
@@ -16,24 +14,9 @@ extension Integration {
                 try guest.loadModule()
                 try guest.waitForActive()
                 let pages = try guest.figure("page_count")
-                for round in 1...2 {
+                for round in 1...Effort.dimms {
                     try guest.startChurn()
-                    let blocks = Set(try guest.sh("cd \(Self.blocks); echo memory[0-9]*").split(whereSeparator: \.isWhitespace))
-                    try guest.qmp.command(
-                        "object-add",
-                        [
-                            "qom-type": .string("memory-backend-memfd"), "id": .string("more"),
-                            "size": .number(Double(512 << 20)), "share": .bool(true),
-                        ])
-                    try guest.qmp.command(
-                        "device_add",
-                        ["driver": .string("pc-dimm"), "id": .string("dimm"), "memdev": .string("more")])
-                    try guest.wait(for: "the guest to see the DIMM") {
-                        let now = try guest.sh("cd \(Self.blocks); echo memory[0-9]*").split(whereSeparator: \.isWhitespace)
-                        return now.count == blocks.count + 4
-                    }
-                    // Movable, so that it can be taken away again.
-                    try guest.sh("cd \(Self.blocks); for m in memory*/state; do grep -q offline $m && echo online_movable > $m; done; true")
+                    let dimm = try guest.plugDIMM()
                     try guest.wait(for: "a larger table") {
                         try guest.figure("page_count") > pages && guest.figure("marking") == 1 && guest.figure("registered") == 1
                     }
@@ -51,23 +34,9 @@ extension Integration {
                     try guest.wait(for: "the DIMM's memory to be the host's again") { guest.status.residentBytes < 300 << 20 }
 
                     try guest.startChurn(150, grabbing: 50)
-                    try guest.wait(for: "the DIMM to go offline") {
-                        try guest.sh(
-                            """
-                            cd \(Self.blocks); for m in memory*; do case " \(blocks.joined(separator: " ")) " in *" $m "*) ;; \
-                            *) grep -q offline $m/state || echo offline > $m/state 2>/dev/null;; esac; done; true
-                            """)
-                        return try guest.sh("cat \(Self.blocks)/memory*/state | grep -c online").filter(\.isNumber)
-                            == "\(blocks.count)"
-                    }
+                    try guest.takeOffline(dimm)
                     try guest.expectChurnGoesOn()
-                    try guest.qmp.command("device_del", ["id": .string("dimm")])
-                    try guest.wait(for: "the DIMM to be unplugged") {
-                        try guest.qmp.command("query-memory-devices") == .array([])
-                    }
-                    try guest.wait(for: "QEMU to let the memory go") {
-                        (try? guest.qmp.command("object-del", ["id": .string("more")])) != nil
-                    }
+                    try guest.unplug(dimm)
                     try guest.waitForActive()
                     try guest.waitForRecycling()
                     try guest.expectChurnGoesOn()

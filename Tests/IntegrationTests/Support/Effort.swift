@@ -11,8 +11,10 @@ enum Effort {
     /// A churn that verifies what it wrote: long enough for several periods, so that marks grow old under it.
     static let churnSeconds = scaled(8)
     /// Backends killed in the middle of a claim, in one guest.
-    static let kills = scaled(5)
-    static let reloads = scaled(10)
+    static let kills = scaled(4)
+    static let reloads = scaled(8)
+    /// Times that memory is plugged, used and unplugged.
+    static let dimms = scaled(1)
     static let cpuCycles = scaled(5)
     /// Rounds of the comparison with the free lists: those that must be clean, and those in which a control must fail.
     static let checkRounds = scaled(40)

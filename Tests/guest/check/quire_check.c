@@ -410,8 +410,8 @@ static void start(int (*function)(void *), const char *name)
 
 static int __init check_init(void)
 {
-	/* A margin for memory that is plugged while we run. */
-	map_pages = quire_test_table()->page_count + (4UL << (30 - PAGE_SHIFT));
+	/* A margin for memory that is plugged while we run: QEMU puts it above 4 GiB. */
+	map_pages = quire_test_table()->page_count + (8UL << (30 - PAGE_SHIFT));
 	is_free = vzalloc(map_pages / 8);
 	suspect = vzalloc(map_pages / 8);
 	suspect_before = vzalloc(map_pages / 8);
