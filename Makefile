@@ -48,7 +48,7 @@ demo: build guest
 # Guests and tests are built side by side: neither keeps two cores busy.
 test: prerequisites
 	@$(MAKE) --no-print-directory -j2 guest tests
-	@SWIFT=$(SWIFT) scripts/test
+	@scripts/test
 
 tests: prerequisites agent
 	$(BUILD) --build-tests

@@ -92,7 +92,7 @@ extension Integration {
         func diesWhileTheDeviceStarts(_ qemu: QEMU) throws {
             let guest = try Guest(Machine(qemu: qemu))
             try guest.watched {
-                for delay in [0, Effort.factor > 1 ? 150 : 800, 2500] as [UInt32] {
+                for delay in (Effort.factor > 1 ? [0, 150, 400, 1200, 2500] : [0, 2500]) as [UInt32] {
                     let restarts = guest.status.restarts, boots = guest.console.boots, failures = guest.failedStarts
                     let pid = guest.backendPID
                     try guest.qmp.command("system_reset")
