@@ -74,9 +74,16 @@ public final class RecycleEngine: Sendable {
         public static let unnoticed = Pause(rawValue: 4)
         /// Whoever locked the memory wants it resident.
         public static let locked = Pause(rawValue: 8)
+        /// QEMU emulates one CPU at a time, and then the guest's compare-exchange is a load and a store: a claim that falls
+        /// in between is overlooked.
+        public static let notAtomic = Pause(rawValue: 16)
 
         var reason: String {
             if contains(.dirtyLogging) { return "paused: the guest's memory is being logged for migration" }
+            if contains(.notAtomic) {
+                return "paused: QEMU emulates one CPU at a time, so the guest's atomic operations are none for the host: use "
+                    + "KVM, or -accel tcg,thread=multi with at least -smp 2"
+            }
             if contains(.locked) { return "paused: QEMU has locked its memory, start it without mem-lock=on" }
             if contains(.unsupervised) { return "paused: the supervisor is gone" }
             return "paused: QEMU has lost track of its control disk (cured in QEMU 9.1), start the VM anew to recycle again"

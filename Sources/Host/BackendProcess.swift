@@ -116,6 +116,8 @@ public final class BackendProcess: Sendable {
         public var supervisor: Int32?
         /// For QEMU 9.1 and later: more than 8 regions of memory.
         public var offersMemorySlots = false
+        /// See `RecycleEngine.Pause.notAtomic`.
+        public var guestIsNotAtomic = false
         public var engine: RecycleEngine.Configuration
         public init(engine: RecycleEngine.Configuration) { self.engine = engine }
     }
@@ -168,6 +170,7 @@ public final class BackendProcess: Sendable {
             map = try PageMap(PageMap.makeFile())
         }
         engine = try RecycleEngine(options.engine, map: map)
+        engine.setPaused(.notAtomic, options.guestIsNotAtomic)
         disk = ControlDisk(engine: engine, map: map, logger: logger)
         var servers: [Server] = []
         for device in options.devices {

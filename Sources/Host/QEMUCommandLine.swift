@@ -60,6 +60,10 @@ public struct QEMUCommandLine: Sendable, Equatable {
     /// The sum of the files.
     public var ramByteCount: UInt64 { ramFiles.reduce(0) { $0 + $1.byteCount } }
 
+    /// QEMU may emulate one CPU at a time: then it makes loads and stores of the guest's atomic operations, which nobody
+    /// else in its process could notice (accel/tcg: CF_PARALLEL is set for several threads with several CPUs).
+    public let isSingleThreadedTCG: Bool
+
     private enum Word: Sendable, Equatable {
         case text(String)
         /// An argument with RAM file `index`'s path in it.
@@ -132,6 +136,7 @@ public struct QEMUCommandLine: Sendable, Equatable {
             throw QuireError(
                 .unsupported, "-machine \(key)= encrypts guest RAM, so that the host cannot take pages back: remove it or run QEMU without quire")
         }
+        isSingleThreadedTCG = try Self.isSingleThreadedTCG(options, machine["accel"])
         let layout = try Self.memory(options, machine)
         var words = arguments.map(Word.text)
         var files: [RAMFile] = []
@@ -194,6 +199,32 @@ public struct QEMUCommandLine: Sendable, Equatable {
             }
         }
         return options
+    }
+
+    private static func isSingleThreadedTCG(_ options: [Option], _ machine: String?) throws(QuireError) -> Bool {
+        // In the order in which QEMU tries them; without any it emulates.
+        var accelerators = machine?.split(separator: ":").map(String.init) ?? []
+        var isSingle = false
+        var processors: UInt64 = 1
+        for option in options {
+            switch option.name {
+            case "enable-kvm": accelerators.append("kvm")
+            case "accel":
+                let parsed = try QEMUOptions(option.value, implied: "accel")
+                accelerators.append(parsed["accel"] ?? "")
+                if parsed["thread"] == "single" { isSingle = true }
+            case "icount": isSingle = true
+            case "smp":
+                let parsed = try QEMUOptions(option.value, implied: "cpus")
+                let product = ["sockets", "dies", "clusters", "cores", "threads"].reduce(UInt64(1)) {
+                    $0 * max(1, parsed[$1].flatMap { UInt64($0) } ?? 1)
+                }
+                processors = (parsed["maxcpus"] ?? parsed["cpus"]).flatMap { UInt64($0) } ?? product
+            default: break
+            }
+        }
+        let mayEmulate = accelerators.isEmpty || accelerators.contains { $0.hasPrefix("tcg") }
+        return mayEmulate && (isSingle || processors < 2)
     }
 
     // MARK: What is refused

@@ -38,6 +38,7 @@ public struct Supervisor: ~Copyable {
 
     private let configuration: Configuration
     private let memorySlots: Bool
+    private let singleThreadedTCG: Bool
     private let name: String
     private let ram: DescriptorList
     private let pageMap: PageMapFile
@@ -84,7 +85,7 @@ public struct Supervisor: ~Copyable {
         do {
             // Older ones may lose track of a backend that is replaced; memory slots would then be fatal.
             let offersSlots = version.map { $0 >= QEMUCommandLine.Version(9, 1) } == true
-            var supervisor = try Supervisor(configuration, claim, command.ramFiles, signals, memorySlots: offersSlots)
+            var supervisor = try Supervisor(configuration, claim, command.ramFiles, signals, memorySlots: offersSlots, singleThreadedTCG: command.isSingleThreadedTCG)
             result = try supervisor.run(command, lock: claim.lock)
         } catch {
             claim.remove()
@@ -96,10 +97,11 @@ public struct Supervisor: ~Copyable {
 
     private init(
         _ configuration: Configuration, _ claim: borrowing RuntimeDirectory.Claim, _ files: [QEMUCommandLine.RAMFile],
-        _ signals: consuming SignalDescriptor, memorySlots: Bool
+        _ signals: consuming SignalDescriptor, memorySlots: Bool, singleThreadedTCG: Bool
     ) throws(QuireError) {
         self.configuration = configuration
         self.memorySlots = memorySlots
+        self.singleThreadedTCG = singleThreadedTCG
         name = claim.name
         statusPath = claim.statusPath
         var list = DescriptorList()
@@ -143,6 +145,7 @@ public struct Supervisor: ~Copyable {
             "--log-level", configuration.logLevel,
         ]
         if memorySlots { arguments.append("--memory-slots") }
+        if singleThreadedTCG { arguments.append("--single-threaded-tcg") }
         backend = try ChildProcess(arguments, options)
         backendStarted = now
         watch = BackendWatch(startedAt: now)

@@ -64,6 +64,11 @@ struct QuireBackend: ParsableCommand {
         help: "Take more than 8 regions of guest memory (many DIMMs). Not for QEMU before 9.1, which then loses memory over a restart of this program.")
     var memorySlots = false
 
+    @Flag(
+        name: .customLong("single-threaded-tcg"),
+        help: "QEMU emulates one CPU at a time (-accel tcg with thread=single, -icount or -smp 1): recycle nothing, because its atomic operations are none for this program.")
+    var singleThreadedTCG = false
+
     @Option(help: "The VM's name.")
     var name = ""
 
@@ -118,6 +123,7 @@ struct QuireBackend: ParsableCommand {
         options.statusPath = status
         options.supervisor = supervisor
         options.offersMemorySlots = memorySlots
+        options.guestIsNotAtomic = singleThreadedTCG
         let prefix = name
         var logger = Logger(label: prefix.isEmpty ? "quire-backend" : "quire-backend[\(prefix)]") {
             StreamLogHandler.standardError(label: $0)

@@ -36,6 +36,17 @@ struct QEMUCommandLineMemoryTests {
         #expect(try parse(["-m", "2G"]).ramByteCount == 2 << 30)
     }
 
+    /// Where QEMU emulates one CPU at a time, the guest's atomic operations are none for us.
+    @Test(arguments: [
+        ([], true), (["-smp", "2"], false), (["-smp", "1,maxcpus=2"], false), (["-smp", "sockets=2,cores=1"], false),
+        (["-accel", "tcg,thread=multi", "-smp", "2"], false), (["-accel", "tcg,thread=single", "-smp", "2"], true),
+        (["-smp", "2", "-icount", "shift=0"], true), (["-enable-kvm"], false), (["-accel", "kvm"], false),
+        (["-machine", "q35,accel=kvm"], false), (["-machine", "q35,accel=kvm:tcg"], true), (["-M", "accel=tcg", "-smp", "4"], false),
+    ] as [([String], Bool)])
+    func noticesSingleThreadedEmulation(_ arguments: [String], _ isSingle: Bool) throws {
+        #expect(try parse(arguments).isSingleThreadedTCG == isSingle)
+    }
+
     /// What QEMU 7.2 makes of the same options (`info memdev`).
     @Test(arguments: [
         ([], 134_217_728), (["-m", "512"], 536_870_912), (["-m", "2G"], 2 << 30), (["--m", "2g"], 2 << 30),
