@@ -96,9 +96,7 @@ final class Console {
     }
 
     /// Waits for the ready line of a boot.
-    func expectReady(within seconds: Double = Effort.bootPatience) throws {
-        try expect("quire-guest: ready\n", within: seconds)
-    }
+    func expectReady() throws { try expect("quire-guest: ready\n", within: Effort.bootPatience) }
     /// Boots that were seen so far.
     var boots: Int { log.ranges(of: "quire-guest: ready\n").count }
 }

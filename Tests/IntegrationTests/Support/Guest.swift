@@ -85,19 +85,7 @@ final class Guest {
             process.wait()
             throw Trouble("\(error)\n--- stderr ---\n\((try? Files.read(errors)) ?? "")")
         }
-        if machine.boots { try watched { try boot() } }
-    }
-
-    /// An emulated CPU hangs now and then while a kernel boots on a busy machine, long before there is a module in it; KVM's
-    /// do not. Such a boot is tried once more, and said.
-    private func boot() throws {
-        do {
-            try console.expectReady(within: QEMU.hasKVM ? Effort.bootPatience : Effort.bootPatience / 2)
-        } catch let trouble as Trouble where !QEMU.hasKVM && trouble.description.contains("did not say") {
-            print("\(machine.qemu), kernel \(machine.kernel): hangs while it boots, resetting it")
-            try qmp.command("system_reset")
-            try console.expectReady()
-        }
+        if machine.boots { try watched { try console.expectReady() } }
     }
 
     deinit { end() }
