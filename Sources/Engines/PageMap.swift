@@ -2,36 +2,6 @@ import CQuireLayout
 import GuestMemory
 import Platform
 
-/// What the host knows of one guest page. The state byte of an entry of the page map.
-///
-/// | from \ to | `private`                                | `hole`                               | `zero`, `shared` |
-/// | --------- | ---------------------------------------- | ------------------------------------ | ---------------- |
-/// | `private` | -                                        | recycled: its claim was punched      | merged (agent)   |
-/// | `hole`    | the guest took it back, or it was filled | punched again: it was free once more | -                |
-/// | `zero`    | folded or reset (agent)                  | -                                    | -                |
-/// | `shared`  | folded or reset (agent)                  | -                                    | -                |
-///
-/// The agent makes its moves by itself; the back end only reads them.
-public enum PageState: UInt8, Sendable, CaseIterable {
-    /// The memory file's page, if it has one.
-    case `private` = 0
-    /// Recycled, and not seen in use since.
-    case hole = 1
-    /// QEMU maps zeros here, or its own copy if the guest has written since. The memory file says nothing.
-    case zero = 2
-    /// QEMU maps a slot of a store, or its own copy if the guest has written since. The memory file says nothing.
-    case shared = 3
-
-    /// Every edge of the table above.
-    public func mayBecome(_ next: PageState) -> Bool {
-        switch (self, next) {
-        case (.private, .hole), (.hole, .private), (.hole, .hole): true
-        case (.private, .zero), (.private, .shared), (.zero, .private), (.shared, .private): true
-        default: false
-        }
-    }
-}
-
 /// The page map: one 64-bit entry a guest page, in a memory file that outlives the back end, behind a header that holds
 /// what a new back end must know of the dead one: which table was registered, and which claims were open.
 ///
@@ -42,7 +12,8 @@ public final class PageMap: Sendable {
     private let mapping: Mapping
     /// All of `mapping`, which lives as long as this object: for the accesses that are made for every page.
     private let bytes: MappedBytes
-    private let descriptor: Descriptor
+    /// The map's file, for the agent.
+    public let descriptor: Descriptor
     /// Entries: gfns 0 ..< pageCount.
     public let pageCount: UInt64
 
@@ -56,7 +27,7 @@ public final class PageMap: Sendable {
 
     /// Pages under one range lock.
     public static let lockPages = UInt64(QUIRE_LOCK_PAGES)
-    private static let lockBytes = MemoryLayout<quire_lock>.size
+    private static let lockBytes = MemoryLayout<quire_lock>.stride
     /// Entries and their range lock.
     private static let groupBytes = lockPages * UInt64(entryBytes) + UInt64(lockBytes)
 
@@ -104,23 +75,17 @@ public final class PageMap: Sendable {
 
     private func entry(_ gfn: GFN) -> Int { Self.headerBytes + Int(gfn) * Self.entryBytes }
 
-    public func state(of gfn: GFN) -> PageState {
-        PageState(rawValue: UInt8(truncatingIfNeeded: bytes.load64(entry(gfn)))) ?? .private
-    }
+    /// Nil if the entry says something that this version does not know: the bytes may be anywhere then.
+    @inline(__always) public func state(of gfn: GFN) -> PageState? { PageState(entry: bytes.load64(entry(gfn))) }
 
-    /// Where a merged page was mapped from: nil unless it is `shared`.
-    public func slot(of gfn: GFN) -> (store: Int, slot: UInt64)? {
-        let value = bytes.load64(entry(gfn))
-        guard PageState(rawValue: UInt8(truncatingIfNeeded: value)) == .shared else { return nil }
-        let slot = value >> UInt64(QUIRE_MAP_SLOT_SHIFT) & (1 << UInt64(QUIRE_MAP_SLOT_BITS) - 1)
-        return (Int(UInt8(truncatingIfNeeded: value >> UInt64(QUIRE_MAP_STORE_SHIFT))), slot)
-    }
-
-    /// Moves a page to another state that has no slot. The caller holds the page: a claim, or the only thread that looks at
-    /// its table page.
-    public func setState(of gfn: GFN, to next: PageState) {
-        assert(next != .shared && state(of: gfn).mayBecome(next))
-        bytes.store64(entry(gfn), UInt64(next.rawValue))
+    /// Moves a page to another state, if it is in the state `old` until that very moment; false if it is not. For the
+    /// back end's moves the caller holds the page: the range lock and a claim, or the only thread that looks at its
+    /// table page.
+    @discardableResult public func move(
+        _ gfn: GFN, from old: PageState, to next: PageState, by mover: PageState.Mover = .backend
+    ) -> Bool {
+        precondition(old.mover(to: next) == mover, "no such move of a page")
+        return bytes.compareExchange64(entry(gfn), expected: old.entry, desired: next.entry)
     }
 
     /// Whether the file has memory for any of these entries: false is certain, true is not.
@@ -128,35 +93,129 @@ public final class PageMap: Sendable {
         Memfd.hasData(descriptor.raw, UInt64(entry(gfns.lowerBound))..<UInt64(entry(gfns.upperBound)))
     }
 
+    /// How many of `gfns`, from the first on, are where the first one is: in the memory file, or merged. The caller
+    /// holds the range lock on them, or it is history when it returns. Pages behind the end of the map are never
+    /// merged.
+    ///
+    /// Where nothing was ever merged this looks at one byte for 512 pages, and at no entry: reading one would give it
+    /// memory.
+    @inline(__always) public func alike(_ gfns: Range<GFN>) throws(QuireError) -> (count: Int, isMerged: Bool) {
+        let end = min(gfns.upperBound, pageCount)
+        var gfn = gfns.lowerBound
+        while gfn < end, bytes.load8(lock(gfn) + Self.mergedOffset) == 0 {
+            gfn = (gfn / Self.lockPages + 1) * Self.lockPages
+        }
+        if gfn >= end { return (gfns.count, false) }
+        return try alikeByEntries(gfns, from: max(gfn, gfns.lowerBound), to: end)
+    }
+
+    private func alikeByEntries(
+        _ gfns: Range<GFN>, from first: GFN, to end: GFN
+    ) throws(QuireError) -> (count: Int, isMerged: Bool) {
+        // Before `first` all are in the file.
+        var isMerged = false
+        for gfn in first..<end {
+            guard let state = state(of: gfn) else {
+                throw QuireError(.invalid, "the page map's entry of page 0x\(String(gfn, radix: 16)) is not one")
+            }
+            if gfn == gfns.lowerBound { isMerged = state.isMerged }
+            if state.isMerged != isMerged { return (Int(gfn - gfns.lowerBound), isMerged) }
+        }
+        return (isMerged ? Int(end - gfns.lowerBound) : gfns.count, isMerged)
+    }
+
     // MARK: - Range locks
 
-    private func lock(_ gfn: GFN) -> Int {
+    // What `quire_layout.h` says of the range lock, the back end's side. I/O counts itself in and then looks whether a
+    // window is open; the agent says that a window is open and then looks whether I/O was counted. Both orders are
+    // sequentially consistent, so one of the two sees the other, and it is always the I/O that waits: for some system
+    // calls of QEMU's.
+    //
+    // Deaths. The back end's: its counts stay, and keep windows off, until the next one takes over (`takeOver`).
+    // QEMU's, in a window: `busy` stays, and there is no guest any more; so nobody waits longer than he says.
+
+    @inline(__always) private func lock(_ gfn: GFN) -> Int {
         Self.headerBytes + Int(pageCount) * Self.entryBytes + Int(gfn / Self.lockPages) * Self.lockBytes
     }
     private static func offset<T>(lock field: KeyPath<quire_lock, T>) -> Int {
         MemoryLayout<quire_lock>.offset(of: field)!
     }
+    private static let ioOffset = offset(lock: \.backend_io)
+    private static let busyOffset = offset(lock: \.busy)
+    private static let mergedOffset = offset(lock: \.merged)
 
-    /// Keeps the agent's windows off `gfns` until `endIO`; waits while one is open there, which takes microseconds. What
-    /// `quire_layout.h` says of the range lock, on the back end's side.
-    public func beginIO(_ gfns: Range<GFN>) {
-        for gfn in lockedGroups(gfns) {
+    /// A window is some system calls long: one that is still open after this will not close.
+    public static let windowNanoseconds: UInt64 = 10_000_000_000
+
+    /// Keeps the agent's windows off `gfns` until `endIO`; waits while one is open there. Throws `.busy` if it stays
+    /// open; then nothing is held.
+    @inline(__always)
+    public func beginIO(_ gfns: Range<GFN>, patience: UInt64 = PageMap.windowNanoseconds) throws(QuireError) {
+        let end = min(gfns.upperBound, pageCount)
+        var gfn = gfns.lowerBound / Self.lockPages * Self.lockPages
+        while gfn < end {
             let lock = lock(gfn)
-            while true {
-                _ = bytes.fetchAdd16(lock + Self.offset(lock: \.backend_io), 1)
-                if bytes.load8(lock + Self.offset(lock: \.busy)) == 0 { break }
-                _ = bytes.fetchAdd16(lock + Self.offset(lock: \.backend_io), .max)
-                ProcessCalls.sleep(microseconds: 20)
+            _ = bytes.fetchAdd16(lock + Self.ioOffset, 1)
+            if bytes.loadSequential8(lock + Self.busyOffset) != 0 {
+                do throws(QuireError) { try waitForWindow(lock, patience) } catch {
+                    if gfn > gfns.lowerBound { endIO(gfns.lowerBound..<gfn) }
+                    throw error
+                }
             }
+            gfn += Self.lockPages
         }
     }
 
-    public func endIO(_ gfns: Range<GFN>) {
-        for gfn in lockedGroups(gfns) { _ = bytes.fetchAdd16(lock(gfn) + Self.offset(lock: \.backend_io), .max) }
+    /// With a count taken, and a window open: gives the count back, waits, and takes it again. Holds none if it throws.
+    private func waitForWindow(_ lock: Int, _ patience: UInt64) throws(QuireError) {
+        let deadline = monotonicNanoseconds() + patience
+        repeat {
+            _ = bytes.fetchAdd16(lock + Self.ioOffset, .max)
+            guard monotonicNanoseconds() < deadline else {
+                throw QuireError(.busy, "QEMU has been moving a page of the guest for too long")
+            }
+            ProcessCalls.sleep(microseconds: 20)
+            _ = bytes.fetchAdd16(lock + Self.ioOffset, 1)
+        } while bytes.loadSequential8(lock + Self.busyOffset) != 0
     }
 
-    private func lockedGroups(_ gfns: Range<GFN>) -> StrideTo<GFN> {
-        stride(from: gfns.lowerBound / Self.lockPages * Self.lockPages, to: gfns.upperBound, by: Int(Self.lockPages))
+    @inline(__always) public func endIO(_ gfns: Range<GFN>) {
+        let end = min(gfns.upperBound, pageCount)
+        var gfn = gfns.lowerBound / Self.lockPages * Self.lockPages
+        while gfn < end {
+            _ = bytes.fetchAdd16(lock(gfn) + Self.ioOffset, .max)
+            gfn += Self.lockPages
+        }
+    }
+
+    /// The counts of a back end that is dead.
+    private func forgetIO() { forEachUsedLock { lock in bytes.store16(lock + Self.ioOffset, 0) } }
+
+    /// Whether a page may be merged already. After `takeOver` the answer no stays true until this process has an agent merge:
+    /// a window that was open by then shows in `busy`, and no other opens.
+    public var mayHaveMerged: Bool {
+        var found = false
+        forEachUsedLock { lock in
+            if bytes.loadSequential8(lock + Self.busyOffset) != 0 || bytes.load8(lock + Self.mergedOffset) != 0 {
+                found = true
+            }
+        }
+        return found
+    }
+
+    private func forEachUsedLock(_ body: (Int) -> Void) {
+        let first = UInt64(lock(0))
+        let end = first + (pageCount / Self.lockPages) * UInt64(Self.lockBytes)
+        var position = first
+        // Locks that the file has no memory for are 0; looking at them would give them some.
+        while let data = Memfd.nextData(descriptor.raw, from: position, to: end) {
+            var lock = Int(first + (max(data.lowerBound, first) - first) / 8 * 8)
+            while lock < Int(data.upperBound) {
+                body(lock)
+                lock += Self.lockBytes
+            }
+            position = data.upperBound
+        }
     }
 
     // MARK: - Registration
@@ -191,10 +250,17 @@ public final class PageMap: Sendable {
 
     // MARK: - Heartbeat
 
-    /// This process takes the VM over: its heart has not beaten yet.
+    /// This process takes the VM over: its heart has not beaten yet. No thread of the one before may be running any
+    /// more, and this one has not begun to work on guest memory.
+    ///
+    /// From now on the agent opens no window for what the dead one asked of it: it looks at the generation inside the
+    /// range lock, as it looks at the counts.
     public func takeOver(pid: Int32) {
         mapping.store64(Self.offset(\.heartbeat), 0)
         mapping.store32(Self.offset(\.backend_pid), UInt32(bitPattern: pid))
+        forgetIO()
+        mapping.store32(Self.offset(\.generation), mapping.load32(Self.offset(\.generation)) &+ 1)
+        memoryFence()
     }
     public func beat() { mapping.add64(Self.offset(\.heartbeat), 1) }
 

@@ -18,7 +18,11 @@ import Synchronization
 ///    belongs to a new kernel.
 /// 4. *A waiting guest waits microseconds.* At most 64 pages are claimed at once, fewer when the guest has met a claim or
 ///    when punching is slow.
-/// 5. *Nothing costs when nothing changes.* A pass learns how old the oldest mark is, and the next pass waits until that
+/// 5. *What is merged is left alone.* A merged page's bytes are not in the memory file, so punching there gives nothing
+///    back, and RECYCLED would promise zeros. It costs no memory of its own while it is equal, and once the guest has
+///    written it the agent folds it back; then it is recycled like any other. From before a claim until the page map says
+///    `hole` the range lock is held, so that nothing is merged in between.
+/// 6. *Nothing costs when nothing changes.* A pass learns how old the oldest mark is, and the next pass waits until that
 ///    one is due; with no marks at all, a whole period.
 ///
 /// # Time
@@ -290,8 +294,7 @@ public final class RecycleEngine: Sendable {
                 let page = Int(gfn) / StateTable.statesPerPage
                 let index = Int(gfn) % StateTable.statesPerPage
                 guard page < table.pages.count, table.load(page, index) == PageMark.claimed else { continue }
-                if let region = table.memory.region(of: gfn), (try? Self.punch(gfn..<gfn + 1, in: region)) != nil {
-                    map.setState(of: gfn, to: .hole)
+                if (try? punchClaimed(gfn, table.memory)) == true {
                     map.addRecycled(1)
                     table.store(page, index, PageMark.recycled)
                 } else {
@@ -306,6 +309,16 @@ public final class RecycleEngine: Sendable {
             }
         }
         map.clearJournal()
+    }
+
+    /// False, with nothing done, for a page that is merged or that has no memory of ours.
+    private func punchClaimed(_ gfn: GFN, _ memory: GuestMemory) throws(QuireError) -> Bool {
+        guard let region = memory.region(of: gfn) else { return false }
+        try map.beginIO(gfn..<gfn + 1)
+        defer { map.endIO(gfn..<gfn + 1) }
+        guard let state = map.state(of: gfn), !state.isMerged else { return false }
+        try Self.punch(gfn..<gfn + 1, in: region)
+        return map.move(gfn, from: state, to: .hole)
     }
 
     @inline(__always)

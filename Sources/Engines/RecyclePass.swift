@@ -121,7 +121,7 @@ final class Pass: Sendable {
                         }
                         recycledHere += done
                         found.recycled += done
-                        // Zero: the guest took it, or there is no RAM of ours there.
+                        // Zero: the guest took it, or it is merged, or there is no RAM of ours there.
                         index += max(done, 1)
                     }
                 }
@@ -134,14 +134,21 @@ final class Pass: Sendable {
 
     /// Claims a run of pages whose state `isWanted`, from `index` on and before `end`, within one batch and one region;
     /// punches it.
-    /// Returns the pages recycled; 0 if the first one could not be claimed.
+    /// Returns the pages recycled; 0 if the first one could not be claimed, or is merged.
     private func recycleRun(
         _ page: Int, _ states: MappedBytes, from index: Int, to end: Int, _ worker: Int, _ batch: inout Batch,
         _ isWanted: (UInt8) -> Bool
     ) throws(QuireError) -> Int {
         let first = GFN(page * StateTable.statesPerPage + index)
         guard let region = table.memory.region(of: first), region.kind == .shmem else { return 0 }
-        let room = min(batch.pages, end - index, Int(region.gfns.upperBound - first))
+        var room = min(batch.pages, end - index, Int(region.gfns.upperBound - first))
+        // Before the claim, for a guest waits while there is one. A page that the agent is moving now is for the next pass.
+        let wanted = first..<first + UInt64(room)
+        do throws(QuireError) { try map.beginIO(wanted, patience: 5_000_000) } catch { return 0 }
+        defer { map.endIO(wanted) }
+        let (alike, isMerged) = try map.alike(wanted)
+        if isMerged { return 0 }
+        room = min(room, alike)
         let started = monotonicNanoseconds()
         map.openClaim(worker, first..<first + UInt64(room), now: started)
         var count = 0
@@ -166,7 +173,7 @@ final class Pass: Sendable {
             map.closeClaim(worker)
             throw error
         }
-        for gfn in gfns { map.setState(of: gfn, to: .hole) }
+        for gfn in gfns where !map.move(gfn, from: .private, to: .hole) { map.move(gfn, from: .hole, to: .hole) }
         for offset in 0..<count { states.store8(index + offset, PageMark.recycled) }
         map.closeClaim(worker)
         map.addRecycled(count)
@@ -215,7 +222,7 @@ final class Pass: Sendable {
                 // A RECYCLED that we did not store is the guest's own word; the map records only what we did.
                 holes += 1
             } else if map.state(of: first + GFN(index)) == .hole {
-                map.setState(of: first + GFN(index), to: .private)
+                map.move(first + GFN(index), from: .hole, to: .private)
             }
         }
         return holes

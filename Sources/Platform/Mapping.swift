@@ -158,6 +158,19 @@ import CPlatform
         unsafe cp_cas_u8(at(offset, 1), expected, desired)
     }
 
+    @inlinable @inline(__always) public func store16(_ offset: Int, _ value: UInt16) {
+        unsafe cp_store_u16(at(offset, 2), value)
+    }
+    @inlinable @inline(__always)
+    public func compareExchange64(_ offset: Int, expected: UInt64, desired: UInt64) -> Bool {
+        unsafe cp_cas_u64(at(offset, 8), expected, desired)
+    }
+
+    /// A load that no earlier sequentially consistent operation of this thread is moved behind.
+    @inlinable @inline(__always) public func loadSequential8(_ offset: Int) -> UInt8 {
+        unsafe cp_load_sequential_u8(at(offset, 1))
+    }
+
     /// Adds, wrapping around, and returns what was there; sequentially consistent.
     @inlinable @inline(__always) public func fetchAdd16(_ offset: Int, _ value: UInt16) -> UInt16 {
         unsafe cp_fetch_add_u16(at(offset, 2), value)

@@ -87,8 +87,6 @@ static void serve(int fd)
 		if (events[0].revents) open = open && connection_serve(&connection);
 	}
 	sys3(SYS_close, fd, 0, 0);
-	/* Its last descriptor is gone, so no thread of the backend runs any more. */
-	lock_forget_backend();
 }
 
 static void *run(void *nothing)

@@ -101,6 +101,7 @@ bool map_covers(uint64_t gfn, uint64_t pages);
 /* Whether any of these pages is merged: for a QEMU that has merged nothing yet, an old map. */
 bool map_has_merged(uint64_t gfn, uint64_t pages);
 struct quire_lock *map_lock(uint64_t gfn);
+uint32_t map_generation(void);
 
 static inline uint64_t map_load(uint64_t gfn) { return atomic_load(&atomic_load(&map_entries)[gfn]); }
 static inline void map_store(uint64_t gfn, uint64_t entry) { atomic_store(&atomic_load(&map_entries)[gfn], entry); }
@@ -141,7 +142,8 @@ void lock_close_window(uint64_t gfn, uint64_t pages);
 void lock_begin_io(uint64_t gfn, uint64_t pages);     /* waits while a window is open */
 void lock_end_io(uint64_t gfn, uint64_t pages);
 void lock_forget_agent(const struct ram_table *);     /* a new QEMU: nothing of the last one's is in flight */
-void lock_forget_backend(void);                       /* the backend is dead */
+void lock_serve_backend(void);                        /* windows are opened for the backend that has the map now */
+void lock_note_merge(uint64_t gfn, uint64_t pages);   /* in a window: pages there will be merged */
 
 /* ---- budget.c */
 bool budget_allows(unsigned more);

@@ -22,6 +22,10 @@ void lock_close_window(uint64_t gfn, uint64_t pages)
 	EACH_LOCK(at, gfn, pages) __atomic_store_n(&map_lock(at)->busy, 0, __ATOMIC_SEQ_CST);
 }
 
+static uint32_t served; /* the generation of backends that commands are carried out for */
+
+void lock_serve_backend(void) { served = map_generation(); }
+
 bool lock_open_window(uint64_t gfn, uint64_t pages)
 {
 	bool used = false;
@@ -29,8 +33,15 @@ bool lock_open_window(uint64_t gfn, uint64_t pages)
 		__atomic_store_n(&map_lock(at)->busy, 1, __ATOMIC_SEQ_CST);
 		used |= is_used(map_lock(at));
 	}
+	/* Another backend has taken over: it may hold pages private of which the one before knew nothing. */
+	used |= map_generation() != served;
 	if (used) lock_close_window(gfn, pages);
 	return !used;
+}
+
+void lock_note_merge(uint64_t gfn, uint64_t pages)
+{
+	EACH_LOCK(at, gfn, pages) __atomic_store_n(&map_lock(at)->merged, 1, __ATOMIC_SEQ_CST);
 }
 
 void lock_begin_io(uint64_t gfn, uint64_t pages)
@@ -59,15 +70,5 @@ void lock_forget_agent(const struct ram_table *table)
 			/* Looked at first: a lock that nobody ever used costs no memory. */
 			if (lock->agent_io) __atomic_store_n(&lock->agent_io, 0, __ATOMIC_SEQ_CST);
 			if (lock->busy) __atomic_store_n(&lock->busy, 0, __ATOMIC_SEQ_CST);
-		}
-}
-
-void lock_forget_backend(void)
-{
-	const struct ram_table *table = atomic_load(&ram_now);
-	for (unsigned i = 0; i < table->count; i++)
-		EACH_LOCK(at, table->regions[i].gfn, table->regions[i].pages) {
-			struct quire_lock *lock = map_lock(at);
-			if (lock->backend_io) __atomic_store_n(&lock->backend_io, 0, __ATOMIC_SEQ_CST);
 		}
 }

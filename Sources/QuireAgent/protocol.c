@@ -213,6 +213,8 @@ static enum quire_agent_status attach(const struct quire_agent_attach *a, struct
 		return QUIRE_AGENT_REFUSED;
 	}
 	if (!map_attach(take(passed), text, &status)) return status;
+	/* If that backend is dead by now and this is the next one's, the answer finds nobody and no command follows. */
+	lock_serve_backend();
 	if ((status = attach_regions(a, passed, table, text)) != QUIRE_AGENT_OK) return status;
 	while (store_count) sys3(SYS_close, stores[--store_count].file, 0, 0);
 	for (unsigned i = 0; i < a->store_count; i++)

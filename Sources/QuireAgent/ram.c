@@ -282,6 +282,11 @@ bool map_covers(uint64_t gfn, uint64_t pages) { return gfn < map_pages && pages 
 
 struct quire_lock *map_lock(uint64_t gfn) { return (struct quire_lock *)(map_base + map_locks) + gfn / QUIRE_LOCK_PAGES; }
 
+uint32_t map_generation(void)
+{
+	return __atomic_load_n(&((struct quire_map_header *)map_base)->generation, __ATOMIC_SEQ_CST);
+}
+
 bool map_has_merged(uint64_t gfn, uint64_t pages)
 {
 	/* Entries that the file has no memory for are 0; reading them through the mapping would give them some. */

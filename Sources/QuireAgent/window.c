@@ -309,15 +309,30 @@ static struct quire_agent_outcome failed(uint64_t done, long error)
 	return error == -ENOMEM ? refuse(done, QUIRE_AGENT_BUDGET, 0) : refuse(done, QUIRE_AGENT_FAILED, (uint64_t)-error);
 }
 
+/* How many of the pages, from the first on, may be merged. */
+static uint64_t private_pages(uint64_t gfn, uint64_t pages)
+{
+	uint64_t n = 0;
+	while (n < pages && map_load(gfn + n) == QUIRE_MAP_PRIVATE) n++;
+	return n;
+}
+
 static struct quire_agent_outcome merge_window(const struct ram *ram, uint64_t gfn, uint64_t pages,
 					       const struct source *from, bool first)
 {
-	for (uint64_t i = 0; i < pages; i++)
-		if ((map_load(gfn + i) & 0xff) != QUIRE_MAP_PRIVATE) return refuse(0, QUIRE_AGENT_STATE, i);
+	uint64_t is_private = private_pages(gfn, pages);
+	if (is_private < pages) return refuse(0, QUIRE_AGENT_STATE, is_private);
 	if (first && !budget_allows(2)) return refuse(0, QUIRE_AGENT_BUDGET, 0);
 	long error = keep_small(ram, gfn, pages);
 	if (error) return failed(0, error);
 	if (!lock_open_window(gfn, pages)) return refuse(0, QUIRE_AGENT_BUSY, 0);
+	/* Once more: until the window was open the backend could recycle a page. */
+	is_private = private_pages(gfn, pages);
+	if (is_private < pages) {
+		lock_close_window(gfn, pages);
+		return refuse(0, QUIRE_AGENT_STATE, is_private);
+	}
+	lock_note_merge(gfn, pages);
 	struct quire_agent_place p = place_of(ram, gfn, pages);
 	long differs = (long)pages;
 	error = merge(&p, ram, gfn, from, &differs);

@@ -94,7 +94,7 @@ import Testing
     /// A page map that speaks of merges which this QEMU never made.
     @Test func mapOfAnotherLife() throws {
         let rig = try Rig(pages: 64)
-        rig.map.setState(of: rig.gfn(5), to: .zero)
+        rig.map.move(rig.gfn(5), from: .private, to: .zero, by: .agent)
         try rig.accept()
         #expect(try rig.attach().status == QUIRE_AGENT_OTHER_MAP.rawValue)
     }
@@ -129,7 +129,7 @@ import Testing
         body.add(UInt32(0))
         try rig.connection.send(QUIRE_AGENT_STORES.rawValue, body.bytes, passing: [rig.store.raw])
         #expect(try rig.connection.run(.merge, [run])[0].reason == .done)
-        #expect(try #require(rig.map.slot(of: rig.gfn(0))) == (1, 5 * 64))
+        #expect(rig.map.state(of: rig.gfn(0)) == .shared(store: 1, slot: 5 * 64))
     }
 
     /// Each of these ends the connection, and does nothing else.

@@ -74,6 +74,52 @@ private final class Bench {
         _ = workload.stop()
     }
 
+    // MARK: - Merged pages
+
+    /// A freed page that is merged is not claimed; nor is one where the agent has a window open. Both are as soon as that is over.
+    @Test func mergedPagesAreLeftAlone() throws {
+        let guest = try ModelGuest(pages: 2048)
+        let bench = try Bench(period: 20)
+        let raw = try Mapping(bench.mapFile, byteCount: Int(PageMap.byteCount(pageCount: 1 << 16)))
+        func lock(_ gfn: Int, _ field: Int) -> Int { 4096 + 8 * (1 << 16) + 8 * (gfn / 512) + field }
+        for gfn in [600, 601, 603, 1100] { guest.fill(gfn) }
+        raw.store8(lock(600, 5), 1)
+        #expect(bench.map.move(601, from: .private, to: .zero, by: .agent))
+        raw.store8(lock(1100, 4), 1)
+        try bench.run(guest)
+        for gfn in [600, 601, 602, 603, 1100] { guest.freeLongAgo(gfn) }
+        #expect(eventually { [600, 602, 603].allSatisfy { guest.state($0) == ModelGuest.recycled } })
+        let passes = bench.engine.snapshot.passes
+        #expect(eventually { bench.engine.snapshot.passes > passes + 2 })
+        for gfn in [601, 1100] {
+            #expect(guest.isResident(gfn) && ![ModelGuest.claimed, ModelGuest.recycled].contains(guest.state(gfn)))
+        }
+        #expect(bench.map.state(of: 601) == .zero && bench.map.state(of: 1100) == .private)
+        #expect(bench.map.move(601, from: .zero, to: .private, by: .agent))
+        raw.store8(lock(1100, 4), 0)
+        #expect(eventually { [601, 1100].allSatisfy { guest.state($0) == ModelGuest.recycled && !guest.isResident($0) } })
+        #expect(raw.load16(lock(600, 0)) == 0 && raw.load16(lock(1100, 0)) == 0)
+    }
+
+    /// A claim of a dead back end on a page that is merged by now: given up, not punched.
+    @Test func claimsOnMergedPagesAreGivenUp() throws {
+        let guest = try ModelGuest(pages: 2048)
+        let bench = try Bench(period: 50_000)
+        let raw = try Mapping(bench.mapFile, byteCount: Int(PageMap.byteCount(pageCount: 1 << 16)))
+        for gfn in 700..<702 {
+            guest.fill(gfn)
+            guest.setState(gfn, ModelGuest.claimed)
+        }
+        raw.store8(4096 + 8 * (1 << 16) + 8 + 5, 1)
+        #expect(bench.map.move(701, from: .private, to: .shared(store: 0, slot: 1), by: .agent))
+        bench.map.registration = PageMap.Registration(nonce: 9, headerAddress: guest.headerAddress)
+        bench.map.openClaim(0, 700..<702, now: 1)
+        bench.start(guest, nonce: 9)
+        #expect(guest.state(700) == ModelGuest.recycled && !guest.isResident(700) && bench.map.state(of: 700) == .hole)
+        #expect(guest.state(701) == ModelGuest.firstEpoch && guest.isResident(701))
+        #expect(bench.map.state(of: 701)?.isMerged == true && bench.map.openClaims.isEmpty)
+    }
+
     // MARK: - Stopping
 
     /// When `stop` has returned not a byte of guest memory changes, though the guest would have much to recycle.

@@ -43,6 +43,8 @@ CP_ATOMIC(8)
 CP_ATOMIC(16)
 CP_ATOMIC(32)
 CP_ATOMIC(64)
+static inline uint8_t cp_load_sequential_u8(const void *p)
+{ return __atomic_load_n((const uint8_t *)p, __ATOMIC_SEQ_CST); }
 static inline void cp_or_u8(void *p, uint8_t bits) { __atomic_fetch_or((uint8_t *)p, bits, __ATOMIC_SEQ_CST); }
 static inline uint16_t cp_fetch_add_u16(void *p, uint16_t n) { return __atomic_fetch_add((uint16_t *)p, n, __ATOMIC_SEQ_CST); }
 static inline void cp_add_u64(void *p, uint64_t n) { __atomic_fetch_add((uint64_t *)p, n, __ATOMIC_RELAXED); }

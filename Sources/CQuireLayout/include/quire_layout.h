@@ -162,10 +162,10 @@ struct quire_table_header {
  *     were open, and where the bytes of every guest page are.
  *
  *     An entry: bits 0..7 the state, bits 8..47 the slot, bits 48..55 the store. Slot and store are 0 but for SHARED.
- *     The backend moves entries between PRIVATE and HOLE; every other move is the agent's, which makes it while it
- *     holds the range lock, after the mapping in QEMU has changed and before a guest can write through the new one. So
- *     whoever holds the range lock for I/O finds the bytes where the entry says they are. (A reset takes no lock: the
- *     guest has freed those pages, and nobody has I/O on them.)
+ *     The backend moves entries between PRIVATE and HOLE, by compare-exchange, and to HOLE with the range lock held for
+ *     I/O; every other move is the agent's, which makes it while it holds the range lock (but for a reset), after the
+ *     mapping in QEMU has changed and before a guest can write through the new one. So whoever holds the range lock for
+ *     I/O finds the bytes where the entry says they are.
  * ------------------------------------------------------------------------------------------------------------- */
 
 #define QUIRE_MAP_MAGIC   "QUIREMAP"
@@ -189,10 +189,16 @@ enum quire_map_state {
  * pages) keeps windows of the agent off them, and the agent keeps I/O out of a window.
  *
  *   I/O    adds 1 to its counter, then looks at `busy`; if that is set, subtracts 1 again, waits, and starts over
- *   agent  sets `busy`, then looks at both counters; if one isn't 0 it clears `busy` and gives up
+ *   agent  sets `busy`, then looks at both counters and at the header's generation; if a counter isn't 0, or the
+ *          generation isn't the one that its connection was attached under, it clears `busy` and gives up
  *
- * All of it sequentially consistent, so that one of the two sees the other (Dekker). The agent never waits, so an I/O
- * may hold one lock while it waits for another. When the backend's socket closes, the agent sets every backend_io to 0.
+ * All of it sequentially consistent, so that one of the two sees the other (Dekker). The agent never waits, so an I/O may
+ * hold one lock while it waits for another.
+ *
+ * A backend that dies leaves its counts behind: they keep windows off until the next one sets every backend_io to 0 and
+ * adds 1 to the generation, before it does anything else. Nobody else may change them: the agent learns of a death
+ * late, when the next backend may have I/O in flight already. And what the dead one asked for last may still be at work
+ * in the agent then: the generation ends it.
  */
 #define QUIRE_LOCK_PAGES 512u
 
@@ -200,7 +206,9 @@ struct quire_lock {
 	quire_u16 backend_io;        /* 0 I/O in flight, in the backend */
 	quire_u16 agent_io;          /* 2 the same in QEMU */
 	quire_u8  busy;              /* 4 a window is open on pages of this range */
-	quire_u8  reserved[3];       /* 5 */
+	quire_u8  merged;            /* 5 set by the agent, in a window, before it first merges here; 0: every entry is PRIVATE
+				      *   or HOLE */
+	quire_u8  reserved[2];       /* 6 */
 };
 
 /* A claim in the journal: written before the first state byte becomes CLAIMED, cleared (page_count = 0) after the
@@ -223,7 +231,7 @@ struct quire_map_header {
 	/* The backend's life, here and not in the status page: this is memory, and never waits for a disk. */
 	quire_u64 heartbeat;         /*   48 counts up every 100 ms while nothing in the backend is stuck; 0: not ready */
 	quire_u32 backend_pid;       /*   56 whose heartbeat it is */
-	quire_u32 reserved0;         /*   60 */
+	quire_u32 generation;        /*   60 counts backends: see the range lock */
 	quire_u64 locks_offset;      /*   64 bytes from the start of the file to the first struct quire_lock */
 	quire_u8  reserved[952];     /*   72 */
 	struct quire_claim journal[QUIRE_MAP_WORKERS]; /* 1024 */
@@ -617,11 +625,13 @@ QUIRE_ASSERT(offsetof(struct quire_table_header, waits) == 256);
 QUIRE_ASSERT(sizeof(struct quire_claim) == 64);
 QUIRE_ASSERT(sizeof(struct quire_map_header) == QUIRE_PAGE_BYTES);
 QUIRE_ASSERT(offsetof(struct quire_map_header, heartbeat) == 48);
+QUIRE_ASSERT(offsetof(struct quire_map_header, generation) == 60);
 QUIRE_ASSERT(offsetof(struct quire_map_header, locks_offset) == 64);
 QUIRE_ASSERT(offsetof(struct quire_map_header, journal) == 1024);
 QUIRE_ASSERT(sizeof(struct quire_lock) == 8);
 QUIRE_ASSERT(offsetof(struct quire_lock, agent_io) == 2);
 QUIRE_ASSERT(offsetof(struct quire_lock, busy) == 4);
+QUIRE_ASSERT(offsetof(struct quire_lock, merged) == 5);
 QUIRE_ASSERT(QUIRE_MAP_SLOT_SHIFT + QUIRE_MAP_SLOT_BITS == QUIRE_MAP_STORE_SHIFT);
 QUIRE_ASSERT(sizeof(struct quire_status) == QUIRE_PAGE_BYTES);
 QUIRE_ASSERT(offsetof(struct quire_status, reason) == 128);
