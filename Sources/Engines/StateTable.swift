@@ -29,6 +29,8 @@ struct StateTable: Sendable {
     /// Places of the table's pages: `pages[i]` holds the states of gfns 4096 i ..< 4096 (i + 1); nil where the guest has no
     /// memory.
     let pages: [GuestMemory.Place?]
+    /// Header and pages are never merged while there is a table.
+    private let holds: [PageHold?]
     /// The bytes of the same pages. `memory` keeps their mappings alive as long as there is a table.
     private let views: [MappedBytes?]
 
@@ -56,8 +58,14 @@ struct StateTable: Sendable {
             }
         }
 
+        // Guest and host use header and states with atomics, so they are kept private before the first look.
+        func hold(_ addresses: [UInt64]) throws(QuireError) -> PageHold? {
+            try memory.keepPrivate(addresses.map { $0..<$0 + pageBytes })
+        }
+
         let header = try page(headerAddress, "the header")
         try claim(headerAddress, "the header")
+        let headerHold = try hold([headerAddress])
         let copy = header.mapping.copyOut(header.offset, count: 128)
         func field<T: FixedWidthInteger>(_ offset: Int, _: T.Type) -> T {
             (0..<T.bitWidth / 8).reduce(0) { $0 | T(copy[offset + $1]) << T($1 * 8) }
@@ -78,7 +86,7 @@ struct StateTable: Sendable {
             throw refuse("its directory at \(hex(directory)) is outside of guest RAM")
         }
         for offset in stride(from: 0, to: tablePages * 8, by: Int(pageBytes)) { try claim(directory + offset, "the directory") }
-        let bytes = entries.copyOut()
+        let bytes = try entries.copyOut()
         var pages: [GuestMemory.Place?] = []
         pages.reserveCapacity(Int(tablePages))
         for index in 0..<Int(tablePages) {
@@ -90,6 +98,7 @@ struct StateTable: Sendable {
             pages.append(try page(address, "page \(index)"))
             try claim(address, "page \(index)")
         }
+        holds = [headerHold, try hold(pages.compactMap { $0?.guestAddress })]
         self.memory = memory
         self.header = header
         self.headerAddress = headerAddress

@@ -6,8 +6,12 @@ public struct GuestMemory: Sendable {
     /// Sorted by guest address, disjoint.
     public let regions: [MemoryRegion]
     public let log: DirtyTracker
+    /// Who knows where the bytes are; nil: in the regions' files, all of them, always.
+    public let pages: (any GuestPages)?
 
-    public init(_ regions: [MemoryRegion] = [], log: DirtyTracker) throws(QuireError) {
+    public init(
+        _ regions: [MemoryRegion] = [], log: DirtyTracker, pages: (any GuestPages)? = nil
+    ) throws(QuireError) {
         let sorted = regions.sorted { $0.guestAddress < $1.guestAddress }
         for (lower, upper) in zip(sorted, sorted.dropFirst())
         where lower.guestAddress + lower.byteCount > upper.guestAddress {
@@ -24,6 +28,7 @@ public struct GuestMemory: Sendable {
         }
         self.regions = sorted
         self.log = log
+        self.pages = pages
     }
 
     /// Bytes of RAM in all regions.
@@ -35,6 +40,10 @@ public struct GuestMemory: Sendable {
         /// Bytes from the region's start.
         public let offset: Int
         public var guestAddress: UInt64 { region.guestAddress + UInt64(offset) }
+        /// The same byte's address in the front end.
+        public var userAddress: UInt64 { region.userAddress + UInt64(offset) }
+        /// Ours, of the memory file: has the bytes of pages that are kept private (`GuestMemory.keepPrivate`). For all
+        /// others use a `GuestBuffer`.
         public var mapping: Mapping { _read { yield region.mapping } }
     }
 
@@ -66,9 +75,12 @@ public struct GuestMemory: Sendable {
         return nil
     }
 
+    /// A buffer of no bytes, to be added to.
+    public var emptyBuffer: GuestBuffer { GuestBuffer(log: log, pages: pages) }
+
     /// A buffer of the guest's, which may span neighbouring regions. Throws `.guest` if any byte is outside of RAM.
     public func buffer(_ address: UInt64, count: UInt64) throws(QuireError) -> GuestBuffer {
-        var buffer = GuestBuffer(log: log)
+        var buffer = GuestBuffer(log: log, pages: pages)
         var address = address
         var left = count
         while left > 0 {

@@ -125,6 +125,7 @@ public final class BackendProcess: Sendable {
     private let options: Options
     private let logger: Logger
     private let map: PageMap
+    private let pages: MergedPages
     private let engine: RecycleEngine
     private let disk: ControlDisk
     private let servers: [Server]
@@ -169,6 +170,10 @@ public final class BackendProcess: Sendable {
         } else {
             map = try PageMap(PageMap.makeFile())
         }
+        map.takeOver(pid: getpid())
+        pages = MergedPages(map: map)
+        // Where nobody merges and nobody has merged the bytes are in the memory files, and looking for them costs nothing.
+        let lookedUp = map.mayHaveMerged ? pages : nil
         engine = try RecycleEngine(options.engine, map: map)
         engine.setPaused(.notAtomic, options.guestIsNotAtomic)
         disk = ControlDisk(engine: engine, map: map, logger: logger)
@@ -194,7 +199,7 @@ public final class BackendProcess: Sendable {
             servers.append(
                 try Server(
                     socket: socket, device: block, logger: logger,
-                    features: options.offersMemorySlots ? .supported : .supportedWithoutMemorySlots))
+                    features: options.offersMemorySlots ? .supported : .supportedWithoutMemorySlots, pages: lookedUp))
         }
         self.servers = servers
         self.links = links
@@ -278,7 +283,6 @@ public final class BackendProcess: Sendable {
 
     /// The heart beats in memory, and its thread does nothing else: the status page may lie on a disk that is slow.
     private func beat() {
-        map.takeOver(pid: getpid())
         while !isEnding.read({ $0 }) {
             if !isStuck { map.beat() }
             ProcessCalls.sleep(milliseconds: 100)

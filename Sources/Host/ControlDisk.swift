@@ -83,7 +83,7 @@ public final class ControlDisk: BlockStorage, DeviceLifecycle {
         }
         place(identity, inBlock: QUIRE_CTL_IDENTITY_BLOCK)
         place(status, inBlock: QUIRE_CTL_STATUS_BLOCK)
-        buffer.copyIn(Array(disk[Int(offset)..<Int(offset) + buffer.count]))
+        try buffer.copyIn(Array(disk[Int(offset)..<Int(offset) + buffer.count]))
     }
 
     /// struct quire_ctl_identity.
@@ -124,7 +124,7 @@ public final class ControlDisk: BlockStorage, DeviceLifecycle {
     public func write(at offset: UInt64, from buffer: GuestBuffer) throws(QuireError) {
         guard offset == UInt64(QUIRE_CTL_REQUEST_BLOCK.rawValue) * UInt64(Self.blockBytes), buffer.count == Self.blockBytes
         else { throw QuireError(.invalid, "only the request block of the control disk can be written, as a whole") }
-        let request = buffer.slice(from: 0, count: MemoryLayout<quire_ctl_request>.size).copyOut()
+        let request = try buffer.slice(from: 0, count: MemoryLayout<quire_ctl_request>.size).copyOut()
         do throws(QuireError) {
             try carryOut(request)
             state.update { $0.refusal = nil }

@@ -114,7 +114,6 @@ import CPlatform
     }
 
     /// Sets `count` bytes to zero.
-    public borrowing func clear(_ offset: Int, count: Int) { _ = unsafe memset(at(offset, count), 0, count) }
 
     /// Text in a fixed-size field, zero-padded, cut at a character boundary where it is too long.
     public borrowing func storeText(_ offset: Int, capacity: Int, _ text: String) {

@@ -1,4 +1,5 @@
 import CPlatform
+import GuestMemory
 import Logging
 import Platform
 import Synchronization
@@ -24,13 +25,15 @@ public final class Server: Sendable {
     private let device: any VhostUserDevice
     private let logger: Logger
     private let features: ProtocolFeatures
+    private let pages: (any GuestPages)?
 
     /// `socket` listens, or is already connected to the one front end that will ever be served.
     public init(
         socket: consuming UnixSocket, device: any VhostUserDevice, logger: Logger,
-        features: ProtocolFeatures = .supported
+        features: ProtocolFeatures = .supported, pages: (any GuestPages)? = nil
     ) throws(QuireError) {
         self.features = features
+        self.pages = pages
         isListening = try socket.isListening()
         self.socket = socket
         self.device = device
@@ -73,7 +76,7 @@ public final class Server: Sendable {
         connected.store(true, ordering: .relaxed)
         defer { connected.store(false, ordering: .relaxed) }
         let session = try Session(
-            socket: connection, device: device, logger: logger, protocolFeatures: features
+            socket: connection, device: device, logger: logger, protocolFeatures: features, pages: pages
         ) { [self] isHandling in
             handlingSince.store(isHandling ? monotonicNanoseconds() : 0, ordering: .relaxed)
         }

@@ -20,6 +20,7 @@ public final class Session {
     private let device: any VhostUserDevice
     private let logger: Logger
     private let handling: @Sendable (Bool) -> Void
+    private let pages: (any GuestPages)?
 
     private var features: VirtioFeatures = []
     private let offeredProtocolFeatures: ProtocolFeatures
@@ -42,12 +43,15 @@ public final class Session {
     /// Rings that ought to run could not be set going again.
     private var isBroken = false
 
-    /// `handling` is told when a message begins and ends to be handled.
+    /// `pages` knows where guest memory is, if not all of it is in the files that the front end passes. `handling` is told
+    /// when a message begins and ends to be handled.
     public init(
         socket: consuming UnixSocket, device: any VhostUserDevice, logger: Logger,
-        protocolFeatures: ProtocolFeatures = .supported, handling: @escaping @Sendable (Bool) -> Void = { _ in }
+        protocolFeatures: ProtocolFeatures = .supported, pages: (any GuestPages)? = nil,
+        handling: @escaping @Sendable (Bool) -> Void = { _ in }
     ) throws(QuireError) {
         alarm = try TruncationAlarm(shuttingDown: socket)
+        self.pages = pages
         offeredProtocolFeatures = protocolFeatures
         self.handling = handling
         self.socket = socket
@@ -364,7 +368,7 @@ public final class Session {
         try reader.end()
         var table: [MemoryRegion] = []
         for region in described { table.append(try makeRegion(region, &descriptors)) }
-        _ = try GuestMemory(table, log: tracker)
+        _ = try GuestMemory(table, log: tracker, pages: pages)
         try reconfigure { regions = table }
     }
 
@@ -397,7 +401,7 @@ public final class Session {
             throw QuireError(.invalid, "more than \(Message.maxMemorySlots) memory regions")
         }
         let table = regions + [try makeRegion(described, &descriptors)]
-        _ = try GuestMemory(table, log: tracker)
+        _ = try GuestMemory(table, log: tracker, pages: pages)
         try reconfigure { regions = table }
     }
 
@@ -450,7 +454,7 @@ public final class Session {
 
     // MARK: - Starting and stopping
 
-    private func guestMemory() throws(QuireError) -> GuestMemory { try GuestMemory(regions, log: tracker) }
+    private func guestMemory() throws(QuireError) -> GuestMemory { try GuestMemory(regions, log: tracker, pages: pages) }
 
     /// A kick descriptor or an "enable" has come: the ring starts if it is complete. Only this one: another may be
     /// complete with what was true before a reset.

@@ -18,7 +18,10 @@ public struct SplitRing: Sendable {
 
     /// Entries; a power of two up to 32,768.
     public let size: UInt16
+    public let layout: Layout
     private let memory: GuestMemory
+    /// The rings are used through the mapping, with atomics: never merged while there is one of these.
+    private let hold: PageHold?
     private let descriptors: GuestMemory.Place
     private let available: GuestMemory.Place
     private let used: GuestMemory.Place
@@ -34,44 +37,66 @@ public struct SplitRing: Sendable {
     /// `nextUsed` at the last decision about a notification.
     private var signalledUsed: UInt16
 
+    /// Where the three parts are, checked.
+    private struct Places {
+        let descriptors, available, used: GuestMemory.Place
+        let size: Int
+
+        init(size: UInt16, addresses: VringAddresses, memory: GuestMemory) throws(QuireError) {
+            guard size > 0, size <= 32768, size & (size - 1) == 0 else {
+                throw QuireError(.invalid, "a ring of \(size) entries: the size must be a power of two up to 32768")
+            }
+            func place(
+                _ address: UInt64, _ count: Int, alignment: UInt64, _ what: String
+            ) throws(QuireError) -> GuestMemory.Place {
+                guard address % alignment == 0 else {
+                    throw QuireError(.invalid, "the \(what) is not aligned to \(alignment) bytes")
+                }
+                guard let place = memory.place(ofUser: address, count: UInt64(count)) else {
+                    let text = "0x" + String(address, radix: 16)
+                    throw QuireError(.invalid, "the \(what) at \(text) is outside of guest memory")
+                }
+                return place
+            }
+            let entries = Int(size)
+            self.size = entries
+            descriptors = try place(addresses.descriptorTable, 16 * entries, alignment: 16, "descriptor table")
+            available = try place(addresses.availableRing, 6 + 2 * entries, alignment: 2, "available ring")
+            used = try place(addresses.usedRing, 6 + 8 * entries, alignment: 4, "used ring")
+        }
+
+        var layout: Layout {
+            func range(_ place: GuestMemory.Place, _ count: Int) -> Range<UInt64> {
+                place.guestAddress..<place.guestAddress + UInt64(count)
+            }
+            return Layout(
+                descriptorTable: range(descriptors, 16 * size), availableRing: range(available, 6 + 2 * size),
+                usedRing: range(used, 6 + 8 * size))
+        }
+    }
+
+    /// Throws what is wrong with a ring's size and addresses, above all if not all of it lies in `memory`.
+    static func check(size: UInt16, addresses: VringAddresses, memory: GuestMemory) throws(QuireError) {
+        _ = try Places(size: size, addresses: addresses, memory: memory)
+    }
+
     init(
         size: UInt16, addresses: VringAddresses, base: UInt16, memory: GuestMemory, features: VirtioFeatures
     ) throws(QuireError) {
-        guard size > 0, size <= 32768, size & (size - 1) == 0 else {
-            throw QuireError(.invalid, "a ring of \(size) entries: the size must be a power of two up to 32768")
-        }
-        func place(
-            _ address: UInt64, _ count: Int, alignment: UInt64, _ what: String
-        ) throws(QuireError) -> GuestMemory.Place {
-            guard address % alignment == 0 else {
-                throw QuireError(.invalid, "the \(what) is not aligned to \(alignment) bytes")
-            }
-            guard let place = memory.place(ofUser: address, count: UInt64(count)) else {
-                throw QuireError(.invalid, "the \(what) at 0x\(String(address, radix: 16)) is outside of guest memory")
-            }
-            return place
-        }
-        let entries = Int(size)
+        let places = try Places(size: size, addresses: addresses, memory: memory)
         self.size = size
         self.memory = memory
-        descriptors = try place(addresses.descriptorTable, 16 * entries, alignment: 16, "descriptor table")
-        available = try place(addresses.availableRing, 6 + 2 * entries, alignment: 2, "available ring")
-        used = try place(addresses.usedRing, 6 + 8 * entries, alignment: 4, "used ring")
+        descriptors = places.descriptors
+        available = places.available
+        used = places.used
+        layout = places.layout
+        hold = try memory.keepPrivate(places.layout.ranges)
         usesEventIndex = features.contains(.eventIndex)
         allowsIndirect = features.contains(.indirectDescriptors)
         usedLogAddress = addresses.logsUsedRing ? addresses.logGuestAddress : nil
         nextAvailable = base
         nextUsed = used.mapping.load16(used.offset + 2)
         signalledUsed = nextUsed
-    }
-
-    public var layout: Layout {
-        func range(_ place: GuestMemory.Place, _ count: Int) -> Range<UInt64> {
-            place.guestAddress..<place.guestAddress + UInt64(count)
-        }
-        return Layout(
-            descriptorTable: range(descriptors, 16 * Int(size)), availableRing: range(available, 6 + 2 * Int(size)),
-            usedRing: range(used, 6 + 8 * Int(size)))
     }
 
     /// True if the guest has made something available that was not taken yet.
@@ -94,7 +119,7 @@ public struct SplitRing: Sendable {
     /// Walks the chain that starts at `head`. Also for requests that were in flight when a back end died.
     func chain(head: UInt16) throws(QuireError) -> DescriptorChain {
         guard head < size else { throw QuireError(.guest, "descriptor \(head) in a ring of \(size)") }
-        var chain = DescriptorChain(head: head, log: memory.log)
+        var chain = DescriptorChain(head: head, empty: memory.emptyBuffer)
         try walk(into: &chain, from: head, count: size, indirect: false) { index in
             self.descriptors.mapping.copyOut(self.descriptors.offset + 16 * Int(index), count: 16)
         }
@@ -202,9 +227,9 @@ public struct DescriptorChain: Sendable {
     public internal(set) var readable: GuestBuffer
     public internal(set) var writable: GuestBuffer
 
-    init(head: UInt16, log: DirtyTracker) {
+    init(head: UInt16, empty: GuestBuffer) {
         self.head = head
-        readable = .empty(log: log)
-        writable = .empty(log: log)
+        readable = empty
+        writable = empty
     }
 }

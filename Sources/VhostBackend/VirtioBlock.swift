@@ -71,9 +71,6 @@ public final class VirtioBlock: VhostUserDevice {
         guard chain.readable.count >= headerBytes, chain.writable.count >= 1 else {
             throw QuireError(.guest, "a block request without a header or without room for its status")
         }
-        let header = chain.readable.slice(from: 0, count: headerBytes).copyOut()
-        let type: UInt32 = fromLittleEndian(header[0..<4])
-        let sector: UInt64 = fromLittleEndian(header[8..<16])
         let input = chain.readable.slice(from: headerBytes, count: chain.readable.count - headerBytes)
         let output = chain.writable.slice(from: 0, count: chain.writable.count - 1)
         let statusByte = chain.writable.slice(from: chain.writable.count - 1, count: 1)
@@ -81,16 +78,23 @@ public final class VirtioBlock: VhostUserDevice {
         var written = 0
         var status = Status.ok
         do throws(QuireError) {
-            let type = RequestType(rawValue: type)
-            written = try perform(type, sector, input, output)
-            // A driver that cannot flush (firmware, boot loaders) relies on what it wrote as soon as it is answered
-            // (section 5.2.6.2).
-            if type == .write || type == .writeZeroes, !features.contains(.blockFlush) { try storage.flush() }
+            let header = try chain.readable.slice(from: 0, count: headerBytes).copyOut()
+            let type = RequestType(rawValue: fromLittleEndian(header[0..<4]))
+            let sector: UInt64 = fromLittleEndian(header[8..<16])
+            do throws(QuireError) {
+                written = try perform(type, sector, input, output)
+                // A driver that cannot flush (firmware, boot loaders) relies on what it wrote as soon as it is answered
+                // (section 5.2.6.2).
+                if type == .write || type == .writeZeroes, !features.contains(.blockFlush) { try storage.flush() }
+            } catch {
+                status = error.code == .unsupported ? .unsupported : .ioError
+                logger.debug("block request \(type.map { "\($0)" } ?? "of an unknown type") at sector \(sector): \(error)")
+            }
         } catch {
-            status = error.code == .unsupported ? .unsupported : .ioError
-            logger.debug("block request \(type) at sector \(sector): \(error)")
+            status = .ioError
+            logger.error("a block request cannot be read: \(error)")
         }
-        statusByte.copyIn([status.rawValue])
+        try statusByte.copyIn([status.rawValue])
         return UInt32(clamping: written + 1)
     }
 
@@ -109,7 +113,7 @@ public final class VirtioBlock: VhostUserDevice {
             try storage.flush()
         case .getID:
             guard output.count >= 20 else { throw QuireError(.invalid, "no room for the serial number") }
-            output.copyIn(Array(paddedText(storage.serial, capacity: 21)[..<20]))
+            try output.copyIn(Array(paddedText(storage.serial, capacity: 21)[..<20]))
             return 20
         case .discard, .writeZeroes:
             try checkWritable()
@@ -117,7 +121,7 @@ public final class VirtioBlock: VhostUserDevice {
             guard input.count > 0, input.count % segmentBytes == 0,
                 input.count / segmentBytes <= Int(Self.maxDiscardSegments)
             else { throw QuireError(.invalid, "\(input.count) bytes of ranges") }
-            let bytes = input.copyOut()
+            let bytes = try input.copyOut()
             // All ranges are checked before the first is acted on: a bad request changes nothing.
             var ranges: [(offset: UInt64, count: UInt64, mayUnmap: Bool)] = []
             for start in stride(from: 0, to: bytes.count, by: segmentBytes) {

@@ -30,7 +30,7 @@ final class Vring {
 
     /// Throws what is wrong with `addresses`, above all if not all of the ring lies in `memory`.
     func check(_ addresses: VringAddresses, in memory: GuestMemory) throws(QuireError) {
-        _ = try SplitRing(size: size, addresses: addresses, base: base, memory: memory, features: [])
+        try SplitRing.check(size: size, addresses: addresses, memory: memory)
     }
 
     func fits(_ memory: GuestMemory) -> Bool {

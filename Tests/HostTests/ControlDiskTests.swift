@@ -48,12 +48,12 @@ import VhostBackend
         func read(_ block: Int, count: Int = 4096) throws -> [UInt8] {
             let buffer = try memory.buffer(Self.buffer, count: UInt64(count))
             try disk.read(at: UInt64(block) * 4096, into: buffer)
-            return buffer.copyOut()
+            return try buffer.copyOut()
         }
 
         func write(_ bytes: [UInt8], at offset: UInt64 = 4096) throws {
             let buffer = try memory.buffer(Self.buffer, count: UInt64(bytes.count))
-            buffer.copyIn(bytes)
+            try buffer.copyIn(bytes)
             try disk.write(at: offset, from: buffer)
         }
 

@@ -33,10 +33,10 @@ final class MemoryStorage: BlockStorage {
             state.operations.append(.read(offset, buffer.count))
             return Array(state.bytes[Int(offset)..<Int(offset) + buffer.count])
         }
-        buffer.copyIn(part)
+        try buffer.copyIn(part)
     }
     func write(at offset: UInt64, from buffer: GuestBuffer) throws(QuireError) {
-        let part = buffer.copyOut()
+        let part = try buffer.copyOut()
         state.update { state in
             state.operations.append(.write(offset, part.count))
             state.bytes.replaceSubrange(Int(offset)..<Int(offset) + part.count, with: part)

@@ -1,0 +1,133 @@
+import GuestMemory
+import Platform
+import Synchronization
+
+/// Who moves pages in the front end: the agent in QEMU, at the end of a link.
+public protocol PageMover: AnyObject, Sendable {
+    /// Returns when nothing that was asked for before this call is still at work, or will be. Throws if that is not
+    /// certain by `deadline` (CLOCK_MONOTONIC, nanoseconds).
+    func settle(until deadline: UInt64) throws(QuireError)
+
+    /// Brings every merged page of these back into the memory file; throws if that is not done by `deadline`.
+    func bringBack(_ gfns: [Range<GFN>], until deadline: UInt64) throws(QuireError)
+}
+
+/// Pages that must not be merged: rings, state tables. A page may be held by several.
+public final class UnmergeableSet: Sendable {
+    private let holders = Mutex<[GFN: Int]>([:])
+
+    public init() {}
+
+    /// Whether any of these pages is in the set. What is decided by the answer must be decided before the next holder
+    /// comes: see `MergedPages.keepPrivate`.
+    public func overlaps(_ gfns: Range<GFN>) -> Bool {
+        holders.withLock { holders in
+            if gfns.count > holders.count { return holders.keys.contains { gfns.contains($0) } }
+            return gfns.contains { holders[$0] != nil }
+        }
+    }
+
+    func insert(_ ranges: [Range<GFN>]) {
+        holders.withLock { holders in
+            for gfn in ranges.joined() { holders[gfn, default: 0] += 1 }
+        }
+    }
+
+    func remove(_ ranges: [Range<GFN>]) {
+        holders.withLock { holders in
+            for gfn in ranges.joined() {
+                guard let count = holders[gfn] else { continue }
+                holders[gfn] = count > 1 ? count - 1 : nil
+            }
+        }
+    }
+}
+
+/// The page map as the devices see it: where each page is, kept there by the range lock, and QEMU's memory behind it.
+public final class MergedPages: GuestPages {
+    public let map: PageMap
+    public let unmergeable = UnmergeableSet()
+    private let link = Monitor(Link())
+
+    private struct Link {
+        var memory: ProcessMemory?
+        var mover: (any PageMover)?
+    }
+
+    public init(map: PageMap) { self.map = map }
+
+    /// The agent is there (again). `memory` is that of the process whose mappings the page map describes.
+    public func attach(_ memory: ProcessMemory) { link.update { $0.memory = memory } }
+
+    /// QEMU has ended, or it is another one. What is merged cannot be reached any more. When only the agent's
+    /// connection has ended its memory is as good as before.
+    public func detachMemory() { link.update { $0.memory = nil } }
+
+    /// Who brings pages back. Nil: nobody.
+    public func setMover(_ mover: (any PageMover)?) { link.update { $0.mover = mover } }
+
+    // MARK: - Access
+
+    public var lockPages: UInt64 { PageMap.lockPages }
+    public func beginAccess(_ gfns: Range<GFN>) throws(QuireError) { try map.beginIO(gfns) }
+    public func endAccess(_ gfns: Range<GFN>) { map.endIO(gfns) }
+    public func alike(_ gfns: Range<GFN>) throws(QuireError) -> (count: Int, isMerged: Bool) { try map.alike(gfns) }
+
+    /// After a start of ours the agent connects again soon. Whoever stops a ring waits for this, and a supervisor for
+    /// him: so less than `BackendWatch.stuckWithoutClaims`.
+    private static let patience: UInt64 = 1_500_000_000
+
+    public func frontEnd() throws(QuireError) -> ProcessMemory {
+        if let memory = link.read({ $0.memory }) { return memory }
+        if let memory = link.wait(until: monotonicNanoseconds() + Self.patience, { $0.memory }) { return memory }
+        throw QuireError(.closed, "the bytes of a merged page are in QEMU, and the agent there is not connected")
+    }
+
+    // MARK: - Pages that stay private
+
+    /// The front end waits for us meanwhile, and a supervisor looks after that.
+    private static let holdNanoseconds: UInt64 = 1_000_000_000
+
+    /// Why no page of these is merged afterwards, and none becomes so:
+    ///
+    /// 1. They are in the set. Whoever asks the agent to merge looks there, in one step with noting that something is
+    ///    asked for (`AgentLink`), so whatever did not see them there was noted before.
+    /// 2. What was noted before is over when `settle` returns. What a dead back end had asked for is over when it was
+    ///    taken over from (`PageMap.takeOver`); a window that was open then is waited for by 3.
+    /// 3. With the range lock held none is merged; if one is, the agent brings it back, and all are looked at again.
+    public func keepPrivate(_ gfns: [Range<GFN>]) throws(QuireError) -> PageHold {
+        let deadline = monotonicNanoseconds() + Self.holdNanoseconds
+        unmergeable.insert(gfns)
+        let hold = PageHold { [unmergeable] in unmergeable.remove(gfns) }
+        let mover = link.read { $0.mover }
+        try mover?.settle(until: deadline)
+        while true {
+            let merged = try mergedRanges(gfns)
+            if merged.isEmpty { return hold }
+            guard let mover else {
+                throw QuireError(
+                    .busy, "a ring or a state table lies in merged pages, and there is no agent to bring them back")
+            }
+            try mover.bringBack(merged, until: deadline)
+            guard monotonicNanoseconds() < deadline else {
+                throw QuireError(
+                    .busy, "a ring or a state table lies in merged pages that could not be brought back in time")
+            }
+        }
+    }
+
+    private func mergedRanges(_ ranges: [Range<GFN>]) throws(QuireError) -> [Range<GFN>] {
+        var merged: [Range<GFN>] = []
+        for range in ranges {
+            try map.beginIO(range)
+            defer { map.endIO(range) }
+            var rest = range
+            while !rest.isEmpty {
+                let (count, isMerged) = try map.alike(rest)
+                if isMerged { merged.append(rest.lowerBound..<rest.lowerBound + UInt64(count)) }
+                rest = rest.lowerBound + UInt64(count)..<rest.upperBound
+            }
+        }
+        return merged
+    }
+}
