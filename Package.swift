@@ -28,6 +28,12 @@ let package = Package(
         // them. libquire-agent.so is linked by the Makefile, without the Swift runtime.
         .target(name: "QuireAgent", dependencies: ["CQuireLayout"], linkerSettings: [.linkedLibrary("dl")]),
         .executableTarget(name: "agent-standin", dependencies: ["QuireAgent"], path: "Tests/StandIn"),
+        .executableTarget(
+            name: "agent-backend",
+            dependencies: [
+                "Engines", "GuestMemory", "Host", "Platform", .product(name: "Logging", package: "swift-log"),
+            ],
+            path: "Tests/AgentBackend", swiftSettings: settings),
         .target(name: "Platform", dependencies: ["CPlatform"], swiftSettings: settings),
         .target(name: "GuestMemory", dependencies: ["Platform"], swiftSettings: settings),
         .target(
@@ -103,7 +109,11 @@ let package = Package(
             swiftSettings: settings),
         // The stand-in must be built, but not linked: a dependency would do both.
         .testTarget(
-            name: "AgentTests", dependencies: ["CPlatform", "CQuireLayout", "Platform", "GuestMemory", "Engines", "Host"]),
+            name: "AgentTests",
+            dependencies: [
+                "CPlatform", "CQuireLayout", "Platform", "GuestMemory", "Engines", "Host",
+                .product(name: "Logging", package: "swift-log"),
+            ]),
         .testTarget(
             name: "PageStoreTests",
             dependencies: [

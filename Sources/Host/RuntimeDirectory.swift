@@ -6,6 +6,7 @@ import Platform
 ///     BASE/NAME/lock          held locked for the VM's life; its text says who holds it
 ///     BASE/NAME/status        the status page
 ///     BASE/NAME/control.sock  where QEMU reaches the backend
+///     BASE/NAME/agent.sock    where the agent in QEMU does
 ///
 /// A VM runs as long as its lock is held. QEMU inherits the lock, so the name stays taken if the supervisor dies first;
 /// and a folder whose lock nobody holds is a dead owner's, and free to take.
@@ -109,6 +110,7 @@ public struct RuntimeDirectory: Sendable, Equatable {
             guard try Files.identity(of: lockPath(name)) == lock.status().identity else { continue }
             Files.remove(folder(name) + "/status")
             Files.remove(folder(name) + "/control.sock")
+            Files.remove(folder(name) + "/agent.sock")
             try lock.replaceContent("\(ProcessCalls.ownPID)\n")
             return Claim(directory: self, name: name, lock: lock)
         }
@@ -146,16 +148,18 @@ public struct RuntimeDirectory: Sendable, Equatable {
 
         public var statusPath: String { directory.statusPath(name) }
         public var controlSocketPath: String { directory.folder(name) + "/control.sock" }
+        public var agentSocketPath: String { directory.folder(name) + "/agent.sock" }
 
         /// Notes a further process that keeps the VM running.
         public borrowing func note(pid: Int32) throws(QuireError) {
             try lock.replaceContent("\(ProcessCalls.ownPID)\n\(pid)\n")
         }
 
-        /// Removes what we made: the three files, and the folder if nobody put anything else there.
+        /// Removes what we made: the four files, and the folder if nobody put anything else there.
         public consuming func remove() {
             Files.remove(statusPath)
             Files.remove(controlSocketPath)
+            Files.remove(agentSocketPath)
             // The lock's file goes last, while it is still locked: whoever opened it meanwhile sees that it is gone.
             Files.remove(directory.lockPath(name))
             Files.removeDirectory(directory.folder(name))

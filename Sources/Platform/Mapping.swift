@@ -113,8 +113,6 @@ import CPlatform
         unsafe target.copyBytes(from: bytes)
     }
 
-    /// Sets `count` bytes to zero.
-
     /// Text in a fixed-size field, zero-padded, cut at a character boundary where it is too long.
     public borrowing func storeText(_ offset: Int, capacity: Int, _ text: String) {
         copyIn(offset, paddedText(text, capacity: capacity))
