@@ -19,7 +19,8 @@ BIN := .build/release
 
 # In QEMU there is no Swift runtime, so this is linked by hand. -z now: the agent's windows must not meet the dynamic linker.
 AGENT := build/agent/libquire-agent.so
-AGENT_CFLAGS := -O2 -g -Wall -Wextra -fPIC -fvisibility=hidden -ISources/QuireAgent/include -ISources/CQuireLayout/include
+AGENT_CFLAGS := -O2 -g -Wall -Wextra -fPIC -fvisibility=hidden -ISources/QuireAgent/include -ISources/CQuireLayout/include \
+	-ISources/CPlatform/include
 
 .PHONY: build agent guest assets prerequisites demo test tests soak bench-recycle install clean
 
@@ -29,7 +30,8 @@ build: prerequisites
 
 agent: $(AGENT)
 
-$(AGENT): $(wildcard Sources/QuireAgent/*.[ch] Sources/QuireAgent/include/*.h Sources/CQuireLayout/include/*.h)
+$(AGENT): $(wildcard Sources/QuireAgent/*.[ch] Sources/QuireAgent/include/*.h Sources/CQuireLayout/include/*.h \
+	Sources/CPlatform/include/pagemap_scan.h)
 	@mkdir -p $(@D)
 	$(CC) $(AGENT_CFLAGS) -shared -Wl,-z,now -Wl,-z,defs -o $@ $(filter %.c,$^) -lpthread -ldl
 

@@ -26,7 +26,7 @@ let package = Package(
         .target(name: "CPlatform"),
         // The agent in QEMU. Nothing links it but the tests' stand-in for QEMU: its interposers take effect in whatever has
         // them. libquire-agent.so is linked by the Makefile, without the Swift runtime.
-        .target(name: "QuireAgent", dependencies: ["CQuireLayout"], linkerSettings: [.linkedLibrary("dl")]),
+        .target(name: "QuireAgent", dependencies: ["CQuireLayout", "CPlatform"], linkerSettings: [.linkedLibrary("dl")]),
         .executableTarget(name: "agent-standin", dependencies: ["QuireAgent"], path: "Tests/StandIn"),
         .executableTarget(
             name: "agent-backend",
@@ -40,26 +40,29 @@ let package = Package(
             name: "VhostBackend",
             dependencies: ["Platform", "GuestMemory", .product(name: "Logging", package: "swift-log")],
             swiftSettings: settings),
+        // The bytes of pages by their hashes: what the dedup engine and the page store both speak of.
+        .target(name: "CHash", linkerSettings: [.linkedLibrary("xxhash")]),
+        .target(name: "PageContent", dependencies: ["CQuireLayout", "CHash", "Platform"], swiftSettings: settings),
         .target(
-            name: "Engines", dependencies: ["CQuireLayout", "Platform", "GuestMemory"], swiftSettings: settings),
+            name: "Engines", dependencies: ["CQuireLayout", "Platform", "GuestMemory", "PageContent"],
+            swiftSettings: settings),
         .target(
             name: "Host",
             dependencies: [
-                "CQuireLayout", "Platform", "GuestMemory", "VhostBackend", "Engines",
+                "CQuireLayout", "Platform", "GuestMemory", "VhostBackend", "PageContent", "Engines", "StoreProtocol",
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: settings),
         // The page store, in three: what both sides speak, the store itself without a socket, and the program.
-        .target(name: "CHash", linkerSettings: [.linkedLibrary("xxhash")]),
         .target(
             name: "CIndex",
             linkerSettings: [.linkedLibrary("urcu-bp"), .linkedLibrary("urcu-cds"), .linkedLibrary("numa")]),
         .target(
-            name: "StoreProtocol", dependencies: ["CQuireLayout", "CHash", "Platform"], swiftSettings: settings),
+            name: "StoreProtocol", dependencies: ["CQuireLayout", "PageContent", "Platform"], swiftSettings: settings),
         .target(
             name: "PageStore",
             dependencies: [
-                "CQuireLayout", "CIndex", "CPlatform", "Platform", "StoreProtocol",
+                "CQuireLayout", "CIndex", "CPlatform", "PageContent", "Platform", "StoreProtocol",
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: settings),
@@ -117,7 +120,7 @@ let package = Package(
         .testTarget(
             name: "PageStoreTests",
             dependencies: [
-                "CPlatform", "CQuireLayout", "Platform", "Host", "StoreProtocol", "PageStore", "quired",
+                "CPlatform", "CQuireLayout", "Platform", "Host", "PageContent", "StoreProtocol", "PageStore", "quired",
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: settings),

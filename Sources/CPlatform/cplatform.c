@@ -179,3 +179,20 @@ unsigned cp_census(const uint8_t *bytes, unsigned blocks, uint64_t *others)
 	*others = found;
 	return ones;
 }
+
+long cp_pagemap_scan(int fd, uint64_t start, uint64_t end, bool protect, uint64_t inverted, uint64_t all, uint64_t any,
+		     struct cp_page_range *found, size_t count, uint64_t *walked)
+{
+	struct page_region regions[512];
+	struct pm_scan_arg scan = {
+		.size = sizeof scan, .flags = protect ? PM_SCAN_WP_MATCHING : 0, .start = start, .end = end,
+		.vec = (uintptr_t)regions, .vec_len = count < 512 ? count : 512, .category_inverted = inverted,
+		.category_mask = all, .category_anyof_mask = any, .return_mask = PAGE_IS_PRESENT | PAGE_IS_WRITTEN,
+	};
+	long n;
+	do n = ioctl(fd, PAGEMAP_SCAN, &scan); while (n < 0 && errno == EINTR);
+	if (n < 0) return -1;
+	for (long i = 0; i < n; i++) found[i] = (struct cp_page_range){ regions[i].start, regions[i].end };
+	*walked = scan.walk_end;
+	return n;
+}

@@ -2,16 +2,6 @@ import GuestMemory
 import Platform
 import Synchronization
 
-/// Who moves pages in the front end: the agent in QEMU, at the end of a link.
-public protocol PageMover: AnyObject, Sendable {
-    /// Returns when nothing that was asked for before this call is still at work, or will be. Throws if that is not
-    /// certain by `deadline` (CLOCK_MONOTONIC, nanoseconds).
-    func settle(until deadline: UInt64) throws(QuireError)
-
-    /// Brings every merged page of these back into the memory file; throws if that is not done by `deadline`.
-    func bringBack(_ gfns: [Range<GFN>], until deadline: UInt64) throws(QuireError)
-}
-
 /// Pages that must not be merged: rings, state tables. A page may be held by several.
 public final class UnmergeableSet: Sendable {
     private let holders = Mutex<[GFN: Int]>([:])

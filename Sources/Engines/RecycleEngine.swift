@@ -146,7 +146,7 @@ public final class RecycleEngine: Sendable {
     public init(_ configuration: Configuration, map: PageMap) throws(QuireError) {
         self.configuration = configuration
         self.map = map
-        crew = try Crew(helpers: configuration.workers - 1)
+        crew = try Crew("recycle", helpers: configuration.workers - 1)
         let thread = try JoinableThread("recycle") { [self] in coordinate() }
         coordinator.withLock { $0 = thread }
     }

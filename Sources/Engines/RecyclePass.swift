@@ -4,7 +4,7 @@ import Synchronization
 
 /// One pass over a state table, shared by the threads that work on it. Table pages are handed out one by one; whoever took
 /// a page is the only one that claims in it.
-final class Pass: Sendable {
+final class Pass: CrewWork {
     struct Result: Sendable {
         /// Per table page: pages that are recycled now.
         var holes: [Int]
@@ -226,64 +226,5 @@ final class Pass: Sendable {
             }
         }
         return holes
-    }
-}
-
-/// The threads of an engine. The caller of `run` works, too, and asks for the others when a pass is long.
-final class Crew: Sendable {
-    private struct State {
-        var pass: Pass?
-        /// Counts passes that were opened to the helpers; each helper joins a pass once.
-        var generation = 0
-        var inside = 0
-        var isEnding = false
-    }
-    private let monitor = Monitor(State())
-    private let threads: Mutex<[JoinableThread]>
-
-    init(helpers: Int) throws(QuireError) {
-        threads = Mutex([])
-        for number in 0..<helpers {
-            let thread = try JoinableThread("recycle-\(number + 1)") { [self] in help(as: number + 1) }
-            threads.withLock { $0.append(thread) }
-        }
-    }
-
-    private func help(as worker: Int) {
-        var seen = 0
-        while true {
-            let next = monitor.wait { state -> Pass?? in
-                if state.isEnding { return .some(nil) }
-                guard let pass = state.pass, state.generation != seen else { return nil }
-                seen = state.generation
-                state.inside += 1
-                return pass
-            }
-            guard let pass = next ?? nil else { return }
-            pass.work(as: worker, helpWanted: {})
-            monitor.update { $0.inside -= 1 }
-        }
-    }
-
-    /// Runs a pass to its end; no thread is inside it when this returns.
-    func run(_ pass: Pass) {
-        pass.work(as: 0) {
-            monitor.update {
-                $0.pass = pass
-                $0.generation += 1
-            }
-        }
-        _ = monitor.wait { state -> Void? in
-            state.pass = nil
-            return state.inside == 0 ? () : nil
-        }
-    }
-
-    func end() {
-        monitor.update { $0.isEnding = true }
-        threads.withLock {
-            for thread in $0 { thread.join() }
-            $0 = []
-        }
     }
 }

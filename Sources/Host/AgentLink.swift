@@ -22,7 +22,7 @@ import Platform
 /// When the connection ends in the middle of a command nobody here knows how far it came; the page map does. The agent
 /// finishes what it was doing, and connects again after that: until then `isUnsettled` stands, and nothing relies on
 /// pages staying as they are (`settle`).
-public final class AgentLink: PageMover {
+public final class AgentLink: PageMerger {
     /// QEMU, as the kernel names it (SO_PEERCRED).
     public struct Peer: Sendable, Equatable {
         public let pid: Int32
@@ -66,6 +66,9 @@ public final class AgentLink: PageMover {
         var connection: Connection?
         /// Of this connection's process; given to `pages` once the agent has said that the page map is its own.
         var processMemory: ProcessMemory?
+        var tracker: WriteTracker?
+        /// What the agent can do (`quire_agent_capability`).
+        var capabilities: UInt64 = 0
         /// The process whose memory `pages` has.
         var attachedPID: Int32?
         var memory: GuestMemory?
@@ -81,7 +84,9 @@ public final class AgentLink: PageMover {
         var isUnsettled = false
         /// The runs of the last command.
         var expectedOutcomes = 0
-        var result: AgentMessage.Result?
+        /// By the command's number, until whoever gave it has seen it: the next command may be under way by then. A
+        /// number is here as long as somebody waits for it.
+        var results: [UInt64: AgentMessage.Result?] = [:]
         var gate: AgentGate?
         var mappings: UInt64 = 0
         var mappingLimit: UInt64 = 0
@@ -112,7 +117,7 @@ public final class AgentLink: PageMover {
         self.logger = logger
         expectedPeer = peer
         if let userfault { self.userfault = Shared(userfault) } else { self.userfault = nil }
-        listener = try UnixSocket.listen(at: path, packets: true)
+        listener = try UnixSocket.listen(at: path, kind: .messages)
         try Descriptor.makeNonblocking(listener.descriptor.raw)
         wakeup = try EventDescriptor()
         let started = try JoinableThread("agent-link") { [self] in serve() }
@@ -142,6 +147,28 @@ public final class AgentLink: PageMover {
         }
     }
 
+    private static let trackingCapabilities =
+        UInt64(QUIRE_AGENT_CAN_WP_ASYNC.rawValue | QUIRE_AGENT_CAN_PAGEMAP_SCAN.rawValue)
+
+    public var writeTracker: WriteTracker? {
+        monitor.read { state in
+            let needed = Self.trackingCapabilities
+            return state.phase == .attached && state.capabilities & needed == needed ? state.tracker : nil
+        }
+    }
+
+    public var obstacle: String? {
+        monitor.read { state in
+            guard state.phase == .attached || state.phase == .attaching else {
+                return state.trouble.isEmpty ? "the agent in QEMU is not attached" : state.trouble
+            }
+            guard let gate = state.gate else { return "the agent in QEMU has not told of its pin gate yet" }
+            return gate.isClosed ? gate.reason : nil
+        }
+    }
+
+    public var mappings: (used: UInt64, limit: UInt64) { monitor.read { ($0.mappings, $0.mappingLimit) } }
+
     /// Waits until the agent is attached; false if it is not by `deadline`.
     public func waitUntilAttached(_ deadline: UInt64) -> Bool {
         monitor.wait(until: deadline) { $0.phase == .attached && !$0.isAttachWanted ? () : nil } != nil
@@ -156,7 +183,7 @@ public final class AgentLink: PageMover {
         wakeup.signal()
     }
 
-    /// Another store, sealed against shrinking; returns the number that `AgentRun.store` calls it by.
+    /// Another store, sealed against shrinking; returns the number that `PageRun.store` calls it by.
     public func addStore(_ store: consuming Descriptor) throws(QuireError) -> UInt8 {
         let shared = Shared(store)
         let index = try monitor.update { state throws(QuireError) in
@@ -170,41 +197,49 @@ public final class AgentLink: PageMover {
         return UInt8(index)
     }
 
+    /// The store whose number is `number` in page-map entries, in place of all that there were. It is passed on with
+    /// the next attach: no command that was given before maps another store's slots.
+    public func setStore(_ store: consuming Descriptor, number: UInt8) throws(QuireError) {
+        guard number < QUIRE_AGENT_MAX_STORES else { throw QuireError(.unsupported, "a store with the number \(number)") }
+        let shared = Shared(store)
+        monitor.update {
+            // Those below are never named.
+            $0.stores = [Shared](repeating: shared, count: Int(number) + 1)
+            $0.isAttachWanted = true
+        }
+        wakeup.signal()
+    }
+
     // MARK: - Commands
 
-    /// Has pages replaced by slots that hold the same bytes. One outcome for each run. Keep it short, a tenth of a
-    /// second or so: a ring that starts waits for what is under way, and gives up after a second. The agent compares; a
-    /// run that is not equal stays as it is from the page that differs on.
-    public func merge(_ runs: [AgentRun], until deadline: UInt64? = nil) throws(QuireError) -> [AgentOutcome] {
+    public func merge(_ runs: [PageRun], until deadline: UInt64? = nil) throws(QuireError) -> [MoveOutcome] {
         try run(.merge, runs, until: deadline)
     }
 
-    /// Has pages of zeros replaced by the host's zero page.
-    public func zero(_ gfns: [Range<GFN>], until deadline: UInt64? = nil) throws(QuireError) -> [AgentOutcome] {
+    public func zero(_ gfns: [Range<GFN>], until deadline: UInt64? = nil) throws(QuireError) -> [MoveOutcome] {
         try run(.zero, gfns.map(Self.run), until: deadline)
     }
 
-    /// Brings merged pages back into the memory file; with `onlyDiverged` those that the guest has written since.
     public func fold(
         _ gfns: [Range<GFN>], onlyDiverged: Bool = false, until deadline: UInt64? = nil
-    ) throws(QuireError) -> [AgentOutcome] {
+    ) throws(QuireError) -> [MoveOutcome] {
         try run(onlyDiverged ? .foldDiverged : .fold, gfns.map(Self.run), until: deadline)
     }
 
     /// Forgets what merged pages hold. Only for pages that nobody can be using until the result is there, or, if this
     /// throws, until `settle` has returned: the range lock does not keep a reset off.
-    public func reset(_ gfns: [Range<GFN>], until deadline: UInt64? = nil) throws(QuireError) -> [AgentOutcome] {
+    public func reset(_ gfns: [Range<GFN>], until deadline: UInt64? = nil) throws(QuireError) -> [MoveOutcome] {
         try run(.reset, gfns.map(Self.run), until: deadline)
     }
 
-    private static func run(_ gfns: Range<GFN>) -> AgentRun { AgentRun(gfn: gfns.lowerBound, pages: gfns.count) }
+    private static func run(_ gfns: Range<GFN>) -> PageRun { PageRun(gfn: gfns.lowerBound, pages: gfns.count) }
 
     /// Throws `.closed` when the agent is not attached or goes away (then the page map says how far it came), `.busy`
     /// at the deadline. Any number of runs.
     private func run(
-        _ operation: AgentOperation, _ runs: [AgentRun], until deadline: UInt64?
-    ) throws(QuireError) -> [AgentOutcome] {
-        var outcomes: [AgentOutcome] = []
+        _ operation: AgentOperation, _ runs: [PageRun], until deadline: UInt64?
+    ) throws(QuireError) -> [MoveOutcome] {
+        var outcomes: [MoveOutcome] = []
         for start in stride(from: 0, to: runs.count, by: AgentMessage.maxRuns) {
             let some = runs[start..<min(start + AgentMessage.maxRuns, runs.count)]
             outcomes += try runSome(operation, Array(some), deadline)
@@ -220,8 +255,8 @@ public final class AgentLink: PageMover {
     }
 
     private func runSome(
-        _ operation: AgentOperation, _ runs: [AgentRun], _ deadline: UInt64?
-    ) throws(QuireError) -> [AgentOutcome] {
+        _ operation: AgentOperation, _ runs: [PageRun], _ deadline: UInt64?
+    ) throws(QuireError) -> [MoveOutcome] {
         let gone = QuireError(.closed, "the agent in QEMU is not attached")
         let late = QuireError(.busy, "the agent in QEMU has not answered in time")
         let makesShared = operation == .merge || operation == .zero
@@ -237,14 +272,15 @@ public final class AgentLink: PageMover {
             state.lastID += 1
             state.expectedOutcomes = isAsked.count { $0 }
             state.isUnsettled = state.expectedOutcomes > 0
-            state.result = nil
+            if state.isUnsettled { state.results[state.lastID] = .some(nil) }
             return Ticket(connection: connection, id: state.lastID, isAsked: isAsked)
         }
         guard let taken else { throw late }
         guard let ticket = taken else { throw gone }
         let asked = zip(runs, ticket.isAsked).filter(\.1).map(\.0)
-        var answers: [AgentOutcome] = []
+        var answers: [MoveOutcome] = []
         if !asked.isEmpty {
+            defer { monitor.update { _ = $0.results.removeValue(forKey: ticket.id) } }
             do throws(QuireError) {
                 try ticket.connection.socket.send(AgentMessage.command(ticket.id, operation, asked))
             } catch {
@@ -253,7 +289,7 @@ public final class AgentLink: PageMover {
                 throw QuireError(.closed, "the agent in QEMU has gone", cause: error)
             }
             let answered = monitor.wait(until: deadline) { state -> AgentMessage.Result?? in
-                if let result = state.result, result.id == ticket.id { return result }
+                if let result = state.results[ticket.id] ?? nil { return result }
                 return state.connection === ticket.connection ? nil : .some(nil)
             }
             guard let answered else { throw late }
@@ -261,7 +297,7 @@ public final class AgentLink: PageMover {
             answers = result.outcomes
         }
         var rest = answers[...]
-        return ticket.isAsked.map { $0 ? rest.removeFirst() : AgentOutcome(done: 0, reason: .unmergeable) }
+        return ticket.isAsked.map { $0 ? rest.removeFirst() : MoveOutcome(done: 0, reason: .unmergeable) }
     }
 
     // MARK: - As the mover of pages
@@ -353,7 +389,7 @@ public final class AgentLink: PageMover {
         do throws(QuireError) {
             var passed = UnixSocket.PassedDescriptors()
             guard
-                let bytes = try connection.socket.receivePacket(
+                let bytes = try connection.socket.receiveMessage(
                     limit: AgentMessage.maxBytes, maxDescriptors: 2, into: &passed)
             else { return drop("", of: connection) }
             switch try AgentMessage(bytes) {
@@ -384,11 +420,12 @@ public final class AgentLink: PageMover {
         guard passed.count == 2, let pagemap = passed.next(), let memory = passed.next() else {
             throw QuireError(.invalid, "QEMU could not open its own /proc/self/pagemap and /proc/self/mem")
         }
-        // Not needed before dirty tracking.
-        _ = consume pagemap
         let processMemory = ProcessMemory(memory)
+        let tracker = WriteTracker(pagemap: pagemap)
         monitor.update {
             $0.phase = .idle
+            $0.tracker = tracker
+            $0.capabilities = hello.capabilities
             $0.processMemory = processMemory
             $0.mappingLimit = hello.mappingLimit
             $0.isAttachWanted = true
@@ -427,7 +464,7 @@ public final class AgentLink: PageMover {
             guard state.isUnsettled, result.id == state.lastID, result.outcomes.count == state.expectedOutcomes else {
                 throw QuireError(.invalid, "a result that nobody waits for")
             }
-            state.result = result
+            if state.results[result.id] != nil { state.results[result.id] = result }
             state.isUnsettled = false
             state.mappings = result.mappings
             state.mappingLimit = result.mappingLimit
@@ -499,6 +536,7 @@ public final class AgentLink: PageMover {
                 state.connection = nil
                 state.phase = .absent
                 state.processMemory = nil
+                state.tracker = nil
                 state.attachAgainAt = nil
                 state.gate = nil
             }

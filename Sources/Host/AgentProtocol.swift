@@ -11,55 +11,6 @@ public enum AgentOperation: UInt32, Sendable, CaseIterable {
     case merge = 1, zero, fold, foldDiverged, reset
 }
 
-/// Pages `gfn ..< gfn + pages`; with `merge` equal to as many slots of a store, from `slot` on.
-public struct AgentRun: Sendable, Equatable {
-    public var gfn: GFN
-    public var pages: Int
-    public var store: UInt8
-    public var slot: UInt64
-
-    public static let maxPages = Int(QUIRE_AGENT_MAX_PAGES)
-
-    public init(gfn: GFN, pages: Int, store: UInt8 = 0, slot: UInt64 = 0) {
-        self.gfn = gfn
-        self.pages = pages
-        self.store = store
-        self.slot = slot
-    }
-
-    public var gfns: Range<GFN> { gfn..<gfn + UInt64(max(0, pages)) }
-}
-
-/// What became of one run: it was done from its first page on, until `reason`.
-public struct AgentOutcome: Sendable, Equatable {
-    public enum Reason: Sendable, Equatable {
-        /// All of it.
-        case done
-        /// The page, counted from the run's first, is not what the command says.
-        case differs(page: Int)
-        /// I/O in flight there: try again.
-        case busy
-        /// QEMU has no mappings left to spend.
-        case budget
-        /// The pin gate is closed.
-        case gateClosed
-        /// The page, counted from the run's first, is merged or recycled.
-        case state(page: Int)
-        case failed(errno: Int32)
-        /// No such pages, store, slot or operation.
-        case invalid
-        /// A page of it must stay private (`UnmergeableSet`); the agent was not asked.
-        case unmergeable
-    }
-    /// Pages.
-    public let done: Int
-    public let reason: Reason
-    public init(done: Int, reason: Reason) {
-        self.done = done
-        self.reason = reason
-    }
-}
-
 /// The pin gate, as the agent sees it: while it is closed nothing is merged or folded.
 public struct AgentGate: Sendable, Equatable {
     public let isClosed: Bool
@@ -86,7 +37,7 @@ enum AgentMessage {
         let id: UInt64
         let mappings: UInt64
         let mappingLimit: UInt64
-        let outcomes: [AgentOutcome]
+        let outcomes: [MoveOutcome]
     }
 
     case hello(Hello)
@@ -134,7 +85,7 @@ enum AgentMessage {
             let stride = MemoryLayout<quire_agent_outcome>.stride
             guard count <= Int(QUIRE_AGENT_MAX_RUNS) else { throw QuireError(.invalid, "a result of \(count) runs") }
             try need(outcomes + count * stride)
-            var list: [AgentOutcome] = []
+            var list: [MoveOutcome] = []
             for index in 0..<count { list.append(try Self.outcome(reader, outcomes + index * stride)) }
             self = .result(
                 Result(
@@ -152,9 +103,9 @@ enum AgentMessage {
         }
     }
 
-    private static func outcome(_ reader: FieldReader, _ at: Int) throws(QuireError) -> AgentOutcome {
+    private static func outcome(_ reader: FieldReader, _ at: Int) throws(QuireError) -> MoveOutcome {
         let detail = reader.u32(at + 8)
-        let reason: AgentOutcome.Reason
+        let reason: MoveOutcome.Reason
         switch quire_agent_reason(reader.u32(at + 4)) {
         case QUIRE_AGENT_DONE: reason = .done
         case QUIRE_AGENT_DIFFERS: reason = .differs(page: Int(detail))
@@ -166,7 +117,7 @@ enum AgentMessage {
         case QUIRE_AGENT_INVALID: reason = .invalid
         default: throw QuireError(.invalid, "a result without a known reason")
         }
-        return AgentOutcome(done: Int(reader.u32(at)), reason: reason)
+        return MoveOutcome(done: Int(reader.u32(at)), reason: reason)
     }
 
     private static func offset<S, T>(_ field: KeyPath<S, T>) -> Int { MemoryLayout<S>.offset(of: field)! }
@@ -204,8 +155,8 @@ enum AgentMessage {
         encode(QUIRE_AGENT_STORES, littleEndianBytes(UInt32(count)) + littleEndianBytes(UInt32(0)))
     }
 
-    /// At most `maxRuns`; each of 1 to `AgentRun.maxPages` pages.
-    static func command(_ id: UInt64, _ operation: AgentOperation, _ runs: [AgentRun]) -> [UInt8] {
+    /// At most `maxRuns`; each of 1 to `PageRun.maxPages` pages.
+    static func command(_ id: UInt64, _ operation: AgentOperation, _ runs: [PageRun]) -> [UInt8] {
         precondition(runs.count <= maxRuns)
         var body = littleEndianBytes(id) + littleEndianBytes(operation.rawValue) + littleEndianBytes(UInt32(runs.count))
         for run in runs {

@@ -13,7 +13,11 @@ public struct BackendWatch: Sendable {
     /// Without one nobody is hurt by a pause, but much by a needless kill: QEMU 7.2 gives a device up whose backend dies
     /// in the middle of its start.
     public static let stuckWithoutClaims: UInt64 = 2_000_000_000
-    public static let lateTick: UInt64 = 250_000_000
+    /// Time between two looks; the longer one while all `isCalm`, for waking up is nearly all that a supervisor costs.
+    public static let tick: UInt64 = 100_000_000
+    public static let calmTick: UInt64 = 400_000_000
+    /// A look that comes so much later than it should.
+    public static let lateBy: UInt64 = 150_000_000
     /// For a backend that has not beaten yet.
     public static let startTime: UInt64 = 5_000_000_000
 
@@ -35,9 +39,12 @@ public struct BackendWatch: Sendable {
     /// its full time to pass from there on, watched closely.
     public private(set) var isCalm = false
 
+    /// How long from a look to the next one.
+    public var nextLook: UInt64 { isCalm ? Self.calmTick : Self.tick }
+
     public var isReady: Bool { lastHeartbeat > 0 }
 
-    /// One look, every 100 ms; while it `isCalm`, every 200 ms. `heartbeat`: nil until this backend has taken the
+    /// One look, a `tick` after the last one; while it `isCalm`, a `calmTick`. `heartbeat`: nil until this backend has taken the
     /// page map over. `claims`: since when the open claims of the journal are open.
     ///
     /// Claims from before this backend's start are its predecessor's: it has to ask QEMU about the guest before it may
@@ -45,7 +52,7 @@ public struct BackendWatch: Sendable {
     ///
     /// Returns what is wrong, to be put behind "it", or nil.
     public mutating func check(now: UInt64, heartbeat: UInt64?, claims: [UInt64]) -> String? {
-        if now - lastTick > Self.lateTick {
+        if now - lastTick > nextLook + Self.lateBy {
             floor = now
             changed = now
         }

@@ -8,7 +8,8 @@ import Platform
 /// disk. A new backend starts only after the old one was waited for, so that no thread of the old one runs any more.
 /// If the supervisor itself dies, QEMU and the backend go on: the backend sees that the lifeline has closed.
 ///
-/// One thread, no locks: signals and the ends of children arrive through a signalfd, everything else every 100 ms.
+/// One thread, no locks: signals and the ends of children arrive through a signalfd, everything else is
+/// looked after a few times a second.
 public struct Supervisor: ~Copyable {
     public struct Configuration: Sendable {
         /// Nil: QEMU's -name, else qemu-PID.
@@ -27,9 +28,6 @@ public struct Supervisor: ~Copyable {
         }
     }
 
-    static let tick: Int32 = 100
-    /// Waking up is nearly all that a supervisor costs.
-    static let calmTick: Int32 = 200
     static let readyWithin: UInt64 = 10_000_000_000
     static let endWithin: UInt64 = 2_000_000_000
     static let forwarded: [Int32] = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2]
@@ -226,7 +224,7 @@ public struct Supervisor: ~Copyable {
         do { try lockNote(lock, qemu.pid) } catch { configuration.log("\(name): \(error)") }
 
         while true {
-            _ = waitReadable([signals.descriptor.raw], timeoutMilliseconds: watch.isCalm ? Self.calmTick : Self.tick)
+            _ = waitReadable([signals.descriptor.raw], timeoutMilliseconds: Int32(watch.nextLook / 1_000_000))
             while let event = signals.next() {
                 guard event.number != SIGCHLD else { continue }
                 // What the terminal sends, it sends to the whole foreground group, QEMU included.

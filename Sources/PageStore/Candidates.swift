@@ -1,3 +1,4 @@
+import PageContent
 import Platform
 import StoreProtocol
 

@@ -1,4 +1,5 @@
 import CIndex
+import PageContent
 import Platform
 import StoreProtocol
 

@@ -1,4 +1,5 @@
 import Glibc
+import PageContent
 import Platform
 import StoreProtocol
 import Synchronization

@@ -1,5 +1,6 @@
 import CQuireLayout
 import Logging
+import PageContent
 import Platform
 import StoreProtocol
 import Synchronization

@@ -1,5 +1,6 @@
 import CQuireLayout
 import Glibc
+import PageContent
 import Platform
 import StoreProtocol
 

@@ -1,4 +1,5 @@
 import CQuireLayout
+import PageContent
 import Platform
 
 /// A backend's connection to quired. One request at a time; every call waits for the reply, at most `patience`.

@@ -61,7 +61,7 @@ final class Backend: Sendable {
             [
                 MemoryRegion(
                     guestAddress: Given.firstGFN * 4096, byteCount: UInt64(Given.pages * 4096),
-                    userAddress: Given.userAddress, fileOffset: 0, descriptor: Descriptor(owning: 3))
+                    userAddress: Given.userAddress, fileOffset: 0, descriptor: Descriptor(owning: 3), owner: .us)
             ], log: DirtyTracker(), pages: view)
         patterns = try Descriptor.open(Given.folder + "/patterns", O_RDWR)
         link = try AgentLink(
@@ -129,12 +129,12 @@ final class Backend: Sendable {
         while !isStopped {
             guard link.waitUntilAttached(monotonicNanoseconds() + 100_000_000) else { continue }
             var ranges: [Range<GFN>] = []
-            var runs: [AgentRun] = []
+            var runs: [PageRun] = []
             for _ in 0..<8 {
                 let page = Int.random(in: 0..<Given.pages, using: &random)
                 let value = value(page), gfn = Given.firstGFN + UInt64(page)
                 // A guess, as an index's would be.
-                if value < 8 { runs.append(AgentRun(gfn: gfn, pages: 1, store: 0, slot: UInt64(value) * 64)) }
+                if value < 8 { runs.append(PageRun(gfn: gfn, pages: 1, store: 0, slot: UInt64(value) * 64)) }
                 ranges.append(gfn..<min(gfn + 8, Given.firstGFN + UInt64(Given.pages)))
             }
             do throws(QuireError) {
@@ -148,7 +148,7 @@ final class Backend: Sendable {
         }
     }
 
-    func count(_ outcomes: [AgentOutcome], _ at: Int) { shared.add64(at, UInt64(outcomes.reduce(0) { $0 + $1.done })) }
+    func count(_ outcomes: [MoveOutcome], _ at: Int) { shared.add64(at, UInt64(outcomes.reduce(0) { $0 + $1.done })) }
 }
 
 let backend = try Backend()

@@ -73,7 +73,7 @@ import Testing
                 [
                     MemoryRegion(
                         guestAddress: Rig.firstGFN * 4096, byteCount: UInt64(rig.pages * 4096), userAddress: user,
-                        fileOffset: 0, descriptor: rig.ram.duplicate())
+                        fileOffset: 0, descriptor: rig.ram.duplicate(), owner: .us)
                 ], log: DirtyTracker(), pages: pages)
         }
 
@@ -81,8 +81,8 @@ import Testing
             try memory.buffer(rig.gfn(page) * 4096, count: UInt64(count))
         }
         func gfns(_ page: Int, _ count: Int = 1) -> Range<GFN> { rig.gfn(page)..<rig.gfn(page + count) }
-        func merge(_ page: Int, _ count: Int, value: Int) throws -> AgentOutcome {
-            try link.merge([AgentRun(gfn: rig.gfn(page), pages: count, slot: UInt64(value * Rig.slotsEach))])[0]
+        func merge(_ page: Int, _ count: Int, value: Int) throws -> MoveOutcome {
+            try link.merge([PageRun(gfn: rig.gfn(page), pages: count, slot: UInt64(value * Rig.slotsEach))])[0]
         }
     }
 
@@ -91,7 +91,7 @@ import Testing
         #expect(linked.isAttached)
         let rig = linked.rig
         for page in 0..<8 { _ = try rig.tell("fill \(page) 5") }
-        #expect(try linked.merge(0, 8, value: 5) == AgentOutcome(done: 8, reason: .done))
+        #expect(try linked.merge(0, 8, value: 5) == MoveOutcome(done: 8, reason: .done))
         #expect(rig.map.state(of: rig.gfn(7)) == .shared(store: 0, slot: 5 * 64 + 7) && !rig.isInFile(3))
         // What a device reads and writes is what the guest does, though the memory file has nothing.
         #expect(try linked.buffer(2).copyOut() == [UInt8](repeating: 5, count: 4096))
@@ -113,14 +113,14 @@ import Testing
         #expect(try blind.buffer(rig.gfn(2) * 4096, count: 4096).copyOut() != [UInt8](repeating: 5, count: 4096))
         try Memfd.punch(rig.ram.raw, offset: 2 * 4096, byteCount: 4096)
 
-        #expect(try linked.link.merge([AgentRun(gfn: rig.gfn(9), pages: 1, slot: 64)])[0].reason == .differs(page: 0))
+        #expect(try linked.link.merge([PageRun(gfn: rig.gfn(9), pages: 1, slot: 64)])[0].reason == .differs(page: 0))
         #expect(try linked.merge(0, 1, value: 5).reason == .state(page: 0))
         #expect(try linked.link.fold([linked.gfns(0, 9)], onlyDiverged: true)[0].reason == .done)
         #expect(rig.map.state(of: rig.gfn(3)) == .private && rig.byte(3) == 7)
         #expect(rig.map.state(of: rig.gfn(2))?.isMerged == true)
         #expect(try linked.link.zero([linked.gfns(100, 50), linked.gfns(0)]).map(\.reason) == [.done, .state(page: 0)])
         #expect(try linked.buffer(120).copyOut() == [UInt8](repeating: 0, count: 4096))
-        #expect(try linked.link.reset([linked.gfns(100, 50)])[0] == AgentOutcome(done: 50, reason: .done))
+        #expect(try linked.link.reset([linked.gfns(100, 50)])[0] == MoveOutcome(done: 50, reason: .done))
         #expect(try linked.link.fold([linked.gfns(0, 4096)])[0].reason == .done)
         #expect((0..<4096).allSatisfy { rig.map.state(of: rig.gfn($0)) == .private })
         #expect(linked.link.status.gate?.isClosed == false && linked.link.status.gate?.reason == "")
@@ -138,7 +138,7 @@ import Testing
         #expect(hold != nil)
         for page in [2, 3, 6] { #expect(rig.map.state(of: rig.gfn(page)) == .private && rig.byte(page) == 5) }
         for page in [1, 4, 5, 7] { #expect(rig.map.state(of: rig.gfn(page))?.isMerged == true) }
-        #expect(try linked.merge(2, 1, value: 5) == AgentOutcome(done: 0, reason: .unmergeable))
+        #expect(try linked.merge(2, 1, value: 5) == MoveOutcome(done: 0, reason: .unmergeable))
         #expect(try linked.link.zero([linked.gfns(3, 9), linked.gfns(20)]).map(\.reason) == [.unmergeable, .done])
         hold = nil
         #expect(try linked.merge(2, 2, value: 5).done == 2)
@@ -152,7 +152,7 @@ import Testing
         for page in 0..<8 { _ = try rig.tell("fill \(page) 5") }
         _ = try rig.tell("pause \(Step.compared.rawValue)")
         let link = linked.link, memory = linked.memory, first = rig.gfn(0)
-        let merging = try JoinableThread("merge") { _ = try? link.merge([AgentRun(gfn: first, pages: 8, slot: 5 * 64)]) }
+        let merging = try JoinableThread("merge") { _ = try? link.merge([PageRun(gfn: first, pages: 8, slot: 5 * 64)]) }
         #expect(try rig.tell("paused") == 1)
         let held = Mutex<PageHold?>(nil)
         let holding = try JoinableThread("hold") {
@@ -202,7 +202,7 @@ import Testing
             try socket.send(bytes)
             var passed = UnixSocket.PassedDescriptors()
             guard !waitReadable([raw], timeoutMilliseconds: 5000).isEmpty else { return false }
-            return (try? socket.receivePacket(limit: 64, maxDescriptors: 1, into: &passed)).flatMap { $0 } == nil
+            return (try? socket.receiveMessage(limit: 64, maxDescriptors: 1, into: &passed)).flatMap { $0 } == nil
         }
         func hello(_ version: UInt32) -> [UInt8] {
             var fields = Fields()
@@ -236,7 +236,7 @@ import Testing
         let failure = Mutex<QuireError?>(nil)
         let link = linked.link, first = rig.gfn(0)
         let merging = try JoinableThread("merge") {
-            do throws(QuireError) { _ = try link.merge([AgentRun(gfn: first, pages: 8, slot: 5 * 64)]) } catch {
+            do throws(QuireError) { _ = try link.merge([PageRun(gfn: first, pages: 8, slot: 5 * 64)]) } catch {
                 let caught = error
                 failure.withLock { $0 = caught }
             }

@@ -36,10 +36,10 @@ private final class TwoViews: @unchecked Sendable {
                 // Two regions, so that buffers go over their border, too.
                 MemoryRegion(
                     guestAddress: Self.firstGFN * 4096, byteCount: 600 * 4096, userAddress: user, fileOffset: 0,
-                    descriptor: file.duplicate()),
+                    descriptor: file.duplicate(), owner: .us),
                 MemoryRegion(
                     guestAddress: (Self.firstGFN + 600) * 4096, byteCount: 500 * 4096, userAddress: user + 600 * 4096,
-                    fileOffset: 600 * 4096, descriptor: file.duplicate()),
+                    fileOffset: 600 * 4096, descriptor: file.duplicate(), owner: .us),
             ], log: DirtyTracker(), pages: pages)
         pages.attach(ProcessMemory(try Descriptor.open("/proc/self/mem", O_RDWR)))
         model = [UInt8](repeating: 0, count: bytes)
@@ -70,6 +70,7 @@ private final class FakeMover: PageMover {
     let asked = Mutex<[[Range<GFN>]]>([])
     let settled = Atomic<Int>(0)
     let bring = Mutex<(@Sendable (Range<GFN>) -> Void)?>(nil)
+    func setMemory(_ memory: GuestMemory) {}
     func settle(until deadline: UInt64) throws(QuireError) { settled.add(1, ordering: .relaxed) }
     func bringBack(_ gfns: [Range<GFN>], until deadline: UInt64) throws(QuireError) {
         asked.withLock { $0.append(gfns) }

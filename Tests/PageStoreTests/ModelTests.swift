@@ -1,3 +1,4 @@
+import PageContent
 import PageStore
 import Platform
 import StoreProtocol

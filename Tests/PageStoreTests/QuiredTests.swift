@@ -2,6 +2,7 @@ import CPlatform
 import CQuireLayout
 import Glibc
 import Host
+import PageContent
 import Platform
 import StoreProtocol
 import Testing

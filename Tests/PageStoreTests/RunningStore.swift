@@ -1,6 +1,7 @@
 import CPlatform
 import Glibc
 import Host
+import PageContent
 import Platform
 import StoreProtocol
 

@@ -1,6 +1,7 @@
 import CQuireLayout
 import Glibc
 import Host
+import PageContent
 import PageStore
 import Platform
 import StoreProtocol

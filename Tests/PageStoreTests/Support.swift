@@ -1,6 +1,7 @@
 import CQuireLayout
 import Glibc
 import Logging
+import PageContent
 import PageStore
 import Platform
 import StoreProtocol

@@ -12,7 +12,7 @@ final class EntropyDevice: VhostUserDevice {
     func process(_ chain: DescriptorChain, queue: Int, features: VirtioFeatures) throws(QuireError) -> UInt32 {
         guard chain.readable.count == 0 else { throw QuireError(.guest, "an entropy request has nothing to say") }
         let count = min(chain.writable.count, 4096)
-        chain.writable.slice(from: 0, count: count).copyIn((0..<count).map { _ in UInt8.random(in: 0...255) })
+        try chain.writable.slice(from: 0, count: count).copyIn((0..<count).map { _ in UInt8.random(in: 0...255) })
         return UInt32(count)
     }
 }

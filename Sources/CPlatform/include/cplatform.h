@@ -29,6 +29,7 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+#include "pagemap_scan.h"
 
 /* Atomics on memory shared with the guest or another process. Acquire loads, release stores, sequentially consistent
  * read-modify-write: what the virtio and state-table protocols ask for, and free on x86-64. */
@@ -114,6 +115,13 @@ int cp_socket_pair(int ends[2]);                   /* SOCK_SEQPACKET, close-on-e
 int cp_peer(int socket, pid_t *pid, uid_t *uid);   /* SO_PEERCRED: who connected, as the kernel says */
 static inline int cp_seqpacket(void) { return SOCK_SEQPACKET; }
 static inline int cp_stream(void) { return SOCK_STREAM; }
+
+/* PAGEMAP_SCAN of [start, end) through a descriptor of /proc/PID/pagemap: at most `count` regions of pages that have all
+ * categories of `all` (those of `inverted` the other way round) and, unless it is 0, one of `any`. `protect` protects what
+ * is found (PM_SCAN_WP_MATCHING). Returns how many regions; *walked is where it stopped. -1 with errno. */
+struct cp_page_range { uint64_t start, end; };
+long cp_pagemap_scan(int fd, uint64_t start, uint64_t end, bool protect, uint64_t inverted, uint64_t all, uint64_t any,
+		     struct cp_page_range *found, size_t count, uint64_t *walked);
 
 /* Epoll where a descriptor is reported once and then rests until it is armed again, so that of several threads one
  * deals with it. `token` is the caller's. */

@@ -229,7 +229,7 @@ struct quire_map_header {
 	quire_u64 header_gpa;        /*   32 the registered table */
 	quire_u64 recycled_total;    /*   40 pages recycled in this VM's life */
 	/* The backend's life, here and not in the status page: this is memory, and never waits for a disk. */
-	quire_u64 heartbeat;         /*   48 counts up every 100 ms while nothing in the backend is stuck; 0: not ready */
+	quire_u64 heartbeat;         /*   48 counts up some times a second while nothing in the backend is stuck; 0: not ready */
 	quire_u32 backend_pid;       /*   56 whose heartbeat it is */
 	quire_u32 generation;        /*   60 counts backends: see the range lock */
 	quire_u64 locks_offset;      /*   64 bytes from the start of the file to the first struct quire_lock */
