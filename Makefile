@@ -24,9 +24,11 @@ AGENT_CFLAGS := -O2 -g -Wall -Wextra -fPIC -fvisibility=hidden -ISources/QuireAg
 
 .PHONY: build agent guest assets prerequisites demo test tests soak bench-recycle install clean
 
-build: prerequisites
+build: prerequisites agent
 	$(BUILD) --product quire
 	$(BUILD) --product quire-backend
+	$(BUILD) --product quired
+	install -m 755 $(AGENT) $(BIN)/
 
 agent: $(AGENT)
 
@@ -54,6 +56,7 @@ test: prerequisites
 
 tests: prerequisites agent
 	$(BUILD) --build-tests
+	install -m 755 $(AGENT) $(BIN)/
 
 soak: export QUIRE_TEST_FACTOR := $(or $(FACTOR),20)
 soak: test
@@ -64,7 +67,9 @@ bench-recycle: build guest
 
 install: build
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/qemu/vhost-user
-	install -m 755 $(BIN)/quire $(BIN)/quire-backend $(DESTDIR)$(PREFIX)/bin/
+	install -d $(DESTDIR)$(PREFIX)/lib/quire
+	install -m 755 $(BIN)/quire $(BIN)/quire-backend $(BIN)/quired $(DESTDIR)$(PREFIX)/bin/
+	install -m 755 $(AGENT) $(DESTDIR)$(PREFIX)/lib/quire/
 	sed 's,@PREFIX@,$(PREFIX),' qemu-config/50-quire.json > $(DESTDIR)$(PREFIX)/share/qemu/vhost-user/50-quire.json
 
 clean:

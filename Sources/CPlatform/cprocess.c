@@ -8,6 +8,7 @@
 #include <sys/signalfd.h>
 #include <sys/syscall.h>
 
+char *const *cp_environment(void) { return environ; }
 int cp_wait_exit_status(int status) { return WEXITSTATUS(status); }
 int cp_wait_signal(int status) { return WIFSIGNALED(status) ? WTERMSIG(status) : 0; }
 void cp_ignore_sigpipe(void) { signal(SIGPIPE, SIG_IGN); }
@@ -99,7 +100,7 @@ static void child(const struct cp_spawn_request *what, int report, pid_t parent)
 	sigset_t none;
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
-	execvp(what->argv[0], what->argv);
+	execvpe(what->argv[0], what->argv, what->environment ? what->environment : environ);
 	fail(report);
 }
 

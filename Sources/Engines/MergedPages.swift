@@ -17,6 +17,21 @@ public final class UnmergeableSet: Sendable {
         }
     }
 
+    /// Those of these pages that are in the set.
+    func pages(in ranges: [Range<GFN>]) -> Set<GFN> {
+        holders.withLock { holders in
+            var found = Set<GFN>()
+            for range in ranges {
+                if range.count > holders.count {
+                    for gfn in holders.keys where range.contains(gfn) { found.insert(gfn) }
+                } else {
+                    for gfn in range where holders[gfn] != nil { found.insert(gfn) }
+                }
+            }
+            return found
+        }
+    }
+
     func insert(_ ranges: [Range<GFN>]) {
         holders.withLock { holders in
             for gfn in ranges.joined() { holders[gfn, default: 0] += 1 }
@@ -55,6 +70,45 @@ public final class MergedPages: GuestPages {
 
     /// Who brings pages back. Nil: nobody.
     public func setMover(_ mover: (any PageMover)?) { link.update { $0.mover = mover } }
+
+    /// Guest memory as the front end describes it: before anything in it is used.
+    public func use(_ memory: GuestMemory) { link.read { $0.mover }?.setMemory(memory) }
+
+    // MARK: - Written by devices
+
+    /// What devices of ours wrote through the memory file, where nobody sees it: see `WriteTracker`.
+    private let written = Mutex<[Range<GFN>]>([])
+    /// More are joined into longer ones, which are read once too often.
+    private static let maxWritten = 4096
+
+    public func noteWritten(_ gfns: Range<GFN>) {
+        guard !gfns.isEmpty else { return }
+        written.withLock { written in
+            if let last = written.last, gfns.lowerBound <= last.upperBound, gfns.upperBound >= last.lowerBound {
+                written[written.count - 1] =
+                    min(last.lowerBound, gfns.lowerBound)..<max(last.upperBound, gfns.upperBound)
+            } else {
+                written.append(gfns)
+            }
+            if written.count > Self.maxWritten { written = Self.joined(written) }
+        }
+    }
+
+    func takeWritten() -> [Range<GFN>] {
+        written.withLock { written in
+            defer { written = [] }
+            return written
+        }
+    }
+
+    /// Half as many, at most: neighbours become one.
+    private static func joined(_ ranges: [Range<GFN>]) -> [Range<GFN>] {
+        let sorted = ranges.sorted { $0.lowerBound < $1.lowerBound }
+        return stride(from: 0, to: sorted.count, by: 2).map { index in
+            let next = sorted[min(index + 1, sorted.count - 1)]
+            return sorted[index].lowerBound..<max(sorted[index].upperBound, next.upperBound)
+        }
+    }
 
     // MARK: - Access
 

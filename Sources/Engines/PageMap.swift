@@ -124,6 +124,73 @@ public final class PageMap: Sendable {
         return (isMerged ? Int(end - gfns.lowerBound) : gfns.count, isMerged)
     }
 
+    // MARK: - Merged pages
+
+    /// Calls `body` with every run of merged pages of one kind, whatever slots they have. A look, not a promise: the agent
+    /// moves pages meanwhile.
+    public func forEachMerged(_ body: (Range<GFN>, PageState) -> Void) {
+        var run: (gfns: Range<GFN>, kind: PageState)?
+        func end() {
+            if let run { body(run.gfns, run.kind) }
+            run = nil
+        }
+        forEachUsedLock { lock in
+            guard bytes.load8(lock + Self.mergedOffset) != 0 else { return }
+            let first = UInt64((lock - self.lock(0)) / Self.lockBytes) * Self.lockPages
+            for gfn in first..<first + Self.lockPages {
+                guard let state = state(of: gfn), state.isMerged else { continue }
+                if let last = run, last.gfns.upperBound == gfn, last.kind.isSameKind(as: state) {
+                    run!.gfns = last.gfns.lowerBound..<gfn + 1
+                } else {
+                    end()
+                    run = (gfn..<gfn + 1, state)
+                }
+            }
+        }
+        end()
+    }
+
+    /// How many of these are merged, of each kind.
+    public func mergedCounts(_ gfns: Range<GFN>) -> (zero: Int, shared: Int) {
+        var result = (zero: 0, shared: 0)
+        for gfn in gfns {
+            switch state(of: gfn) {
+            case .zero: result.zero += 1
+            case .shared: result.shared += 1
+            default: break
+            }
+        }
+        return result
+    }
+
+    /// Calls `body` with the runs of these pages that are in a wanted state; nil is a state that nobody knows.
+    func forEachRun(in gfns: Range<GFN>, where isWanted: (PageState?) -> Bool, _ body: (Range<GFN>) -> Void) {
+        var start = gfns.lowerBound
+        while start < gfns.upperBound {
+            guard isWanted(state(of: start)) else {
+                start += 1
+                continue
+            }
+            var end = start + 1
+            while end < gfns.upperBound, isWanted(state(of: end)) { end += 1 }
+            body(start..<end)
+            start = end
+        }
+    }
+
+    /// Whether a page was ever merged. No is certain.
+    public var hasMerged: Bool {
+        var found = false
+        forEachUsedLock { lock in found = found || bytes.load8(lock + Self.mergedOffset) != 0 }
+        return found
+    }
+
+    /// Somebody wants nothing merged: kept here, so that a back end that comes back knows it.
+    public var isUnmerged: Bool {
+        get { mapping.load32(Self.offset(\.flags)) & UInt32(QUIRE_MAP_UNMERGED.rawValue) != 0 }
+        set { mapping.store32(Self.offset(\.flags), newValue ? UInt32(QUIRE_MAP_UNMERGED.rawValue) : 0) }
+    }
+
     // MARK: - Range locks
 
     // What `quire_layout.h` says of the range lock, the back end's side. I/O counts itself in and then looks whether a

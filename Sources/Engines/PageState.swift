@@ -29,6 +29,14 @@ public enum PageState: Sendable, Equatable {
         }
     }
 
+    /// Whether both are alike but for the slot.
+    func isSameKind(as other: PageState) -> Bool {
+        switch (self, other) {
+        case (.private, .private), (.hole, .hole), (.zero, .zero), (.shared, .shared): true
+        default: false
+        }
+    }
+
     /// Who changes entries.
     public enum Mover: Sendable { case backend, agent }
 

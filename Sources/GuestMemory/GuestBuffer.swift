@@ -148,6 +148,7 @@ public struct GuestBuffer: Sendable {
     private func markDirty() {
         for segment in segments {
             log.markDirty(guestAddress: segment.place.guestAddress, byteCount: UInt64(segment.count))
+            pages?.noteWritten(segment.gfns)
         }
     }
 

@@ -16,6 +16,12 @@ public protocol GuestPages: AnyObject, Sendable {
     /// `beginAccess` and `endAccess` only.
     func alike(_ gfns: Range<GFN>) throws(QuireError) -> (count: Int, isMerged: Bool)
 
+    /// A device has written these.
+    func noteWritten(_ gfns: Range<GFN>)
+
+    /// The front end has said where guest memory is: before a ring or a buffer in it is used.
+    func use(_ memory: GuestMemory)
+
     /// The front end's address space, where the bytes of merged pages are.
     func frontEnd() throws(QuireError) -> ProcessMemory
 

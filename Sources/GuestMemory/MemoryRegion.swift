@@ -62,6 +62,38 @@ public final class MemoryRegion: Sendable {
         return status.byteCount < fileOffset + byteCount
     }
 
+    /// The front end's addresses of all of it.
+    public var userAddresses: Range<UInt64> { userAddress..<userAddress + byteCount }
+
+    /// The pages that these addresses of the front end's touch; all of them are to be in the region.
+    public func gfns(ofUser addresses: Range<UInt64>) -> Range<GFN> {
+        let first = gfns.lowerBound
+        return first + (addresses.lowerBound - userAddress) / pageBytes
+            ..< first + (addresses.upperBound - userAddress + pageBytes - 1) / pageBytes
+    }
+
+    /// Where a page of the region is in its file, bytes.
+    public func fileOffset(of gfn: GFN) -> UInt64 { fileOffset + (gfn * pageBytes - guestAddress) }
+
+    /// Whether the file has a page of its own there.
+    public func hasData(_ gfn: GFN) -> Bool {
+        let start = fileOffset(of: gfn)
+        return Memfd.hasData(descriptor.raw, start..<start + pageBytes)
+    }
+
+    /// Calls `body` with every run of pages that the file has.
+    public func forEachData(_ body: (Range<GFN>) -> Void) {
+        let end = fileOffset + byteCount
+        var position = fileOffset
+        while let data = Memfd.nextData(descriptor.raw, from: position, to: end) {
+            let first = gfns.lowerBound
+            body(
+                first + (data.lowerBound - fileOffset) / pageBytes
+                    ..< first + (data.upperBound - fileOffset + pageBytes - 1) / pageBytes)
+            position = data.upperBound
+        }
+    }
+
     public var gfns: Range<GFN> { guestAddress / pageBytes..<(guestAddress + byteCount) / pageBytes }
 
     /// Byte offset in the region of `count` bytes at a guest address, if all of them are inside.

@@ -72,6 +72,8 @@ public final class AgentLink: PageMerger {
         /// The process whose memory `pages` has.
         var attachedPID: Int32?
         var memory: GuestMemory?
+        /// Processes that QEMU passes guest RAM to with our knowledge; this one is known anyway.
+        var peers: [Int32] = []
         /// Regions of the attach that is under way.
         var attaching: [MemoryRegion] = []
         var isAttachWanted = false
@@ -157,6 +159,11 @@ public final class AgentLink: PageMerger {
         }
     }
 
+    /// QEMU's process, as long as the agent in it is attached.
+    public var frontEndPID: Int32? {
+        monitor.read { $0.phase == .attached || $0.phase == .attaching ? $0.connection?.peer.pid : nil }
+    }
+
     public var obstacle: String? {
         monitor.read { state in
             guard state.phase == .attached || state.phase == .attaching else {
@@ -181,6 +188,11 @@ public final class AgentLink: PageMerger {
             $0.isAttachWanted = true
         }
         wakeup.signal()
+    }
+
+    /// Who made the sockets of our devices: what QEMU sees at their other end. At most 8 are told.
+    public func setPeers(_ peers: Set<Int32>) {
+        monitor.update { $0.peers = Array(peers.sorted().prefix(AgentMessage.maxPeers)) }
     }
 
     /// Another store, sealed against shrinking; returns the number that `PageRun.store` calls it by.
@@ -524,7 +536,8 @@ public final class AgentLink: PageMerger {
             return state.stores
         }
         try connection.socket.send(
-            AgentMessage.attach(regions, files: files.count, stores: stores.count, hasUserfault: userfault != nil),
+            AgentMessage.attach(regions, files: files.count, stores: stores.count,
+                peers: monitor.read { $0.peers }, hasUserfault: userfault != nil),
             passing: [pages.map.descriptor.raw] + files.map(\.raw) + stores.map { $0.descriptor.raw }
                 + (userfault.map { [$0.descriptor.raw] } ?? []))
     }

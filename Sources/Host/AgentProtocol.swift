@@ -136,13 +136,17 @@ enum AgentMessage {
         let fileOffset: UInt64
     }
 
-    static func attach(_ regions: [Region], files: Int, stores: Int, hasUserfault: Bool) -> [UInt8] {
+    /// `peers`: processes that QEMU may pass guest RAM to, at most `maxPeers`.
+    static func attach(
+        _ regions: [Region], files: Int, stores: Int, peers: [Int32], hasUserfault: Bool
+    ) -> [UInt8] {
         var body: [UInt8] = []
         let flags = hasUserfault ? QUIRE_AGENT_HAS_USERFAULTFD.rawValue : 0
-        for value in [UInt32(QUIRE_AGENT_VERSION), flags, UInt32(files), UInt32(stores), UInt32(regions.count), 0] {
+        for value in [UInt32(QUIRE_AGENT_VERSION), flags, UInt32(files), UInt32(stores), UInt32(regions.count), UInt32(peers.count)] {
             body += littleEndianBytes(value)
         }
-        body += [UInt8](repeating: 0, count: 4 * Int(QUIRE_AGENT_MAX_PEERS))
+        for peer in peers { body += littleEndianBytes(UInt32(bitPattern: peer)) }
+        body += [UInt8](repeating: 0, count: 4 * (maxPeers - peers.count))
         for region in regions {
             for value in [region.gfns.lowerBound, UInt64(region.gfns.count), UInt64(region.file), region.fileOffset] {
                 body += littleEndianBytes(value)
@@ -167,6 +171,7 @@ enum AgentMessage {
         return encode(QUIRE_AGENT_COMMAND, body)
     }
 
+    static let maxPeers = Int(QUIRE_AGENT_MAX_PEERS)
     static let maxRuns = Int(QUIRE_AGENT_MAX_RUNS)
 }
 

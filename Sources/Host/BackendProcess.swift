@@ -112,6 +112,8 @@ public final class BackendProcess: Sendable {
         public var ram: [RAM] = []
         public var pageMap: Int32?
         public var statusPath: String?
+        /// Where `quire` reaches us.
+        public var commandPath: String?
         /// The read end of a pipe whose other end only the supervisor holds.
         public var supervisor: Int32?
         /// For QEMU 9.1 and later: more than 8 regions of memory.
@@ -119,13 +121,34 @@ public final class BackendProcess: Sendable {
         /// See `RecycleEngine.Pause.notAtomic`.
         public var guestIsNotAtomic = false
         public var engine: RecycleEngine.Configuration
+        /// Merging; nil: there is no agent in QEMU.
+        public var merging: Merging?
         public init(engine: RecycleEngine.Configuration) { self.engine = engine }
+    }
+
+    /// What merging needs besides the guest's memory.
+    public struct Merging: Sendable {
+        /// Where the agent in QEMU connects to.
+        public var agentSocket: String
+        /// Where quired listens.
+        public var store: String
+        /// The share group; empty: that of the VM's owner.
+        public var group = ""
+        public var engine: DedupEngine.Configuration
+        public init(agentSocket: String, store: String, engine: DedupEngine.Configuration) {
+            self.agentSocket = agentSocket
+            self.store = store
+            self.engine = engine
+        }
     }
 
     private let options: Options
     private let logger: Logger
     private let map: PageMap
     private let pages: MergedPages
+    private let link: AgentLink?
+    private let store: StoreLink?
+    private let dedup: DedupEngine?
     private let engine: RecycleEngine
     private let disk: ControlDisk
     private let servers: [Server]
@@ -173,10 +196,23 @@ public final class BackendProcess: Sendable {
         map.takeOver(pid: getpid())
         pages = MergedPages(map: map)
         // Where nobody merges and nobody has merged the bytes are in the memory files, and looking for them costs nothing.
-        let lookedUp = map.mayHaveMerged ? pages : nil
+        let lookedUp = options.merging != nil || map.mayHaveMerged ? pages : nil
         engine = try RecycleEngine(options.engine, map: map)
         engine.setPaused(.notAtomic, options.guestIsNotAtomic)
-        disk = ControlDisk(engine: engine, map: map, logger: logger)
+        let frontEnds = FrontEnds()
+        if let merging = options.merging {
+            link = try AgentLink(
+                path: merging.agentSocket, pages: pages, userfault: try? Descriptor.open("/dev/userfaultfd", O_RDWR),
+                logger: logger, peer: { frontEnds.peer })
+            store = StoreLink(
+                path: merging.store, name: options.name, group: merging.group, map: map, link: link!, logger: logger)
+            dedup = try DedupEngine(merging.engine, pages: pages, merger: link!, store: store!)
+        } else {
+            link = nil
+            store = nil
+            dedup = nil
+        }
+        disk = ControlDisk(engine: engine, dedup: dedup, map: map, logger: logger)
         var servers: [Server] = []
         for device in options.devices {
             var logger = logger
@@ -202,6 +238,8 @@ public final class BackendProcess: Sendable {
                     features: options.offersMemorySlots ? .supported : .supportedWithoutMemorySlots, pages: lookedUp))
         }
         self.servers = servers
+        frontEnds.set(servers)
+        link?.setPeers(Set(servers.compactMap(\.owner)))
         self.links = links
         self.ram = RAMFiles(files: files)
         self.options = options
@@ -230,6 +268,12 @@ public final class BackendProcess: Sendable {
                 if counter.decrement() == 0 { EventDescriptor.signal(finishedRaw) }
             }
         }
+        let commands: CommandSocket.Server? =
+            if let path = options.commandPath {
+                try CommandSocket.Server(path: path, logger: logger) { [self] request throws(QuireError) in
+                    try carryOut(request)
+                }
+            } else { nil }
         let heart = try JoinableThread("heartbeat") { [self] in beat() }
         let reporter = try JoinableThread("status") { [self] in report() }
         var watched = [signals.descriptor.raw, finishedRaw]
@@ -251,16 +295,41 @@ public final class BackendProcess: Sendable {
                     // Nobody would rescue a guest that waits for us: claim nothing any more, and go when QEMU has gone.
                     logger.error("the supervisor is gone: recycling stops")
                     engine.setPaused(.unsupervised, true)
+                    dedup?.setPaused(.unsupervised, true)
                     watched.removeLast()
                     isOrphaned = true
                 }
             }
         }
+        commands?.end()
         engine.end()
+        dedup?.end()
+        link?.end()
         isEnding.update { $0 = true }
         heart.join()
         reporter.join()
         for link in links { Files.remove(link) }
+    }
+
+    /// What `quire unmerge` waits for.
+    private static let unmergeNanoseconds: UInt64 = 55_000_000_000
+
+    private func carryOut(_ request: String) throws(QuireError) {
+        guard let dedup else { throw QuireError(.unsupported, "nothing is merged: QEMU was started without the agent") }
+        switch request {
+        case "unmerge": try dedup.unmerge(until: monotonicNanoseconds() + Self.unmergeNanoseconds)
+        case "merge": dedup.resume()
+        default: throw QuireError(.unsupported, "this backend does not know the command '\(request)'")
+        }
+    }
+
+    /// The processes that our devices' front ends are.
+    private final class FrontEnds: Sendable {
+        private let servers = Mutex<[Server]>([])
+        func set(_ servers: [Server]) { self.servers.withLock { $0 = servers } }
+        var peer: AgentLink.Peer? {
+            servers.withLock { $0.lazy.compactMap(\.peer).first.map { AgentLink.Peer(pid: $0.pid, uid: $0.uid) } }
+        }
     }
 
     private final class Counter: Sendable {
@@ -295,11 +364,14 @@ public final class BackendProcess: Sendable {
         do throws(QuireError) {
             let page = try StatusPage.Writer(path: path, name: options.name, pid: getpid())
             page.setPeriod(milliseconds: options.engine.periodMilliseconds)
-            var rate = RateWindow(nanoseconds: max(UInt64(options.engine.periodMilliseconds) * 1_000_000, 1_000_000_000))
+            let period = max(UInt64(options.engine.periodMilliseconds) * 1_000_000, 1_000_000_000)
+            var rate = RateWindow(nanoseconds: period)
+            var merged = RateWindow(nanoseconds: period), folded = RateWindow(nanoseconds: period)
             // Every second; with a shorter period, every period.
             let interval = UInt64(min(1000, max(100, options.engine.periodMilliseconds))) * 1_000_000
             while !isEnding.read({ $0 }) {
                 update(page, &rate)
+                if dedup != nil { updateMerging(page, &merged, &folded) }
                 page.beat()
                 _ = isEnding.wait(until: monotonicNanoseconds() + interval) { $0 ? () : nil }
             }
@@ -334,6 +406,41 @@ public final class BackendProcess: Sendable {
         page.setState(state, reason: statistics.reason)
         page.setCosts(cpuNanoseconds: processCPUNanoseconds(), mapBytes: map.allocatedBytes)
         page.setUpdated(nanoseconds: now)
+    }
+}
+
+extension BackendProcess {
+    private func updateMerging(
+        _ page: borrowing StatusPage.Writer, _ mergedRate: inout RateWindow, _ foldedRate: inout RateWindow
+    ) {
+        guard let statistics = dedup?.snapshot, let merging = options.merging else { return }
+        let now = monotonicNanoseconds()
+        var snapshot = MergeSnapshot()
+        snapshot.state =
+            switch statistics.phase {
+            case .idle: .idle
+            case .active: .active
+            case .paused: .paused
+            }
+        snapshot.reason = statistics.reason
+        snapshot.periodMilliseconds = merging.engine.periodMilliseconds
+        snapshot.sharingPages = statistics.sharingPages
+        snapshot.zeroPages = statistics.zeroPages
+        snapshot.divergedPages = statistics.divergedPages
+        snapshot.hashedTotalPages = statistics.hashedPages
+        snapshot.mergedTotalPages = statistics.mergedPages
+        snapshot.foldedTotalPages = statistics.foldedPages
+        snapshot.mergedRateMillipages = mergedRate.add(statistics.mergedPages, at: now)
+        snapshot.foldedRateMillipages = foldedRate.add(statistics.foldedPages, at: now)
+        snapshot.mappings = statistics.mappings
+        snapshot.mappingLimit = statistics.mappingLimit
+        if statistics.sharingPages > 0, let figures = store?.figures() {
+            snapshot.groupSharedPages = figures.sharedPages
+            snapshot.groupSharingPages = figures.sharingPages
+            snapshot.groupSavedBytes = figures.savedBytes
+            snapshot.groupHistogram = figures.histogram
+        }
+        page.setMerging(snapshot)
     }
 }
 

@@ -16,6 +16,8 @@ public struct ChildProcess: ~Copyable, Sendable {
         public var ownGroup = false
         /// The signal that it gets when this process dies.
         public var parentDeathSignal: Int32?
+        /// Set in its environment, besides ours.
+        public var variables: [String: String] = [:]
         public init() {}
     }
 
@@ -23,7 +25,7 @@ public struct ChildProcess: ~Copyable, Sendable {
     public init(_ arguments: [String], _ options: Options = Options()) throws(QuireError) {
         pid = try ProcessCalls.spawn(
             arguments, passing: options.passing, inheritOthers: options.inheritOthers, ownGroup: options.ownGroup,
-            parentDeathSignal: options.parentDeathSignal)
+            parentDeathSignal: options.parentDeathSignal, variables: options.variables)
     }
 
     /// How it ended; nil while it runs.

@@ -12,6 +12,7 @@ import VhostBackend
 /// device a user can create, and because a registration then lives exactly as long as the device is started.
 public final class ControlDisk: BlockStorage, DeviceLifecycle {
     private let engine: RecycleEngine
+    private let dedup: DedupEngine?
     private let map: PageMap
     private let logger: Logger
     private let state = Monitor(State())
@@ -31,8 +32,10 @@ public final class ControlDisk: BlockStorage, DeviceLifecycle {
     public let isReadOnly = false
     public let serial = QUIRE_CTL_SERIAL
 
-    public init(engine: RecycleEngine, map: PageMap, logger: Logger) {
+    /// `dedup`: nil where nothing is ever merged.
+    public init(engine: RecycleEngine, dedup: DedupEngine? = nil, map: PageMap, logger: Logger) {
         self.engine = engine
+        self.dedup = dedup
         self.map = map
         self.logger = logger
     }
@@ -53,6 +56,7 @@ public final class ControlDisk: BlockStorage, DeviceLifecycle {
         engine.setPaused(.locked, isLocked)
         let rings = start.rings.flatMap(\.ranges)
         engine.start(memory: start.memory, rings: rings, nonce: start.nonce)
+        if !isLocked { dedup?.setMemory(start.memory) }
         let resumed = engine.snapshot.phase == .idle ? "" : ", the guest's table is registered already"
         let size = "\(start.memory.byteCount >> 20) MiB of guest RAM in \(start.memory.regions.count) regions"
         logger.info("device started: \(size)\(resumed)")
@@ -65,11 +69,13 @@ public final class ControlDisk: BlockStorage, DeviceLifecycle {
 
     public func deviceStopping() {
         engine.stop()
+        dedup?.setMemory(nil)
         state.update { $0.memory = nil }
     }
 
     public func loggingChanged(_ enabled: Bool) {
         engine.setPaused(.dirtyLogging, enabled)
+        dedup?.setPaused(.dirtyLogging, enabled)
         logger.info("dirty logging \(enabled ? "on: recycling pauses" : "off")")
     }
 

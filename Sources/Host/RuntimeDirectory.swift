@@ -7,6 +7,7 @@ import Platform
 ///     BASE/NAME/status        the status page
 ///     BASE/NAME/control.sock  where QEMU reaches the backend
 ///     BASE/NAME/agent.sock    where the agent in QEMU does
+///     BASE/NAME/command.sock  where `quire` reaches the backend
 ///
 /// A VM runs as long as its lock is held. QEMU inherits the lock, so the name stays taken if the supervisor dies first;
 /// and a folder whose lock nobody holds is a dead owner's, and free to take.
@@ -60,6 +61,7 @@ public struct RuntimeDirectory: Sendable, Equatable {
     }
 
     public func folder(_ name: String) -> String { base + "/" + name }
+    public func commandPath(_ name: String) -> String { folder(name) + "/command.sock" }
     public func statusPath(_ name: String) -> String { folder(name) + "/status" }
     func lockPath(_ name: String) -> String { folder(name) + "/lock" }
 
@@ -111,6 +113,7 @@ public struct RuntimeDirectory: Sendable, Equatable {
             Files.remove(folder(name) + "/status")
             Files.remove(folder(name) + "/control.sock")
             Files.remove(folder(name) + "/agent.sock")
+            Files.remove(folder(name) + "/command.sock")
             try lock.replaceContent("\(ProcessCalls.ownPID)\n")
             return Claim(directory: self, name: name, lock: lock)
         }

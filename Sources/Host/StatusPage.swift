@@ -12,6 +12,53 @@ public enum RecycleState: UInt32, Sendable, Codable {
     public init(_ raw: UInt32) { self = RecycleState(rawValue: raw) ?? .noGuest }
 }
 
+/// Whether a VM's pages are merged. `enum quire_merge_state`.
+public enum MergeState: UInt32, Sendable, Codable {
+    case off = 0
+    case idle = 1
+    case active = 2
+    case paused = 3
+
+    public init(_ raw: UInt32) { self = MergeState(rawValue: raw) ?? .off }
+}
+
+/// What a status page says of merging.
+public struct MergeSnapshot: Sendable, Equatable {
+    public var state = MergeState.off
+    public var reason = ""
+    public var periodMilliseconds: UInt32 = 0
+    /// Guest pages that are mapped to a slot, or diverged from one.
+    public var sharingPages: UInt64 = 0
+    public var zeroPages: UInt64 = 0
+    /// Of both: those with a copy of their own.
+    public var divergedPages: UInt64 = 0
+    public var hashedTotalPages: UInt64 = 0
+    public var mergedTotalPages: UInt64 = 0
+    public var foldedTotalPages: UInt64 = 0
+    /// Pages a second, times 1000.
+    public var mergedRateMillipages: UInt64 = 0
+    public var foldedRateMillipages: UInt64 = 0
+    /// VMAs of QEMU, and above how many nothing is merged.
+    public var mappings: UInt64 = 0
+    public var mappingLimit: UInt64 = 0
+    /// Of the share group.
+    public var groupSharedPages: UInt64 = 0
+    public var groupSharingPages: UInt64 = 0
+    public var groupSavedBytes: UInt64 = 0
+    /// Slots that are used 2^i ..< 2^(i+1) times.
+    public var groupHistogram = [UInt64](repeating: 0, count: 32)
+    public init() {}
+
+    /// The numbers of 64 bits, in the order of the layout, from `sharing_pages` on.
+    static var order: [WritableKeyPath<MergeSnapshot, UInt64>] {
+        [
+            \.sharingPages, \.zeroPages, \.divergedPages, \.hashedTotalPages, \.mergedTotalPages, \.foldedTotalPages,
+            \.mergedRateMillipages, \.foldedRateMillipages, \.mappings, \.mappingLimit, \.groupSharedPages,
+            \.groupSharingPages, \.groupSavedBytes,
+        ]
+    }
+}
+
 /// A copy of a status page: `struct quire_status`, by value.
 public struct StatusSnapshot: Sendable, Equatable {
     /// Of the backend; 0 while none has ever written the page.
@@ -35,6 +82,7 @@ public struct StatusSnapshot: Sendable, Equatable {
     public var restarts: UInt64 = 0
     public var reason = ""
     public var name = ""
+    public var merging = MergeSnapshot()
 
     public init() {}
 }
@@ -74,6 +122,11 @@ public enum StatusPage {
     static let restartsAt = offset(\.restarts)
     static let reasonAt = offset(\.reason)
     static let nameAt = offset(\.name)
+    static let mergeStateAt = offset(\.merge_state)
+    static let mergePeriodAt = offset(\.merge_period_ms)
+    static let mergeNumbersAt = offset(\.sharing_pages)
+    static let histogramAt = offset(\.group_histogram)
+    static let mergeReasonAt = offset(\.merge_reason)
 
     static func snapshot(_ page: borrowing Mapping) -> StatusSnapshot {
         var s = StatusSnapshot()
@@ -95,6 +148,15 @@ public enum StatusPage {
         s.restarts = page.load64(restartsAt)
         s.reason = page.loadText(reasonAt, capacity: reasonBytes)
         s.name = page.loadText(nameAt, capacity: nameBytes)
+        s.merging.state = MergeState(page.load32(mergeStateAt))
+        s.merging.periodMilliseconds = page.load32(mergePeriodAt)
+        for (index, field) in MergeSnapshot.order.enumerated() {
+            s.merging[keyPath: field] = page.load64(mergeNumbersAt + 8 * index)
+        }
+        for index in s.merging.groupHistogram.indices {
+            s.merging.groupHistogram[index] = page.load64(histogramAt + 8 * index)
+        }
+        s.merging.reason = page.loadText(mergeReasonAt, capacity: reasonBytes)
         return s
     }
 
@@ -134,6 +196,7 @@ public enum StatusPage {
             page.copyIn(ramBytesAt, [UInt8](repeating: 0, count: restartsAt - ramBytesAt))
             page.store64(restartsAt, restarts)
             page.storeText(reasonAt, capacity: reasonBytes, "")
+            setMerging(MergeSnapshot())
             page.storeText(nameAt, capacity: nameBytes, name)
             page.store32(versionAt, UInt32(QUIRE_STATUS_VERSION))
             page.copyIn(magicAt, magic)
@@ -165,6 +228,15 @@ public enum StatusPage {
         public borrowing func setCosts(cpuNanoseconds: UInt64, mapBytes: UInt64) {
             page.store64(cpuAt, cpuNanoseconds)
             page.store64(mapBytesAt, mapBytes)
+        }
+        public borrowing func setMerging(_ merging: MergeSnapshot) {
+            page.storeText(mergeReasonAt, capacity: reasonBytes, merging.reason)
+            page.store32(mergePeriodAt, merging.periodMilliseconds)
+            for (index, field) in MergeSnapshot.order.enumerated() {
+                page.store64(mergeNumbersAt + 8 * index, merging[keyPath: field])
+            }
+            for (index, value) in merging.groupHistogram.enumerated() { page.store64(histogramAt + 8 * index, value) }
+            page.store32(mergeStateAt, merging.state.rawValue)
         }
         public borrowing func setUpdated(nanoseconds: UInt64) { page.store64(updatedAt, nanoseconds) }
     }

@@ -45,9 +45,88 @@ public struct StatusReport: Sendable, Equatable, Codable {
     public var restarts: UInt64 = 0
     /// Since the backend last wrote these numbers.
     public var ageMilliseconds: UInt64 = 0
+    public var merging = Merging()
+
+    /// Equal pages that are kept once. Encoded as an object of its own; pages have 4096 bytes.
+    public struct Merging: Sendable, Equatable, Codable {
+        /// `off`: QEMU was started without the agent. `idle`: no guest is running. `active`; `paused`: `reason` says why.
+        public enum State: String, Sendable, Codable { case off, idle, active, paused }
+        public var state = State.off
+        public var reason = ""
+        public var periodMilliseconds: UInt32 = 0
+        /// Guest pages that are mapped to a page of the store, or diverged from it.
+        public var sharingPages: UInt64 = 0
+        public var zeroPages: UInt64 = 0
+        /// Of both: those that the guest has written since.
+        public var divergedPages: UInt64 = 0
+        /// Memory that this VM's pages do not take: without the pages of the store, which it shares with others.
+        public var savedBytes: UInt64 = 0
+        public var hashedTotalPages: UInt64 = 0
+        public var mergedTotalPages: UInt64 = 0
+        public var foldedTotalPages: UInt64 = 0
+        public var mergedPagesPerSecond: Double = 0
+        public var foldedPagesPerSecond: Double = 0
+        /// VMAs of QEMU.
+        public var mappings: UInt64 = 0
+        public var mappingLimit: UInt64 = 0
+        /// Of the share group: pages of the store, guest pages that use them, and what that saves.
+        public var groupSharedPages: UInt64 = 0
+        public var groupSharingPages: UInt64 = 0
+        public var groupSavedBytes: UInt64 = 0
+        /// Pages of the store that are used 2^i ..< 2^(i+1) times; without the zeros at its end.
+        public var groupHistogram: [UInt64] = []
+
+        enum CodingKeys: String, CodingKey {
+            case state, reason, mappings
+            case periodMilliseconds = "period_ms"
+            case sharingPages = "sharing_pages"
+            case zeroPages = "zero_pages"
+            case divergedPages = "diverged_pages"
+            case savedBytes = "saved_bytes"
+            case hashedTotalPages = "hashed_total_pages"
+            case mergedTotalPages = "merged_total_pages"
+            case foldedTotalPages = "folded_total_pages"
+            case mergedPagesPerSecond = "merged_pages_per_second"
+            case foldedPagesPerSecond = "folded_pages_per_second"
+            case mappingLimit = "mapping_limit"
+            case groupSharedPages = "group_shared_pages"
+            case groupSharingPages = "group_sharing_pages"
+            case groupSavedBytes = "group_saved_bytes"
+            case groupHistogram = "group_histogram"
+        }
+
+        init() {}
+
+        init(_ page: MergeSnapshot) {
+            state = switch page.state {
+            case .off: .off
+            case .idle: .idle
+            case .active: .active
+            case .paused: .paused
+            }
+            reason = page.reason
+            periodMilliseconds = page.periodMilliseconds
+            sharingPages = page.sharingPages
+            zeroPages = page.zeroPages
+            divergedPages = page.divergedPages
+            let merged = sharingPages + zeroPages
+            savedBytes = (merged - min(merged, divergedPages)) &* 4096
+            hashedTotalPages = page.hashedTotalPages
+            mergedTotalPages = page.mergedTotalPages
+            foldedTotalPages = page.foldedTotalPages
+            mergedPagesPerSecond = Double(page.mergedRateMillipages) / 1000
+            foldedPagesPerSecond = Double(page.foldedRateMillipages) / 1000
+            mappings = page.mappings
+            mappingLimit = page.mappingLimit
+            groupSharedPages = page.groupSharedPages
+            groupSharingPages = page.groupSharingPages
+            groupSavedBytes = page.groupSavedBytes
+            groupHistogram = Array(page.groupHistogram.prefix((page.groupHistogram.lastIndex { $0 != 0 } ?? -1) + 1))
+        }
+    }
 
     enum CodingKeys: String, CodingKey {
-        case name, state, reason, pid, waits, restarts
+        case name, state, reason, pid, waits, restarts, merging
         case ramBytes = "ram_bytes"
         case residentBytes = "resident_bytes"
         case recycledPages = "recycled_pages"
@@ -99,6 +178,7 @@ public struct StatusReport: Sendable, Equatable, Codable {
         periodMilliseconds = page.periodMilliseconds
         mapBytes = page.mapBytes
         restarts = page.restarts
+        merging = Merging(page.merging)
         ageMilliseconds = now > page.updatedNanoseconds ? (now - page.updatedNanoseconds) / 1_000_000 : 0
         if pid == 0 {
             state = .starting
@@ -110,6 +190,8 @@ public struct StatusReport: Sendable, Equatable, Codable {
             state = .down
             reason = "the backend, process \(pid), is dead"
             recycledPagesPerSecond = 0
+            merging.mergedPagesPerSecond = 0
+            merging.foldedPagesPerSecond = 0
         }
     }
 
@@ -153,14 +235,17 @@ public struct StatusReport: Sendable, Equatable, Codable {
 
     private static let columns: [(title: String, isNumber: Bool)] = [
         ("NAME", false), ("STATE", false), ("RAM", true), ("RESIDENT", true), ("RECYCLED", true), ("TOTAL", true),
-        ("RATE", true), ("CPU", true), ("PERIOD", true), ("PID", true),
+        ("RATE", true), ("SHARING", true), ("ZERO", true), ("DIVERGED", true), ("SAVED", true), ("MERGING", false),
+        ("CPU", true), ("PERIOD", true), ("PID", true),
     ]
 
     private var cells: [String] {
-        guard pid != 0 else { return [name, state.rawValue] + Array(repeating: "-", count: 8) }
+        guard pid != 0 else { return [name, state.rawValue] + Array(repeating: "-", count: Self.columns.count - 2) }
         return [
             name, state.rawValue, Size.text(ramBytes), Size.text(residentBytes), Size.text(recycledBytes),
             Size.text(recycledTotalBytes), Size.text(UInt64(max(0, recycledPagesPerSecond) * 4096)) + "/s",
+            Size.text(merging.sharingPages * 4096), Size.text(merging.zeroPages * 4096),
+            Size.text(merging.divergedPages * 4096), Size.text(merging.savedBytes), merging.state.rawValue,
             Size.decimal(cpuPercent, digits: 1) + "%", Size.duration(milliseconds: UInt64(periodMilliseconds)), "\(pid)",
         ]
     }
@@ -184,6 +269,9 @@ public struct StatusReport: Sendable, Equatable, Codable {
         }
         for report in reports where !report.reason.isEmpty && report.state != .active {
             lines.append("\(report.name): \(report.reason)")
+        }
+        for report in reports where !report.merging.reason.isEmpty && report.merging.state != .idle {
+            lines.append("\(report.name): merging: \(report.merging.reason)")
         }
         return lines.joined(separator: "\n")
     }

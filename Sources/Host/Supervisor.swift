@@ -18,6 +18,19 @@ public struct Supervisor: ~Copyable {
         public var workers = 1
         public var backendPath: String
         public var logLevel = "notice"
+        /// Merging of equal pages; nil: QEMU runs without the agent.
+        public var merging: Merging?
+
+        public struct Merging: Sendable {
+            /// libquire-agent.so.
+            public var agentPath: String
+            public var periodMilliseconds: UInt64 = 10_000
+            public var workers = 1
+            /// quired's socket; nil: where it is by default.
+            public var store: String?
+            public var group = ""
+            public init(agentPath: String) { self.agentPath = agentPath }
+        }
         /// QEMU's program and arguments.
         public var arguments: [String]
         /// One line for the user.
@@ -47,6 +60,8 @@ public struct Supervisor: ~Copyable {
     private let lifelineWriter: Descriptor
     private let signals: SignalDescriptor
     private let statusPath: String
+    private let agentSocketPath: String
+    private let commandPath: String
 
     private var backend: ChildProcess?
     private var watch = BackendWatch(startedAt: 0)
@@ -66,6 +81,9 @@ public struct Supervisor: ~Copyable {
 
         guard let program = configuration.arguments.first else {
             throw QuireError(.invalid, "no QEMU command: put it behind --, as in: quire run -- qemu-system-x86_64 -m 2G …")
+        }
+        if let agent = configuration.merging?.agentPath, (try? Descriptor.open(agent, O_RDONLY)) == nil {
+            throw QuireError(.invalid, "cannot read the agent \(agent): name it with --agent, or merge nothing with --no-merge")
         }
         guard Files.isExecutable(configuration.backendPath) else {
             throw QuireError(
@@ -102,6 +120,8 @@ public struct Supervisor: ~Copyable {
         self.singleThreadedTCG = singleThreadedTCG
         name = claim.name
         statusPath = claim.statusPath
+        agentSocketPath = claim.agentSocketPath
+        commandPath = claim.directory.commandPath(claim.name)
         var list = DescriptorList()
         for file in files {
             let memfd = try Memfd(name: "quire-\(claim.name)-\(file.id)", byteCount: file.byteCount)
@@ -142,6 +162,15 @@ public struct Supervisor: ~Copyable {
             "--period", "\(configuration.periodMilliseconds)ms", "--workers", "\(configuration.workers)",
             "--log-level", configuration.logLevel,
         ]
+        arguments += ["--command-socket", commandPath]
+        if let merging = configuration.merging {
+            arguments += [
+                "--agent-socket", agentSocketPath, "--merge-period", "\(merging.periodMilliseconds)ms",
+                "--merge-workers", "\(merging.workers)",
+            ]
+            if let store = merging.store { arguments += ["--store", store] }
+            if !merging.group.isEmpty { arguments += ["--group", merging.group] }
+        }
         if memorySlots { arguments.append("--memory-slots") }
         if singleThreadedTCG { arguments.append("--single-threaded-tcg") }
         backend = try ChildProcess(arguments, options)
@@ -213,6 +242,10 @@ public struct Supervisor: ~Copyable {
         // The RAM at the numbers that the command line names; the lock, so that the name stays taken while QEMU lives.
         options.passing = ram.raw.map { .init(from: $0, to: $0) } + [.init(from: lock.raw, to: Self.lockDescriptor(ram.raw))]
         options.inheritOthers = true
+        if let merging = configuration.merging {
+            let others = ProcessCalls.environment("LD_PRELOAD").map { ":" + $0 } ?? ""
+            options.variables = ["LD_PRELOAD": merging.agentPath + others, "QUIRE_AGENT_SOCKET": agentSocketPath]
+        }
         var qemu: ChildProcess
         do {
             qemu = try ChildProcess(command.arguments(ramDescriptors: ram.raw), options)

@@ -34,27 +34,34 @@ public enum ProcessCalls {
     }
 
     /// Starts `arguments[0]`, looked up in PATH, with an empty signal mask. Besides 0, 1 and 2 the child has exactly
-    /// `passing` (at most 64), and with `inheritOthers` also everything that is not close-on-exec here.
+    /// `passing` (at most 64), and with `inheritOthers` also everything that is not close-on-exec here. `variables` are
+    /// set in its environment, besides ours.
     /// Throws when the program cannot be executed: there is no child then.
     public static func spawn(
-        _ arguments: [String], passing: [Passed], inheritOthers: Bool, ownGroup: Bool, parentDeathSignal: Int32?
+        _ arguments: [String], passing: [Passed], inheritOthers: Bool, ownGroup: Bool, parentDeathSignal: Int32?,
+        variables: [String: String] = [:]
     ) throws(QuireError) -> pid_t {
         precondition(!arguments.isEmpty)
         // A copy in C's terms; freed below, when the child has executed or failed.
         let words = unsafe arguments.map { unsafe strdup($0) }
         defer { for unsafe word in unsafe words { unsafe free(word) } }
         let argv = unsafe words + [nil]
+        let settings = unsafe environment(with: variables).map { unsafe strdup($0) }
+        defer { for unsafe setting in unsafe settings { unsafe free(setting) } }
+        let envp = unsafe settings + [nil]
         let from = passing.map(\.from), to = passing.map(\.to)
         var pid: pid_t = -1
         // The pointers live in this scope, which outlasts the call; the child has copies of everything.
         let code = unsafe argv.withUnsafeBufferPointer { argv in
-            unsafe from.withUnsafeBufferPointer { from in
-                unsafe to.withUnsafeBufferPointer { to in
-                    var what = unsafe cp_spawn_request(
-                        argv: argv.baseAddress, from: from.baseAddress, to: to.baseAddress,
-                        count: Int32(from.count), close_others: !inheritOthers, own_group: ownGroup,
-                        parent_death_signal: parentDeathSignal ?? 0)
-                    return unsafe cp_spawn(&what, &pid)
+            unsafe envp.withUnsafeBufferPointer { envp in
+                unsafe from.withUnsafeBufferPointer { from in
+                    unsafe to.withUnsafeBufferPointer { to in
+                        var what = unsafe cp_spawn_request(
+                            argv: argv.baseAddress, environment: envp.baseAddress, from: from.baseAddress,
+                            to: to.baseAddress, count: Int32(from.count), close_others: !inheritOthers,
+                            own_group: ownGroup, parent_death_signal: parentDeathSignal ?? 0)
+                        return unsafe cp_spawn(&what, &pid)
+                    }
                 }
             }
         }
@@ -104,6 +111,19 @@ public enum ProcessCalls {
 
     /// As many descriptors as may be.
     public static func raiseFileLimit() { cp_raise_file_limit() }
+
+    /// Ours, as `NAME=value`, with these in place of what they name.
+    private static func environment(with variables: [String: String]) -> [String] {
+        var result: [String] = []
+        var index = 0
+        guard let settings = unsafe cp_environment() else { return result }
+        while let setting = unsafe settings[index] {
+            let text = unsafe String(cString: setting)
+            if variables[String(text.prefix { $0 != "=" })] == nil { result.append(text) }
+            index += 1
+        }
+        return result + variables.map { "\($0)=\($1)" }
+    }
 
     public static var ownPID: pid_t { getpid() }
     public static var ownUID: UInt32 { geteuid() }

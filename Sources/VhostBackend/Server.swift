@@ -16,7 +16,14 @@ public final class Server: Sendable {
         return since == 0 ? 0 : monotonicNanoseconds() &- since
     }
 
+    /// What the front end sees at our end: the process that made the listening socket, which may be another one.
+    public var owner: Int32? { isListening ? (try? socket.peer())?.pid : nil }
+
     private let connected = Atomic<Bool>(false)
+    /// The process at the other end, as the kernel names it: nil while there is none.
+    public var peer: (pid: Int32, uid: UInt32)? { peerNow.withLock { $0 } }
+    private let peerNow = Mutex<(pid: Int32, uid: UInt32)?>(nil)
+
     /// Whether a front end is connected now.
     public var isConnected: Bool { connected.load(ordering: .relaxed) }
 
@@ -73,6 +80,8 @@ public final class Server: Sendable {
     }
 
     private func serve(_ connection: consuming UnixSocket) throws(QuireError) {
+        let peer = try? connection.peer()
+        peerNow.withLock { $0 = peer.map { ($0.pid, $0.uid) } }
         connected.store(true, ordering: .relaxed)
         defer { connected.store(false, ordering: .relaxed) }
         let session = try Session(

@@ -368,7 +368,7 @@ public final class Session {
         try reader.end()
         var table: [MemoryRegion] = []
         for region in described { table.append(try makeRegion(region, &descriptors)) }
-        _ = try GuestMemory(table, log: tracker, pages: pages)
+        pages?.use(try GuestMemory(table, log: tracker, pages: pages))
         try reconfigure { regions = table }
     }
 
@@ -401,7 +401,7 @@ public final class Session {
             throw QuireError(.invalid, "more than \(Message.maxMemorySlots) memory regions")
         }
         let table = regions + [try makeRegion(described, &descriptors)]
-        _ = try GuestMemory(table, log: tracker, pages: pages)
+        pages?.use(try GuestMemory(table, log: tracker, pages: pages))
         try reconfigure { regions = table }
     }
 

@@ -69,6 +69,27 @@ struct QuireBackend: ParsableCommand {
         help: "QEMU emulates one CPU at a time (-accel tcg with thread=single, -icount or -smp 1): recycle nothing, because its atomic operations are none for this program.")
     var singleThreadedTCG = false
 
+    @Option(
+        name: .customLong("agent-socket"),
+        help: ArgumentHelp("Listen here for libquire-agent.so in QEMU, and merge equal pages.", valueName: "path"))
+    var agentSocket: String?
+
+    @Option(
+        name: .customLong("merge-period"), help: "A page is merged when it was not written for two of these: 10s, 500ms.")
+    var mergePeriod = "10s"
+
+    @Option(name: .customLong("merge-workers"), help: "Threads that look for equal pages.")
+    var mergeWorkers = 1
+
+    @Option(help: ArgumentHelp("quired's socket (default: /run/quired/store.sock, or in $XDG_RUNTIME_DIR).", valueName: "path"))
+    var store: String?
+
+    @Option(help: "The share group (default: that of the VM's owner).")
+    var group = ""
+
+    @Option(name: .customLong("command-socket"), help: ArgumentHelp("Listen here for quire's commands.", valueName: "path"))
+    var commandSocket: String?
+
     @Option(help: "The VM's name.")
     var name = ""
 
@@ -124,6 +145,17 @@ struct QuireBackend: ParsableCommand {
         options.supervisor = supervisor
         options.offersMemorySlots = memorySlots
         options.guestIsNotAtomic = singleThreadedTCG
+        options.commandPath = commandSocket
+        if let agentSocket {
+            guard let milliseconds = Size.milliseconds(mergePeriod), let value = UInt32(exactly: milliseconds) else {
+                throw QuireError(.invalid, "--merge-period \(mergePeriod): give a time such as 10s or 500ms")
+            }
+            var merging = BackendProcess.Merging(
+                agentSocket: agentSocket, store: store ?? StoreLink.standardPath(),
+                engine: try DedupEngine.Configuration(periodMilliseconds: value, workers: mergeWorkers))
+            merging.group = group
+            options.merging = merging
+        }
         let prefix = name
         var logger = Logger(label: prefix.isEmpty ? "quire-backend" : "quire-backend[\(prefix)]") {
             StreamLogHandler.standardError(label: $0)

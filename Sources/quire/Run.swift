@@ -31,6 +31,26 @@ extension Quire {
         @Option(help: ArgumentHelp("The backend's program (default: quire-backend beside quire).", valueName: "path"))
         var backend: String?
 
+        @Option(
+            help: ArgumentHelp("A page is merged with its equals when it was not written for two of these.", valueName: "time"),
+            transform: Self.milliseconds)
+        var mergePeriod: UInt64 = 10_000
+
+        @Option(help: ArgumentHelp("Threads of the backend that look for equal pages, 1 to 16.", valueName: "n"))
+        var mergeWorkers = 1
+
+        @Option(help: ArgumentHelp("Share equal pages with VMs of this group (default: those of the same user).", valueName: "name"))
+        var group = ""
+
+        @Option(help: ArgumentHelp("quired's socket (default: /run/quired/store.sock, or in $XDG_RUNTIME_DIR).", valueName: "path"))
+        var store: String?
+
+        @Option(help: ArgumentHelp("The agent for QEMU (default: libquire-agent.so beside quire, or in ../lib/quire).", valueName: "path"))
+        var agent: String?
+
+        @Flag(help: "Load no agent into QEMU: equal pages are not merged.")
+        var noMerge = false
+
         @Option(help: ArgumentHelp("What the backend logs to stderr: trace, debug, info, notice, warning, error, critical.", valueName: "level"))
         var logLevel = LogLevel.notice
 
@@ -51,6 +71,7 @@ extension Quire {
         }
 
         func validate() throws {
+            guard (1...16).contains(mergeWorkers) else { throw ValidationError("--merge-workers is \(mergeWorkers): use 1 to 16") }
             guard (1...16).contains(workers) else { throw ValidationError("--workers is \(workers): use 1 to 16") }
             guard !command.isEmpty else {
                 throw ValidationError("no QEMU command: put it behind --, as in: quire run -- qemu-system-x86_64 -m 2G …")
@@ -65,9 +86,25 @@ extension Quire {
                 configuration.periodMilliseconds = period
                 configuration.workers = workers
                 configuration.logLevel = logLevel.rawValue
+                if !noMerge, let path = agent ?? Self.agentBesideUs() {
+                    var merging = Supervisor.Configuration.Merging(agentPath: path)
+                    merging.periodMilliseconds = mergePeriod
+                    merging.workers = mergeWorkers
+                    merging.group = group
+                    merging.store = store
+                    configuration.merging = merging
+                } else if !noMerge {
+                    configuration.log("equal pages are not merged: libquire-agent.so is not beside quire, name it with --agent")
+                }
                 return try Supervisor.run(configuration, directory: RuntimeDirectory.standard())
             }
             throw ExitCode(status)
+        }
+
+        private static func agentBesideUs() -> String? {
+            guard let own = Files.target(ofLink: "/proc/self/exe"), let slash = own.lastIndex(of: "/") else { return nil }
+            return ["/libquire-agent.so", "/../lib/quire/libquire-agent.so"].map { own[..<slash] + $0 }
+                .first { (try? Files.identity(of: $0)) != nil }
         }
 
         private static func backendBesideUs() -> String {

@@ -38,6 +38,8 @@ final class Unlocked: GuestPages {
     func beginAccess(_ gfns: Range<GFN>) {}
     func endAccess(_ gfns: Range<GFN>) {}
     func alike(_ gfns: Range<GFN>) throws(QuireError) -> (count: Int, isMerged: Bool) { try real.alike(gfns) }
+    func noteWritten(_ gfns: Range<GFN>) {}
+    func use(_ memory: GuestMemory) {}
     func frontEnd() throws(QuireError) -> ProcessMemory { try real.frontEnd() }
     func keepPrivate(_ gfns: [Range<GFN>]) throws(QuireError) -> PageHold { try real.keepPrivate(gfns) }
 }

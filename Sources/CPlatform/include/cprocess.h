@@ -13,6 +13,7 @@
 
 struct cp_spawn_request {
 	char *const *argv;       /* argv[0] is looked up in PATH unless it has a slash; NULL-terminated */
+	char *const *environment; /* NULL-terminated; NULL: ours */
 	const int *from;         /* descriptors of ours ... */
 	const int *to;           /* ... and their numbers in the child; distinct */
 	int count;
@@ -20,6 +21,8 @@ struct cp_spawn_request {
 	bool own_group;          /* a process group of its own: the terminal's Ctrl-C does not reach it */
 	int parent_death_signal; /* 0: the child outlives its parent */
 };
+
+char *const *cp_environment(void);
 
 /* Returns 0 and *pid, or an errno (of fork, of a dup, or of exec in the child, which is then gone already). */
 int cp_spawn(const struct cp_spawn_request *what, pid_t *pid);

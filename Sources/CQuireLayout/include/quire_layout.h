@@ -220,6 +220,8 @@ struct quire_claim {
 	quire_u64 reserved[5];       /* a cache line a worker */
 };
 
+enum quire_map_flag { QUIRE_MAP_UNMERGED = 1 /* nothing is to be merged: somebody asked for that */ };
+
 struct quire_map_header {
 	quire_u8  magic[8];          /*    0 QUIRE_MAP_MAGIC */
 	quire_u32 version;           /*    8 QUIRE_MAP_VERSION */
@@ -233,7 +235,8 @@ struct quire_map_header {
 	quire_u32 backend_pid;       /*   56 whose heartbeat it is */
 	quire_u32 generation;        /*   60 counts backends: see the range lock */
 	quire_u64 locks_offset;      /*   64 bytes from the start of the file to the first struct quire_lock */
-	quire_u8  reserved[952];     /*   72 */
+	quire_u32 flags;             /*   72 enum quire_map_flag */
+	quire_u8  reserved[948];     /*   76 */
 	struct quire_claim journal[QUIRE_MAP_WORKERS]; /* 1024 */
 	quire_u8  reserved2[2048];   /* 2048 */
 };
@@ -244,7 +247,7 @@ struct quire_map_header {
  * ------------------------------------------------------------------------------------------------------------- */
 
 #define QUIRE_STATUS_MAGIC   "QUIREVMS"
-#define QUIRE_STATUS_VERSION 1u
+#define QUIRE_STATUS_VERSION 2u
 
 enum quire_recycle_state {
 	QUIRE_RECYCLE_NO_GUEST = 0,  /* no front end, or no guest module registered */
@@ -274,7 +277,33 @@ struct quire_status {
 	quire_u64 restarts;          /* 120 written by the supervisor */
 	quire_u8  reason[256];       /* 128 one line for a person, zero-padded */
 	quire_u8  name[128];         /* 384 of the VM, zero-padded */
-	quire_u8  reserved[3584];    /* 512 */
+	/* What is merged. A total counts since the backend's start. */
+	quire_u32 merge_state;       /* 512 enum quire_merge_state */
+	quire_u32 merge_period_ms;   /* 516 */
+	quire_u64 sharing_pages;     /* 520 guest pages that are mapped to a slot, or diverged from one */
+	quire_u64 zero_pages;        /* 528 the same of zeros */
+	quire_u64 diverged_pages;    /* 536 of both: those with a copy of their own */
+	quire_u64 hashed_total_pages;   /* 544 */
+	quire_u64 merged_total_pages;   /* 552 */
+	quire_u64 folded_total_pages;   /* 560 */
+	quire_u64 merged_rate_millipages; /* 568 a second, times 1000, over some seconds */
+	quire_u64 folded_rate_millipages; /* 576 */
+	quire_u64 mappings;          /* 584 VMAs of QEMU */
+	quire_u64 mapping_limit;     /* 592 above which nothing is merged */
+	/* Of the share group, from quired; 0 without it. */
+	quire_u64 group_shared_pages;   /* 600 slots in use */
+	quire_u64 group_sharing_pages;  /* 608 guest pages that use them */
+	quire_u64 group_saved_bytes; /* 616 */
+	quire_u64 group_histogram[32];  /* 624 slots that are used 2^i ..< 2^(i+1) times */
+	quire_u8  merge_reason[256]; /* 880 one line for a person, zero-padded: why merging is off, or what is left out */
+	quire_u8  reserved[2960];    /* 1136 */
+};
+
+enum quire_merge_state {
+	QUIRE_MERGE_OFF = 0,         /* QEMU was started without the agent */
+	QUIRE_MERGE_IDLE = 1,        /* no guest is running */
+	QUIRE_MERGE_ACTIVE = 2,
+	QUIRE_MERGE_PAUSED = 3,      /* merge_reason says why */
 };
 
 /* -------------------------------------------------------------------------------------------------------------------
@@ -635,6 +664,8 @@ QUIRE_ASSERT(offsetof(struct quire_lock, merged) == 5);
 QUIRE_ASSERT(QUIRE_MAP_SLOT_SHIFT + QUIRE_MAP_SLOT_BITS == QUIRE_MAP_STORE_SHIFT);
 QUIRE_ASSERT(sizeof(struct quire_status) == QUIRE_PAGE_BYTES);
 QUIRE_ASSERT(offsetof(struct quire_status, reason) == 128);
+QUIRE_ASSERT(offsetof(struct quire_status, merge_state) == 512);
+QUIRE_ASSERT(offsetof(struct quire_status, merge_reason) == 880);
 QUIRE_ASSERT(sizeof(struct quire_agent_hello) == 40);
 QUIRE_ASSERT(offsetof(struct quire_agent_attach, peers) == 32);
 QUIRE_ASSERT(offsetof(struct quire_agent_attach, regions) == 64);

@@ -1,0 +1,34 @@
+import GuestMemory
+import PageContent
+import Platform
+
+/// Where equal pages are kept once, as the engine that merges sees it: quired at the end of a connection.
+///
+/// A slot that it names is the VM's until it is reported as released. That report comes after the page map says that the
+/// slot is not mapped any more; one that is forgotten costs memory until the next `prepare`, never a byte.
+public protocol ContentStore: AnyObject, Sendable {
+    /// Before each pass, while nothing that maps or unmaps slots is under way for the engine: gets the store ready.
+    func prepare(_ memory: GuestMemory) -> ContentStoreState
+
+    /// Slots for pages that are quiet: runs, and the hashes of all their pages in order. Pages that are in none of the
+    /// answer's runs have no slot yet.
+    func lookUp(_ runs: [Range<GFN>], _ hashes: [PageHash]) throws(QuireError) -> [SlotRun]
+
+    /// Slots for pages that were looked up in vain and have an equal now.
+    func takeOffers() throws(QuireError) -> [SlotRun]
+
+    /// Nobody knows what became of some slots: the next `prepare` connects anew, and what is mapped is counted again.
+    func lose()
+
+    /// What became of slots.
+    func report(merged: [Range<GFN>], released: [Range<GFN>]) throws(QuireError)
+}
+
+public enum ContentStoreState: Sendable {
+    /// Nothing can be looked up, for this reason; pages of zeros can be merged all the same.
+    case absent(String)
+    /// As at the last call.
+    case ready(PageHasher)
+    /// Connected anew. `unknownPages` of those that the VM has merged are nobody's any more: bring them back.
+    case connected(PageHasher, unknownPages: UInt64)
+}

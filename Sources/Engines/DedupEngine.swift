@@ -1,0 +1,513 @@
+import CQuireLayout
+import GuestMemory
+import PageContent
+import Platform
+import Synchronization
+
+/// Keeps equal pages once. After KSM, PageONE and Satori; the mechanism is DESIGN's "Dirty tracking" and "Merge".
+///
+/// # What it must guarantee
+///
+/// Nothing about bytes: those are safe whatever it asks for, because whoever replaces a page compares all of it first while
+/// nobody can write (the agent, window.c), and because the kernel copies what a guest writes afterwards. What is left to
+/// this engine:
+///
+/// 1. *Work follows change.* A period's pass asks the kernel what was written since the last one; a page is read and
+///    hashed once, after it has not been written for two periods, and not again before it is written again.
+/// 2. *Nothing is held for nobody.* Every slot that the store named is reported: as merged, or as released. Whatever else
+///    brings pages back (a ring that starts, QEMU's balloon, a reset) shows in the page map, which is looked through from
+///    time to time (`settleAccounts`).
+/// 3. *It gets out of the way.* Whoever changes control waits for one batch, of at most 1024 pages, never for a pass.
+/// 4. *A guest that works against it costs little.* A page that was merged and written again has to be quiet for twice as
+///    long. When mappings get scarce, runs that are short are left alone, and at last all of them.
+///
+/// # Threads
+///
+/// One coordinator; helpers where hashing is much. Batches are handed out under a lock; each thread reads, hashes, looks up
+/// and merges its own, and the agent does one command at a time.
+public final class DedupEngine: Sendable {
+    public struct Configuration: Sendable, Equatable {
+        /// A page is merged when it was not written for two of these.
+        public var periodMilliseconds: UInt32
+        /// Threads that hash, the coordinator included.
+        public var workers: Int
+
+        public init(periodMilliseconds: UInt32 = 10_000, workers: Int = 1) throws(QuireError) {
+            guard (10...86_400_000).contains(periodMilliseconds) else {
+                throw QuireError(.invalid, "a merge period of \(periodMilliseconds) ms: choose 10 ms to 24 h")
+            }
+            guard (1...16).contains(workers) else { throw QuireError(.invalid, "\(workers) workers: choose 1 to 16") }
+            self.periodMilliseconds = periodMilliseconds
+            self.workers = workers
+        }
+    }
+
+    /// Reasons to leave everything as it is.
+    public struct Pause: OptionSet, Sendable {
+        public let rawValue: Int
+        public init(rawValue: Int) { self.rawValue = rawValue }
+        /// The front end reads all of guest memory anyway, and sends what changes.
+        public static let dirtyLogging = Pause(rawValue: 1)
+        /// Nobody would replace this process.
+        public static let unsupervised = Pause(rawValue: 2)
+
+        var reason: String {
+            contains(.dirtyLogging) ? "paused: the guest's memory is being logged for migration" : "paused: the supervisor is gone"
+        }
+    }
+
+    public enum Phase: Sendable, Equatable {
+        /// No guest is running, or no agent is there.
+        case idle
+        case active
+        /// Something stands in the way, or somebody wants it so.
+        case paused
+    }
+
+    public struct Statistics: Sendable, Equatable {
+        public var phase = Phase.idle
+        /// Why it is not active, or what is left out while it is.
+        public var reason = ""
+        /// Guest pages that are mapped to a slot, or diverged from one.
+        public var sharingPages: UInt64 = 0
+        public var zeroPages: UInt64 = 0
+        /// Of both: those that have a copy of their own, as of the last pass.
+        public var divergedPages: UInt64 = 0
+        // Since this process was started.
+        public var hashedPages: UInt64 = 0
+        public var mergedPages: UInt64 = 0
+        public var foldedPages: UInt64 = 0
+        /// Runs that were merged, each of which costs QEMU two mappings.
+        public var mergedRuns: UInt64 = 0
+        public var passes: UInt64 = 0
+        public var mappings: UInt64 = 0
+        public var mappingLimit: UInt64 = 0
+    }
+
+    private struct Control {
+        var memory: GuestMemory?
+        var pause: Pause = []
+        var isUnmerged = false
+        /// The coordinator is inside a pass.
+        var isBusy = false
+        var isEnding = false
+        /// There is something to look at before the period is over.
+        var isFresh = false
+        /// Counts unmerges that were carried out.
+        var unmerges = 0
+        var unmergeFailure: QuireError?
+    }
+
+    public let configuration: Configuration
+    private let pages: MergedPages
+    private var map: PageMap { pages.map }
+    private let merger: any PageMerger
+    private let store: any ContentStore
+    private let control: Monitor<Control>
+    private let interruptions = Atomic<Int>(0)
+    private var isInterrupted: Bool { interruptions.load(ordering: .acquiring) > 0 }
+    private let statistics = Mutex(Statistics())
+    private let crew: Crew
+    private let coordinator = Mutex<JoinableThread?>(nil)
+
+    public init(
+        _ configuration: Configuration, pages: MergedPages, merger: any PageMerger, store: any ContentStore
+    ) throws(QuireError) {
+        self.configuration = configuration
+        self.pages = pages
+        self.merger = merger
+        self.store = store
+        control = Monitor(Control(isUnmerged: pages.map.isUnmerged))
+        crew = try Crew("dedup", helpers: configuration.workers - 1)
+        let thread = try JoinableThread("dedup") { [self] in coordinate() }
+        coordinator.withLock { $0 = thread }
+    }
+
+    /// Ends the engine and joins its threads. What is merged stays merged.
+    public func end() {
+        exchange { $0.isEnding = true }
+        coordinator.withLock {
+            $0?.join()
+            $0 = nil
+        }
+        crew.end()
+    }
+
+    // MARK: - Control
+
+    /// The guest runs on this memory; nil: it does not run.
+    public func setMemory(_ memory: GuestMemory?) {
+        exchange {
+            $0.memory = memory
+            $0.isFresh = true
+        }
+    }
+
+    public func setPaused(_ reason: Pause, _ paused: Bool) {
+        exchange { if paused { $0.pause.insert(reason) } else { $0.pause.remove(reason) } }
+    }
+
+    /// Brings every merged page back, and merges nothing any more until `resume`: also after a restart of this process.
+    /// Returns when it is done. Throws why it cannot be done; then it is tried again at every period.
+    public func unmerge(until deadline: UInt64) throws(QuireError) {
+        map.isUnmerged = true
+        let count = control.update { control in
+            control.isUnmerged = true
+            control.isFresh = true
+            control.unmergeFailure = nil
+            return control.unmerges
+        }
+        let result = control.wait(until: deadline) { control -> Result<Void, QuireError>? in
+            if let failure = control.unmergeFailure { return .failure(failure) }
+            return control.unmerges > count ? .success(()) : nil
+        }
+        guard let result else { throw QuireError(.busy, "pages are still being brought back: ask again") }
+        try result.get()
+    }
+
+    /// Merges again.
+    public func resume() {
+        map.isUnmerged = false
+        exchange {
+            $0.isUnmerged = false
+            $0.isFresh = true
+        }
+    }
+
+    private func exchange(_ body: (inout Control) -> Void) {
+        interruptions.add(1, ordering: .acquiringAndReleasing)
+        _ = control.wait { control -> Void? in
+            if control.isBusy { return nil }
+            body(&control)
+            return ()
+        }
+        interruptions.subtract(1, ordering: .acquiringAndReleasing)
+        control.update { _ in }
+    }
+
+    public var snapshot: Statistics {
+        let (phase, reason) = control.read { control -> (Phase, String) in
+            if control.isUnmerged { return (.paused, "paused: un-merged on demand (quire merge NAME begins again)") }
+            if !control.pause.isEmpty { return (.paused, control.pause.reason) }
+            return control.memory == nil ? (.idle, "no guest is running") : (.active, "")
+        }
+        var result = statistics.withLock { $0 }
+        if phase != .active {
+            result.phase = phase
+            result.reason = reason
+        } else if let obstacle = merger.obstacle {
+            result.phase = .paused
+            result.reason = obstacle
+        }
+        (result.mappings, result.mappingLimit) = merger.mappings
+        return result
+    }
+
+    // MARK: - The coordinator
+
+    /// What is kept from one pass to the next.
+    struct PassState {
+        var regions: [QuietPages] = []
+        /// Pages that the store thinks we map, or did not hear the contrary of.
+        var held = GFNSet()
+        var accountedAt: UInt64 = 0
+        /// Passes in which nothing happened.
+        var calmPasses = 0
+        /// Runs shorter than this are not worth their mappings.
+        var shortestRun = 1
+    }
+
+    private func coordinate() {
+        let period = UInt64(configuration.periodMilliseconds) * 1_000_000
+        var state = PassState()
+        var nextPass: UInt64 = 0
+        while true {
+            let work = control.wait(until: nextPass == 0 ? nil : nextPass) { control -> (GuestMemory, isUnmerged: Bool, isFresh: Bool)?? in
+                if control.isEnding { return .some(nil) }
+                guard let memory = control.memory, control.pause.isEmpty, !self.isInterrupted,
+                    control.isFresh || monotonicNanoseconds() >= nextPass
+                else { return nil }
+                control.isBusy = true
+                defer { control.isFresh = false }
+                return (memory, control.isUnmerged, control.isFresh)
+            }
+            guard let work else {
+                // The period is over, and there is nothing to do: wait for a change.
+                if nextPass != 0, monotonicNanoseconds() >= nextPass { nextPass = 0 }
+                continue
+            }
+            guard let (memory, isUnmerged, _) = work else { return }
+            var failure: QuireError?
+            if merger.obstacle == nil {
+                do throws(QuireError) {
+                    if isUnmerged { try unmergeAll(memory, &state) } else { try pass(memory, &state) }
+                } catch {
+                    failure = error
+                }
+            } else if isUnmerged, map.hasMerged {
+                failure = QuireError(.busy, merger.obstacle ?? "the agent has just come")
+            }
+            note(failure, isUnmerged: isUnmerged)
+            // Where nothing changes, looking comes seldom: up to four periods apart.
+            let calm = UInt64(min(state.calmPasses / 4, 3))
+            nextPass = monotonicNanoseconds() + period * (isUnmerged ? 1 : 1 + calm)
+            control.update { control in
+                control.isBusy = false
+                if isUnmerged {
+                    control.unmergeFailure = failure
+                    if failure == nil { control.unmerges += 1 }
+                }
+            }
+        }
+    }
+
+    private func note(_ failure: QuireError?, isUnmerged: Bool) {
+        statistics.withLock {
+            $0.phase = .active
+            // A connection that ended in the middle tells its own story.
+            if let failure, failure.code != .closed { $0.reason = "\(failure)" }
+        }
+    }
+
+    // MARK: - One pass
+
+    private func pass(_ memory: GuestMemory, _ state: inout PassState) throws(QuireError) {
+        guard let tracker = merger.writeTracker else {
+            statistics.withLock { $0.reason = "the kernel cannot tell what a guest writes (Linux 6.7 can)" }
+            return
+        }
+        adopt(memory, &state)
+        let hasher = try prepareStore(memory, &state)
+        for index in state.regions.indices { state.regions[index].endPeriod() }
+        var written = 0
+        for region in memory.regions where region.kind == .shmem {
+            try tracker.takeWritten(region.userAddresses) { addresses in
+                written += addresses.count / Int(pageBytes)
+                state.noteWritten(region.gfns(ofUser: addresses))
+            }
+        }
+        for gfns in pages.takeWritten() { state.noteWritten(gfns) }
+        let diverged = try foldDiverged(memory, tracker, &state)
+        adaptToMappings(&state)
+
+        let merging = MergePass(
+            state.regions, memory: memory, pages: pages, merger: merger, store: hasher == nil ? nil : store,
+            hasher: hasher, shortestRun: state.shortestRun, cancelled: { self.isInterrupted })
+        crew.run(merging)
+        let result = merging.result
+        state.regions = result.regions
+        for gfns in result.held { state.held.insert(gfns) }
+        statistics.withLock {
+            $0.passes += 1
+            $0.hashedPages += UInt64(result.hashed)
+            $0.mergedPages += UInt64(result.merged + result.zeroed)
+            $0.mergedRuns += UInt64(result.runs)
+            $0.sharingPages += UInt64(result.merged)
+            $0.zeroPages += UInt64(result.zeroed)
+            $0.divergedPages = UInt64(diverged)
+            $0.reason = result.stopped ?? $0.reason
+        }
+        if hasher != nil, result.failure == nil, !isInterrupted { try takeOffers(memory, &state) }
+        // What others brought back: looked for now and then, since it costs a look at every merged page's entry.
+        let now = monotonicNanoseconds()
+        if now - state.accountedAt > Self.accountingNanoseconds {
+            try settleAccounts(memory, &state)
+            state.accountedAt = now
+        }
+        let isCalm = written < 64 && result.hashed == 0 && diverged == 0
+        state.calmPasses = isCalm ? state.calmPasses + 1 : 0
+        if let failure = result.failure { throw failure }
+    }
+
+    private static let accountingNanoseconds: UInt64 = 30_000_000_000
+
+    /// Keeps what is known of regions that are still there; of new ones nothing is known.
+    private func adopt(_ memory: GuestMemory, _ state: inout PassState) {
+        let regions = memory.regions.filter { $0.kind == .shmem }
+        guard regions.map(\.gfns) != state.regions.map(\.gfns) else { return }
+        state.regions = regions.map { region in
+            if let known = state.regions.first(where: { $0.gfns == region.gfns }) { return known }
+            var fresh = QuietPages(region.gfns)
+            region.forEachData { fresh.noteWritten($0) }
+            return fresh
+        }
+    }
+
+    /// Nil: nothing but zeros can be merged.
+    private func prepareStore(_ memory: GuestMemory, _ state: inout PassState) throws(QuireError) -> PageHasher? {
+        switch store.prepare(memory) {
+        case .absent(let reason):
+            statistics.withLock { $0.reason = "only pages of zeros are merged: \(reason)" }
+            return nil
+        case .ready(let hasher):
+            statistics.withLock { $0.reason = "" }
+            return hasher
+        case .connected(let hasher, let unknown):
+            statistics.withLock { $0.reason = "" }
+            state.held = GFNSet()
+            if unknown > 0 {
+                try bringBack(memory, &state) { if case .shared = $0 { true } else { false } }
+            }
+            map.forEachMerged { gfns, kind in if case .shared = kind { state.held.insert(gfns) } }
+            try settleAccounts(memory, &state)
+            return hasher
+        }
+    }
+
+    /// Runs cost QEMU two mappings each, however long they are: when those get scarce only longer ones are worth it.
+    private func adaptToMappings(_ state: inout PassState) {
+        let (used, limit) = merger.mappings
+        guard limit > 0 else { return }
+        state.shortestRun = switch Double(used) / Double(limit) {
+        case ..<0.5: 1
+        case ..<0.75: 4
+        case ..<0.9: 16
+        default: 64
+        }
+    }
+
+    // MARK: - Bringing pages back
+
+    /// Pages of one command: a tenth of a second, roughly.
+    private static let foldPages = 2048
+
+    /// Merged pages that the guest has written since go back to the memory file, where the guest can write them for
+    /// nothing. Returns how many there were.
+    private func foldDiverged(
+        _ memory: GuestMemory, _ tracker: WriteTracker, _ state: inout PassState
+    ) throws(QuireError) -> Int {
+        guard map.hasMerged else { return 0 }
+        var found: [Range<GFN>] = []
+        for region in memory.regions where region.kind == .shmem {
+            try tracker.forEachDiverged(region.userAddresses) { addresses in
+                found.append(region.gfns(ofUser: addresses))
+            }
+        }
+        let count = found.reduce(0) { $0 + $1.count }
+        try fold(found, &state)
+        return count
+    }
+
+    /// Stops early, without an error, where somebody wants control.
+    private func fold(_ ranges: [Range<GFN>], _ state: inout PassState) throws(QuireError) {
+        var batch: [Range<GFN>] = []
+        var pages = 0
+        for range in ranges {
+            for start in stride(from: range.lowerBound, to: range.upperBound, by: Self.foldPages) {
+                let part = start..<min(range.upperBound, start + UInt64(Self.foldPages))
+                if pages + part.count > Self.foldPages {
+                    if isInterrupted { return }
+                    try foldBatch(batch, &state)
+                    batch = []
+                    pages = 0
+                }
+                batch.append(part)
+                pages += part.count
+            }
+        }
+        if !isInterrupted { try foldBatch(batch, &state) }
+    }
+
+    private func foldBatch(_ ranges: [Range<GFN>], _ state: inout PassState) throws(QuireError) {
+        guard !ranges.isEmpty else { return }
+        let kinds = ranges.map { map.mergedCounts($0) }
+        let outcomes = try merger.fold(ranges, onlyDiverged: false, until: Merging.deadline)
+        var closed = false
+        for (index, (range, outcome)) in zip(ranges, outcomes).enumerated() {
+            let done = range.lowerBound..<range.lowerBound + UInt64(outcome.done)
+            state.noteFickle(done)
+            let left = map.mergedCounts(range)
+            statistics.withLock {
+                let zeros = kinds[index].zero - min(left.zero, kinds[index].zero)
+                let shared = kinds[index].shared - min(left.shared, kinds[index].shared)
+                $0.foldedPages += UInt64(zeros + shared)
+                $0.zeroPages -= min($0.zeroPages, UInt64(zeros))
+                $0.sharingPages -= min($0.sharingPages, UInt64(shared))
+            }
+            if case .gateClosed = outcome.reason { closed = true }
+        }
+        try release(ranges, &state)
+        if closed { throw QuireError(.busy, merger.obstacle ?? "the pin gate is closed") }
+    }
+
+    /// Brings back all merged pages that are wanted; throws `.busy` where somebody wants control in the middle.
+    private func bringBack(
+        _ memory: GuestMemory, _ state: inout PassState, _ isWanted: (PageState) -> Bool
+    ) throws(QuireError) {
+        // A page with I/O in flight is busy for a moment: some rounds, with time in between.
+        for round in 0..<50 {
+            var ranges: [Range<GFN>] = []
+            map.forEachMerged { gfns, kind in if isWanted(kind) { ranges.append(gfns) } }
+            if ranges.isEmpty { return }
+            if round > 0 { ProcessCalls.sleep(milliseconds: UInt32(round)) }
+            try fold(ranges, &state)
+            if isInterrupted { throw QuireError(.busy, "interrupted") }
+        }
+        throw QuireError(.busy, "some merged pages stay in use by I/O")
+    }
+
+    private func unmergeAll(_ memory: GuestMemory, _ state: inout PassState) throws(QuireError) {
+        guard map.hasMerged else { return }
+        adopt(memory, &state)
+        _ = store.prepare(memory)
+        try bringBack(memory, &state) { _ in true }
+        statistics.withLock {
+            $0.zeroPages = 0
+            $0.sharingPages = 0
+            $0.divergedPages = 0
+        }
+    }
+
+    // MARK: - Accounts with the store
+
+    /// Tells the store of pages of these that it thinks we map and that we do not (any more).
+    private func release(_ ranges: [Range<GFN>], _ state: inout PassState) throws(QuireError) {
+        var gone: [Range<GFN>] = []
+        for range in ranges {
+            state.held.forEachRun(in: range) { run in
+                map.forEachRun(in: run, where: { if case .shared = $0 { false } else { true } }) { gone.append($0) }
+            }
+        }
+        guard !gone.isEmpty else { return }
+        for gfns in gone { state.held.remove(gfns) }
+        try store.report(merged: [], released: gone)
+    }
+
+    /// Looks through everything that is merged or was: what others brought back is released, and the figures are right.
+    private func settleAccounts(_ memory: GuestMemory, _ state: inout PassState) throws(QuireError) {
+        try release(state.held.runs, &state)
+        var zeros = 0, shared = 0
+        map.forEachMerged { gfns, kind in
+            if case .zero = kind { zeros += gfns.count } else { shared += gfns.count }
+        }
+        statistics.withLock {
+            $0.zeroPages = UInt64(zeros)
+            $0.sharingPages = UInt64(shared)
+        }
+    }
+
+    /// Pages that were the first of their content, and have an equal now.
+    private func takeOffers(_ memory: GuestMemory, _ state: inout PassState) throws(QuireError) {
+        while !isInterrupted {
+            let slots = try store.takeOffers()
+            guard !slots.isEmpty else { return }
+            let result = try Merging.merge(slots, merger: merger, store: store, shortestRun: state.shortestRun)
+            for gfns in result.merged { state.held.insert(gfns) }
+            statistics.withLock {
+                $0.mergedPages += UInt64(result.pages)
+                $0.sharingPages += UInt64(result.pages)
+                $0.mergedRuns += UInt64(result.merged.count)
+            }
+            if result.stopped != nil { return }
+        }
+    }
+}
+
+extension DedupEngine.PassState {
+    mutating func noteWritten(_ gfns: Range<GFN>) {
+        for index in regions.indices { regions[index].noteWritten(gfns) }
+    }
+    mutating func noteFickle(_ gfns: Range<GFN>) {
+        for index in regions.indices { regions[index].noteFickle(gfns) }
+    }
+}

@@ -1,0 +1,224 @@
+import GuestMemory
+import PageContent
+import Platform
+import Synchronization
+
+/// The part of a pass that reads: pages that are quiet are hashed, looked up, and merged. Shared by the threads that work
+/// on it; batches are handed out one by one.
+final class MergePass: CrewWork {
+    struct Result {
+        var regions: [QuietPages]
+        /// Of the region that batches are taken from now.
+        var region = 0
+        var position: GFN = 0
+        var hashed = 0
+        /// Pages.
+        var merged = 0
+        var zeroed = 0
+        var runs = 0
+        /// Pages that the store counts as ours.
+        var held: [Range<GFN>] = []
+        /// Why merging came to an end before the pages did.
+        var stopped: String?
+        var failure: QuireError?
+    }
+
+    /// Pages of a batch: what one look-up takes.
+    private static let batchPages = 1024
+    /// Of these a batch reads at once.
+    private static let readPages = 64
+
+    private let memory: GuestMemory
+    private let pages: MergedPages
+    private let merger: any PageMerger
+    private let store: (any ContentStore)?
+    private let hasher: PageHasher?
+    private let shortestRun: Int
+    private let cancelled: @Sendable () -> Bool
+    private let shared: Mutex<Result>
+
+    init(
+        _ regions: [QuietPages], memory: GuestMemory, pages: MergedPages, merger: any PageMerger,
+        store: (any ContentStore)?, hasher: PageHasher?, shortestRun: Int, cancelled: @escaping @Sendable () -> Bool
+    ) {
+        self.memory = memory
+        self.pages = pages
+        self.merger = merger
+        self.store = store
+        // Zeros are zeros under any secret.
+        self.hasher = hasher ?? PageHasher(secret: [UInt8](repeating: 1, count: PageHasher.secretBytes))
+        self.shortestRun = shortestRun
+        self.cancelled = cancelled
+        shared = Mutex(Result(regions: regions, position: regions.first?.gfns.lowerBound ?? 0))
+    }
+
+    var result: Result { shared.withLock { $0 } }
+
+    func work(as worker: Int, helpWanted: () -> Void) {
+        guard let hasher, let buffer = try? Mapping(anonymousByteCount: Self.readPages * Int(pageBytes)) else { return }
+        var batches = 0
+        while !cancelled(), let batch = takeBatch() {
+            batches += 1
+            if batches == 2 { helpWanted() }
+            do throws(QuireError) { try deal(with: batch, hasher, buffer) } catch {
+                shared.withLock {
+                    if $0.failure == nil { $0.failure = error }
+                    for gfns in batch { $0.noteRipe(gfns) }
+                }
+            }
+        }
+    }
+
+    private func takeBatch() -> [Range<GFN>]? {
+        shared.withLock { state in
+            guard state.failure == nil, state.stopped == nil else { return nil }
+            while state.region < state.regions.count {
+                let runs = state.regions[state.region].takeRipe(Self.batchPages, from: &state.position)
+                if !runs.isEmpty { return runs }
+                state.region += 1
+                if state.region < state.regions.count {
+                    state.position = state.regions[state.region].gfns.lowerBound
+                }
+            }
+            return nil
+        }
+    }
+
+    private func deal(with batch: [Range<GFN>], _ hasher: PageHasher, _ buffer: borrowing Mapping) throws(QuireError) {
+        var zeros: [Range<GFN>] = []
+        var runs: [Range<GFN>] = []
+        var hashes: [PageHash] = []
+        var hashed = 0
+        let kept = pages.unmergeable.pages(in: batch)
+        for range in batch {
+            guard let region = memory.region(of: range.lowerBound) else { continue }
+            for start in stride(from: range.lowerBound, to: range.upperBound, by: Self.readPages) {
+                let part = start..<min(range.upperBound, start + UInt64(Self.readPages))
+                // By read: through a mapping, what is not there would be made. Less comes where the file was cut off.
+                let bytes = buffer.read(
+                    region.descriptor.raw, at: region.fileOffset(of: part.lowerBound), to: 0,
+                    count: part.count * Int(pageBytes))
+                guard bytes == part.count * Int(pageBytes) else { continue }
+                for (index, gfn) in part.enumerated() where pages.map.state(of: gfn) == .private && !kept.contains(gfn) {
+                    let hash = hasher.hash(buffer, at: index * Int(pageBytes))
+                    hashed += 1
+                    if hash == hasher.zero {
+                        // What is not there costs nothing already, and its mapping would.
+                        if region.hasData(gfn) { zeros.append(page: gfn) }
+                    } else if store != nil {
+                        runs.append(page: gfn)
+                        hashes.append(hash)
+                    }
+                }
+            }
+        }
+        shared.withLock { $0.hashed += hashed }
+        try mergeZeros(zeros)
+        guard let store, !runs.isEmpty else { return }
+        let slots = try store.lookUp(runs, hashes)
+        let merged = try Merging.merge(slots, merger: merger, store: store, shortestRun: shortestRun)
+        shared.withLock { state in
+            state.merged += merged.pages
+            state.runs += merged.merged.count
+            state.held += merged.merged
+            state.stopped = state.stopped ?? merged.stopped
+            for gfns in merged.again { state.noteRipe(gfns) }
+            for gfns in merged.changed { state.noteWritten(gfns) }
+        }
+    }
+
+    private func mergeZeros(_ zeros: [Range<GFN>]) throws(QuireError) {
+        let worthIt = zeros.filter { $0.count >= shortestRun }
+        guard !worthIt.isEmpty else { return }
+        let outcomes = try merger.zero(worthIt, until: Merging.deadline)
+        var merged = Merging.Result()
+        for (range, outcome) in zip(worthIt, outcomes) { merged.note(range, outcome) }
+        shared.withLock { state in
+            state.zeroed += merged.pages
+            state.runs += merged.merged.count
+            state.stopped = state.stopped ?? merged.stopped
+            for gfns in merged.again { state.noteRipe(gfns) }
+            for gfns in merged.changed { state.noteWritten(gfns) }
+        }
+    }
+}
+
+extension MergePass.Result {
+    mutating func noteRipe(_ gfns: Range<GFN>) { for index in regions.indices { regions[index].noteRipe(gfns) } }
+    mutating func noteWritten(_ gfns: Range<GFN>) { for index in regions.indices { regions[index].noteWritten(gfns) } }
+}
+
+/// Has pages merged that the store has named slots for, and tells the store what became of them.
+enum Merging {
+    /// When an agent that does not answer is waited for no longer: QEMU may have been stopped, and who ends us would have
+    /// to wait, too.
+    static var deadline: UInt64 { monotonicNanoseconds() + 1_500_000_000 }
+
+    struct Result {
+        /// Of all `merged`.
+        var pages = 0
+        var merged: [Range<GFN>] = []
+        /// Not now: worth another try.
+        var again: [Range<GFN>] = []
+        /// Not what the store has: written meanwhile.
+        var changed: [Range<GFN>] = []
+        /// Everything that was not merged.
+        var left: [Range<GFN>] = []
+        /// Why no more can be merged now.
+        var stopped: String?
+
+        mutating func note(_ range: Range<GFN>, _ outcome: MoveOutcome) {
+            let end = range.lowerBound + UInt64(outcome.done)
+            if outcome.done > 0 {
+                merged.append(range.lowerBound..<end)
+                pages += outcome.done
+            }
+            guard end < range.upperBound else { return }
+            left.append(end..<range.upperBound)
+            switch outcome.reason {
+            case .done, .invalid, .unmergeable, .failed: break
+            case .busy: again.append(end..<range.upperBound)
+            case .differs(let page), .state(let page):
+                let bad = min(range.lowerBound + UInt64(page), range.upperBound - 1)
+                if bad > end { again.append(end..<bad) }
+                if case .differs = outcome.reason { changed.append(bad..<bad + 1) }
+                if bad + 1 < range.upperBound { again.append(bad + 1..<range.upperBound) }
+            case .budget:
+                again.append(end..<range.upperBound)
+                stopped = "QEMU has no mappings to spare (vm.max_map_count)"
+            case .gateClosed:
+                again.append(end..<range.upperBound)
+                stopped = "the pin gate is closed"
+            }
+        }
+    }
+
+    static func merge(
+        _ slots: [SlotRun], merger: any PageMerger, store: any ContentStore, shortestRun: Int
+    ) throws(QuireError) -> Result {
+        var result = Result()
+        // Long ones first: they give most for the mappings that they cost.
+        let worthIt = slots.filter { Int($0.pages) >= shortestRun }.sorted { $0.pages > $1.pages }
+        result.left = slots.filter { Int($0.pages) < shortestRun }.map(\.gfns)
+        let runs = worthIt.map { PageRun(gfn: $0.gfn, pages: Int($0.pages), store: UInt8($0.store), slot: UInt64($0.slot)) }
+        do throws(QuireError) {
+            let outcomes = runs.isEmpty ? [] : try merger.merge(runs, until: deadline)
+            for (slot, outcome) in zip(worthIt, outcomes) { result.note(slot.gfns, outcome) }
+        } catch {
+            // How far it came only the page map knows.
+            store.lose()
+            throw error
+        }
+        if !result.merged.isEmpty || !result.left.isEmpty {
+            try store.report(merged: result.merged, released: result.left)
+        }
+        return result
+    }
+}
+
+extension [Range<GFN>] {
+    /// Adds a page to the last range, or as a new one.
+    mutating func append(page gfn: GFN) {
+        if let last, last.upperBound == gfn { self[count - 1] = last.lowerBound..<gfn + 1 } else { append(gfn..<gfn + 1) }
+    }
+}

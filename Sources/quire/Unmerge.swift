@@ -1,0 +1,36 @@
+import ArgumentParser
+import Host
+import Platform
+
+extension Quire {
+    struct Unmerge: ParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Gives a VM copies of its own of all its pages, and merges nothing of it any more.",
+            discussion: """
+                The guest runs on. Returns when every page is back; that takes memory, as much as 'quire status' shows as \
+                saved. 'quire merge' begins again.
+                """)
+
+        @Argument(help: ArgumentHelp("The VM.", valueName: "name"))
+        var name: String
+
+        func run() throws {
+            try failing { () throws(QuireError) in
+                try CommandSocket.ask("unmerge", of: name, in: RuntimeDirectory.standard())
+            }
+        }
+    }
+
+    struct Merge: ParsableCommand {
+        static let configuration = CommandConfiguration(abstract: "Merges a VM's equal pages again, after 'quire unmerge'.")
+
+        @Argument(help: ArgumentHelp("The VM.", valueName: "name"))
+        var name: String
+
+        func run() throws {
+            try failing { () throws(QuireError) in
+                try CommandSocket.ask("merge", of: name, in: RuntimeDirectory.standard())
+            }
+        }
+    }
+}
