@@ -196,3 +196,9 @@ long cp_pagemap_scan(int fd, uint64_t start, uint64_t end, bool protect, uint64_
 	*walked = scan.walk_end;
 	return n;
 }
+
+long cp_pagemap_read(int fd, uint64_t address, uint64_t *entries, size_t count)
+{
+	ssize_t n = pread(fd, entries, count * sizeof *entries, (off_t)(address / 4096 * sizeof *entries));
+	return n < 0 ? -1 : n / (ssize_t)sizeof *entries;
+}

@@ -13,7 +13,8 @@ import Synchronization
 /// this engine:
 ///
 /// 1. *Work follows change.* A period's pass asks the kernel what was written since the last one; a page is read and
-///    hashed once, after it has not been written for two periods, and not again before it is written again.
+///    hashed once, after it has not been written for two periods, and not again before it is written again. On kernels
+///    that cannot tell (before Linux 6.7) all of memory is read again and again instead, at a bounded rate (HashedPages).
 /// 2. *Nothing is held for nobody.* Every slot that the store named is reported: as merged, or as released. Whatever else
 ///    brings pages back (a ring that starts, QEMU's balloon, a reset) shows in the page map, which is looked through from
 ///    time to time (`settleAccounts`).
@@ -32,13 +33,19 @@ public final class DedupEngine: Sendable {
         /// Threads that hash, the coordinator included.
         public var workers: Int
 
-        public init(periodMilliseconds: UInt32 = 10_000, workers: Int = 1) throws(QuireError) {
+        /// Whether the kernel is asked what was written, where it can tell; otherwise all of memory is read again and again.
+        public var tracksWrites: Bool
+
+        public init(
+            periodMilliseconds: UInt32 = 10_000, workers: Int = 1, tracksWrites: Bool = true
+        ) throws(QuireError) {
             guard (10...86_400_000).contains(periodMilliseconds) else {
                 throw QuireError(.invalid, "a merge period of \(periodMilliseconds) ms: choose 10 ms to 24 h")
             }
             guard (1...16).contains(workers) else { throw QuireError(.invalid, "\(workers) workers: choose 1 to 16") }
             self.periodMilliseconds = periodMilliseconds
             self.workers = workers
+            self.tracksWrites = tracksWrites
         }
     }
 
@@ -215,6 +222,10 @@ public final class DedupEngine: Sendable {
         var calmPasses = 0
         /// Runs shorter than this are not worth their mappings.
         var shortestRun = 1
+        /// Where the kernel cannot tell what was written: a `HashedPages` for each region, and how far this round has come.
+        var hashed: [HashedPages] = []
+        var hashedRegion = 0
+        var hashedPosition: GFN = 0
     }
 
     private func coordinate() {
@@ -272,22 +283,16 @@ public final class DedupEngine: Sendable {
     // MARK: - One pass
 
     private func pass(_ memory: GuestMemory, _ state: inout PassState) throws(QuireError) {
-        guard let tracker = merger.writeTracker else {
-            statistics.withLock { $0.reason = "the kernel cannot tell what a guest writes (Linux 6.7 can)" }
-            return
-        }
+        guard let tables = merger.pageTables else { return }
+        let tracker = configuration.tracksWrites ? merger.writeTracker : nil
         adopt(memory, &state)
         let hasher = try prepareStore(memory, &state)
-        for index in state.regions.indices { state.regions[index].endPeriod() }
-        var written = 0
-        for region in memory.regions where region.kind == .shmem {
-            try tracker.takeWritten(region.userAddresses) { addresses in
-                written += addresses.count / Int(pageBytes)
-                state.noteWritten(region.gfns(ofUser: addresses))
+        let written =
+            if let tracker { try askKernel(memory, tracker, &state) } else {
+                try readEverything(memory, hasher ?? Self.zerosHasher, &state)
             }
-        }
         for gfns in pages.takeWritten() { state.noteWritten(gfns) }
-        let diverged = try foldDiverged(memory, tracker, &state)
+        let diverged = try foldDiverged(memory, tracker, tables, &state)
         adaptToMappings(&state)
 
         let merging = MergePass(
@@ -317,6 +322,65 @@ public final class DedupEngine: Sendable {
         let isCalm = written < 64 && result.hashed == 0 && diverged == 0
         state.calmPasses = isCalm ? state.calmPasses + 1 : 0
         if let failure = result.failure { throw failure }
+    }
+
+    /// For pages of zeros, which are the same under any secret.
+    static let zerosHasher = PageHasher(secret: [UInt8](repeating: 1, count: PageHasher.secretBytes))
+
+    /// Returns how many pages were written since the last pass.
+    private func askKernel(
+        _ memory: GuestMemory, _ tracker: WriteTracker, _ state: inout PassState
+    ) throws(QuireError) -> Int {
+        for index in state.regions.indices { state.regions[index].endPeriod() }
+        var written = 0
+        for region in memory.regions where region.kind == .shmem {
+            try tracker.takeWritten(region.userAddresses) { addresses in
+                written += addresses.count / Int(pageBytes)
+                state.noteWritten(region.gfns(ofUser: addresses))
+            }
+        }
+        return written
+    }
+
+    /// Pages a second that are read where the kernel cannot tell what was written: twice what ksmd does without being told
+    /// otherwise, at half its cost a page.
+    static let readPagesPerSecond = 10_000
+
+    /// The same by reading as much as a period allows for. A round through all of memory counts as the period.
+    private func readEverything(
+        _ memory: GuestMemory, _ hasher: PageHasher, _ state: inout PassState
+    ) throws(QuireError) -> Int {
+        let regions = memory.regions.filter { $0.kind == .shmem }
+        if state.hashed.map(\.gfns) != regions.map(\.gfns) {
+            state.hashed = []
+            for region in regions { state.hashed.append(try HashedPages(region.gfns)) }
+            state.hashedRegion = 0
+            state.hashedPosition = regions.first?.gfns.lowerBound ?? 0
+        }
+        var budget = max(Self.readPagesPerSecond * Int(configuration.periodMilliseconds) / 1000, 1024)
+        var changed = 0
+        while budget > 0, !isInterrupted, state.hashedRegion < regions.count {
+            if state.hashedRegion == 0, state.hashedPosition == regions[0].gfns.lowerBound {
+                for index in state.regions.indices { state.regions[index].endPeriod() }
+            }
+            let region = regions[state.hashedRegion]
+            state.hashed[state.hashedRegion].look(
+                region, map, from: &state.hashedPosition, budget: &budget, hasher
+            ) { gfn in
+                changed += 1
+                state.regions[state.hashedRegion].noteWritten(gfn..<gfn + 1)
+            }
+            guard state.hashedPosition >= region.gfns.upperBound else { break }
+            state.hashedRegion += 1
+            if state.hashedRegion < regions.count {
+                state.hashedPosition = regions[state.hashedRegion].gfns.lowerBound
+            } else {
+                state.hashedRegion = 0
+                state.hashedPosition = regions[0].gfns.lowerBound
+                break
+            }
+        }
+        return changed
     }
 
     private static let accountingNanoseconds: UInt64 = 30_000_000_000
@@ -374,18 +438,46 @@ public final class DedupEngine: Sendable {
     /// Merged pages that the guest has written since go back to the memory file, where the guest can write them for
     /// nothing. Returns how many there were.
     private func foldDiverged(
-        _ memory: GuestMemory, _ tracker: WriteTracker, _ state: inout PassState
+        _ memory: GuestMemory, _ tracker: WriteTracker?, _ tables: PageTables, _ state: inout PassState
     ) throws(QuireError) -> Int {
         guard map.hasMerged else { return 0 }
         var found: [Range<GFN>] = []
-        for region in memory.regions where region.kind == .shmem {
-            try tracker.forEachDiverged(region.userAddresses) { addresses in
-                found.append(region.gfns(ofUser: addresses))
+        if let tracker {
+            for region in memory.regions where region.kind == .shmem {
+                try tracker.forEachDiverged(region.userAddresses) { found.append(region.gfns(ofUser: $0)) }
             }
+        } else {
+            found = try findDiverged(memory, tables)
         }
         let count = found.reduce(0) { $0 + $1.count }
         try fold(found, &state)
         return count
+    }
+
+    /// The same where the kernel cannot scan: it does not tell the zero page from a copy, so what is in there has to.
+    private func findDiverged(_ memory: GuestMemory, _ tables: PageTables) throws(QuireError) -> [Range<GFN>] {
+        var merged: [(gfns: Range<GFN>, isZero: Bool)] = []
+        map.forEachMerged { gfns, kind in merged.append((gfns, kind == .zero)) }
+        var found: [Range<GFN>] = []
+        for (gfns, isZero) in merged {
+            guard let region = memory.region(of: gfns.lowerBound), gfns.upperBound <= region.gfns.upperBound else { continue }
+            var copies: [Range<GFN>] = []
+            let start = region.userAddress + (gfns.lowerBound - region.gfns.lowerBound) * pageBytes
+            try tables.forEachAnonymous(start..<start + UInt64(gfns.count) * pageBytes) {
+                copies.append(region.gfns(ofUser: $0))
+            }
+            guard isZero else {
+                found += copies
+                continue
+            }
+            let frontEnd = try pages.frontEnd()
+            for gfn in copies.joined() {
+                let address = region.userAddress + (gfn - region.gfns.lowerBound) * pageBytes
+                // A page that is written just now is found at the next pass.
+                if try frontEnd.load(address, count: Int(pageBytes)).contains(where: { $0 != 0 }) { found.append(page: gfn) }
+            }
+        }
+        return found
     }
 
     /// Stops early, without an error, where somebody wants control.

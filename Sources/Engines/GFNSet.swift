@@ -1,19 +1,21 @@
 import GuestMemory
 
 /// A set of guest pages that come in runs: a bit a page, in pieces of 4096 pages that exist where there are any.
-struct GFNSet: Sendable {
+package struct GFNSet: Sendable {
+    package init() {}
+
     private static let wordsPerPiece: UInt64 = 64
     private var pieces: [UInt64: [UInt64]] = [:]
 
-    var isEmpty: Bool { pieces.isEmpty }
+    package var isEmpty: Bool { pieces.isEmpty }
 
-    mutating func insert(_ gfns: Range<GFN>) {
+    package mutating func insert(_ gfns: Range<GFN>) {
         for (word, bits) in Self.words(of: gfns) {
             pieces[word / Self.wordsPerPiece, default: [UInt64](repeating: 0, count: 64)][Int(word % Self.wordsPerPiece)] |= bits
         }
     }
 
-    mutating func remove(_ gfns: Range<GFN>) {
+    package mutating func remove(_ gfns: Range<GFN>) {
         for (word, bits) in Self.words(of: gfns) {
             pieces[word / Self.wordsPerPiece]?[Int(word % Self.wordsPerPiece)] &= ~bits
         }
@@ -23,7 +25,7 @@ struct GFNSet: Sendable {
         }
     }
 
-    func forEachRun(in gfns: Range<GFN>, _ body: (Range<GFN>) -> Void) {
+    package func forEachRun(in gfns: Range<GFN>, _ body: (Range<GFN>) -> Void) {
         var run: Range<GFN>?
         for (word, mask) in Self.words(of: gfns) {
             var bits = (pieces[word / Self.wordsPerPiece]?[Int(word % Self.wordsPerPiece)] ?? 0) & mask
@@ -44,7 +46,7 @@ struct GFNSet: Sendable {
     }
 
     /// All of it, in order.
-    var runs: [Range<GFN>] {
+    package var runs: [Range<GFN>] {
         var result: [Range<GFN>] = []
         for piece in pieces.keys.sorted() {
             forEachRun(in: piece * 4096..<(piece + 1) * 4096) { run in

@@ -32,7 +32,7 @@ final class MergePass: CrewWork {
     private let pages: MergedPages
     private let merger: any PageMerger
     private let store: (any ContentStore)?
-    private let hasher: PageHasher?
+    private let hasher: PageHasher
     private let shortestRun: Int
     private let cancelled: @Sendable () -> Bool
     private let shared: Mutex<Result>
@@ -45,8 +45,7 @@ final class MergePass: CrewWork {
         self.pages = pages
         self.merger = merger
         self.store = store
-        // Zeros are zeros under any secret.
-        self.hasher = hasher ?? PageHasher(secret: [UInt8](repeating: 1, count: PageHasher.secretBytes))
+        self.hasher = hasher ?? DedupEngine.zerosHasher
         self.shortestRun = shortestRun
         self.cancelled = cancelled
         shared = Mutex(Result(regions: regions, position: regions.first?.gfns.lowerBound ?? 0))
@@ -55,7 +54,7 @@ final class MergePass: CrewWork {
     var result: Result { shared.withLock { $0 } }
 
     func work(as worker: Int, helpWanted: () -> Void) {
-        guard let hasher, let buffer = try? Mapping(anonymousByteCount: Self.readPages * Int(pageBytes)) else { return }
+        guard let buffer = try? Mapping(anonymousByteCount: Self.readPages * Int(pageBytes)) else { return }
         var batches = 0
         while !cancelled(), let batch = takeBatch() {
             batches += 1

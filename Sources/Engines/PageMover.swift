@@ -84,6 +84,9 @@ public protocol PageMerger: PageMover {
     /// Which pages the guest has written, as the kernel that QEMU runs on can tell; nil if nobody is attached, or it can't.
     var writeTracker: WriteTracker? { get }
 
+    /// What QEMU's page tables say; nil if nobody is attached.
+    var pageTables: PageTables? { get }
+
     /// Why nothing can be merged now; nil if it can.
     var obstacle: String? { get }
 

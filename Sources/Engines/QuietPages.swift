@@ -12,14 +12,14 @@ import GuestMemory
 ///
 /// A page is in one set at most. `fickle` is beside them: such a page was merged and written again; it has to be quiet for
 /// twice as long.
-struct QuietPages: Sendable {
-    let gfns: Range<GFN>
+package struct QuietPages: Sendable {
+    package let gfns: Range<GFN>
     private var young: [UInt64]
     private var old: [UInt64]
     private var ripe: [UInt64]
     private var fickle: [UInt64]
 
-    init(_ gfns: Range<GFN>) {
+    package init(_ gfns: Range<GFN>) {
         self.gfns = gfns
         let words = [UInt64](repeating: 0, count: (gfns.count + 63) / 64)
         young = words
@@ -29,7 +29,7 @@ struct QuietPages: Sendable {
     }
 
     /// A period has ended in which no page was written but those that `noteWritten` is told of from now on.
-    mutating func endPeriod() {
+    package mutating func endPeriod() {
         for index in young.indices {
             if young[index] | old[index] == 0 { continue }
             let due = old[index]
@@ -41,7 +41,7 @@ struct QuietPages: Sendable {
     }
 
     /// These were written, or nobody knows.
-    mutating func noteWritten(_ pages: Range<GFN>) {
+    package mutating func noteWritten(_ pages: Range<GFN>) {
         for (index, bits) in words(of: pages) {
             young[index] |= bits
             old[index] &= ~bits
@@ -50,19 +50,19 @@ struct QuietPages: Sendable {
     }
 
     /// These were merged, and have been written since.
-    mutating func noteFickle(_ pages: Range<GFN>) {
+    package mutating func noteFickle(_ pages: Range<GFN>) {
         noteWritten(pages)
         for (index, bits) in words(of: pages) { fickle[index] |= bits }
     }
 
     /// These were taken and could not be dealt with yet.
-    mutating func noteRipe(_ pages: Range<GFN>) {
+    package mutating func noteRipe(_ pages: Range<GFN>) {
         for (index, bits) in words(of: pages) { ripe[index] |= bits & ~(young[index] | old[index]) }
     }
 
     /// Takes ripe pages, the first ones at or behind `start`: at most `limit`, in runs. `start` is moved behind them; at the
     /// end nothing is left behind it.
-    mutating func takeRipe(_ limit: Int, from start: inout GFN) -> [Range<GFN>] {
+    package mutating func takeRipe(_ limit: Int, from start: inout GFN) -> [Range<GFN>] {
         var runs: [Range<GFN>] = []
         var left = limit
         var index = Int(max(start, gfns.lowerBound) - gfns.lowerBound) / 64
@@ -85,10 +85,10 @@ struct QuietPages: Sendable {
         return runs
     }
 
-    var ripeCount: Int { ripe.reduce(0) { $0 + $1.nonzeroBitCount } }
+    package var ripeCount: Int { ripe.reduce(0) { $0 + $1.nonzeroBitCount } }
 
     /// Whether there is anything that time will change.
-    var isWaiting: Bool { young.contains { $0 != 0 } || old.contains { $0 != 0 } || ripe.contains { $0 != 0 } }
+    package var isWaiting: Bool { young.contains { $0 != 0 } || old.contains { $0 != 0 } || ripe.contains { $0 != 0 } }
 
     private static func mask(_ count: Int) -> UInt64 { count >= 64 ? .max : (1 << UInt64(count)) - 1 }
 

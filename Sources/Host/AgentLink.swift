@@ -67,6 +67,7 @@ public final class AgentLink: PageMerger {
         /// Of this connection's process; given to `pages` once the agent has said that the page map is its own.
         var processMemory: ProcessMemory?
         var tracker: WriteTracker?
+        var pageTables: PageTables?
         /// What the agent can do (`quire_agent_capability`).
         var capabilities: UInt64 = 0
         /// The process whose memory `pages` has.
@@ -163,6 +164,8 @@ public final class AgentLink: PageMerger {
     public var frontEndPID: Int32? {
         monitor.read { $0.phase == .attached || $0.phase == .attaching ? $0.connection?.peer.pid : nil }
     }
+
+    public var pageTables: PageTables? { monitor.read { $0.phase == .attached ? $0.pageTables : nil } }
 
     public var obstacle: String? {
         monitor.read { state in
@@ -433,10 +436,12 @@ public final class AgentLink: PageMerger {
             throw QuireError(.invalid, "QEMU could not open its own /proc/self/pagemap and /proc/self/mem")
         }
         let processMemory = ProcessMemory(memory)
-        let tracker = WriteTracker(pagemap: pagemap)
+        let pageTables = PageTables(pagemap: pagemap)
+        let tracker = WriteTracker(pageTables)
         monitor.update {
             $0.phase = .idle
             $0.tracker = tracker
+            $0.pageTables = pageTables
             $0.capabilities = hello.capabilities
             $0.processMemory = processMemory
             $0.mappingLimit = hello.mappingLimit
@@ -550,6 +555,7 @@ public final class AgentLink: PageMerger {
                 state.phase = .absent
                 state.processMemory = nil
                 state.tracker = nil
+                state.pageTables = nil
                 state.attachAgainAt = nil
                 state.gate = nil
             }

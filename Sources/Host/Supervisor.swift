@@ -26,6 +26,8 @@ public struct Supervisor: ~Copyable {
             public var agentPath: String
             public var periodMilliseconds: UInt64 = 10_000
             public var workers = 1
+            /// Whether the kernel is asked what the guest writes.
+            public var tracksWrites = true
             /// quired's socket; nil: where it is by default.
             public var store: String?
             public var group = ""
@@ -168,6 +170,7 @@ public struct Supervisor: ~Copyable {
                 "--agent-socket", agentSocketPath, "--merge-period", "\(merging.periodMilliseconds)ms",
                 "--merge-workers", "\(merging.workers)",
             ]
+            if !merging.tracksWrites { arguments.append("--no-write-tracking") }
             if let store = merging.store { arguments += ["--store", store] }
             if !merging.group.isEmpty { arguments += ["--group", merging.group] }
         }

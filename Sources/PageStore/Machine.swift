@@ -17,6 +17,28 @@ package final class Machine: Sendable {
         let hash: PageHash
     }
 
+    /// First come, first served.
+    private struct Offers {
+        private var items: [Offer] = []
+        private var taken = 0
+        var count: Int { items.count - taken }
+
+        mutating func append(_ offer: Offer) { items.append(offer) }
+
+        mutating func take(_ most: Int) -> [Offer] {
+            let end = min(items.count, taken + most)
+            defer {
+                taken = end
+                // Moved seldom, so that taking all of many costs no more than their number.
+                if taken > items.count / 2 {
+                    items.removeFirst(taken)
+                    taken = 0
+                }
+            }
+            return Array(items[taken..<end])
+        }
+    }
+
     private struct State: ~Copyable {
         let ledger: Ledger
         /// Entries of the ledger.
@@ -34,11 +56,12 @@ package final class Machine: Sendable {
     let life: Descriptor
     private let state: Mutex<State>
     private let ram = Mutex<GuestRAM?>(nil)
-    private let offers = Mutex<[Offer]>([])
+    private let offers = Mutex(Offers())
     private let seams: StoreSeams
 
-    /// Offers that wait for a VM. What is too much is forgotten, and found when the page is looked up again.
-    private static let maxOffers = 4096
+    /// Offers that wait for a VM: 4 GiB of its pages, 32 MiB of memory where so many wait. What is too much is forgotten,
+    /// and found when the page is looked up again, which may never be.
+    private static let maxOffers = 1 << 20
     /// Pages that a VM may have been given slots for without having said what became of them.
     private static let maxHeld = 1 << 16
 
@@ -164,11 +187,7 @@ package final class Machine: Sendable {
     package func takeOffers(_ most: Int) throws(QuireError) -> [SlotRun] {
         let memory = memory
         return try state.withLock { (state) throws(QuireError) -> [SlotRun] in
-            let taken = offers.withLock { offers in
-                let taken = Array(offers.prefix(most))
-                offers.removeFirst(taken.count)
-                return taken
-            }
+            let taken = offers.withLock { $0.take(most) }
             var found: [SlotRun] = []
             guard !state.hasEnded, let memory else { return found }
             for offer in taken.sorted(by: { $0.gfn < $1.gfn }) where state.held < Self.maxHeld {
@@ -249,7 +268,7 @@ package final class Machine: Sendable {
     func reconcile(
         _ map: borrowing ForeignPageMap
     ) throws(QuireError) -> (kept: UInt64, dropped: UInt64, unknown: UInt64) {
-        offers.withLock { $0 = [] }
+        offers.withLock { $0 = Offers() }
         var kept: UInt64 = 0, dropped: UInt64 = 0
         try state.withLock { (state) throws(QuireError) in
             // Then the ledger says nothing any more, and its references are gone.
@@ -298,7 +317,7 @@ package final class Machine: Sendable {
             state.held = 0
             state.merged = 0
         }
-        offers.withLock { $0 = [] }
+        offers.withLock { $0 = Offers() }
         ram.withLock { $0 = nil }
     }
 

@@ -1,15 +1,48 @@
 import CPlatform
 
+/// What another process's page tables say, by a descriptor of its `/proc/self/pagemap`. Addresses are that process's, in
+/// bytes.
+public final class PageTables: Sendable {
+    private let pagemap: Descriptor
+
+    public init(pagemap: consuming Descriptor) { self.pagemap = pagemap }
+
+    fileprivate var raw: Int32 { pagemap.raw }
+
+    /// Calls `body` with every range of pages that are there, or swapped out, and belong to no file: in a private mapping
+    /// of a file, copies of the process's own; in an anonymous one, copies or the zero page. On any kernel.
+    public func forEachAnonymous(_ addresses: Range<UInt64>, _ body: (Range<UInt64>) -> Void) throws(QuireError) {
+        let pageBytes: UInt64 = 4096
+        let isFile: UInt64 = 1 << 61, isSomewhere: UInt64 = 3 << 62
+        var entries = [UInt64](repeating: 0, count: 1024)
+        var run: Range<UInt64>?
+        var address = addresses.lowerBound
+        while address < addresses.upperBound {
+            let wanted = min(entries.count, Int((addresses.upperBound - address + pageBytes - 1) / pageBytes))
+            let count = unsafe cp_pagemap_read(pagemap.raw, address, &entries, wanted)
+            guard count > 0 else { throw .system("cannot read QEMU's page tables") }
+            for entry in entries.prefix(count) {
+                if entry & isFile == 0, entry & isSomewhere != 0 {
+                    if let last = run { run = last.lowerBound..<address + pageBytes } else { run = address..<address + pageBytes }
+                } else if let last = run {
+                    body(last)
+                    run = nil
+                }
+                address += pageBytes
+            }
+        }
+        if let run { body(run) }
+    }
+}
+
 /// Which pages another process has written since they were last looked at: by asynchronous write-protect, which that
 /// process has registered its memory for, and PAGEMAP_SCAN through a descriptor of its `/proc/self/pagemap` (both
 /// Linux 6.7; Documentation/admin-guide/mm/pagemap.rst). What a look costs follows from the page tables, not from what is
 /// in the pages: milliseconds a GiB.
-///
-/// Addresses are that process's, in bytes.
 public final class WriteTracker: Sendable {
-    private let pagemap: Descriptor
+    private let pagemap: PageTables
 
-    public init(pagemap: consuming Descriptor) { self.pagemap = pagemap }
+    public init(_ pageTables: PageTables) { pagemap = pageTables }
 
     private static let written = UInt64(PAGE_IS_WRITTEN)
     private static let present = UInt64(PAGE_IS_PRESENT)

@@ -81,6 +81,11 @@ struct QuireBackend: ParsableCommand {
     @Option(name: .customLong("merge-workers"), help: "Threads that look for equal pages.")
     var mergeWorkers = 1
 
+    @Flag(
+        name: .customLong("no-write-tracking"),
+        help: "Read all of memory to find what the guest writes, as on a kernel before Linux 6.7.")
+    var noWriteTracking = false
+
     @Option(help: ArgumentHelp("quired's socket (default: /run/quired/store.sock, or in $XDG_RUNTIME_DIR).", valueName: "path"))
     var store: String?
 
@@ -152,7 +157,7 @@ struct QuireBackend: ParsableCommand {
             }
             var merging = BackendProcess.Merging(
                 agentSocket: agentSocket, store: store ?? StoreLink.standardPath(),
-                engine: try DedupEngine.Configuration(periodMilliseconds: value, workers: mergeWorkers))
+                engine: try DedupEngine.Configuration(periodMilliseconds: value, workers: mergeWorkers, tracksWrites: !noWriteTracking))
             merging.group = group
             options.merging = merging
         }

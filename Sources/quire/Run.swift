@@ -48,6 +48,9 @@ extension Quire {
         @Option(help: ArgumentHelp("The agent for QEMU (default: libquire-agent.so beside quire, or in ../lib/quire).", valueName: "path"))
         var agent: String?
 
+        @Flag(help: "Read all of memory to find what the guest writes, as on a host kernel before Linux 6.7.")
+        var noWriteTracking = false
+
         @Flag(help: "Load no agent into QEMU: equal pages are not merged.")
         var noMerge = false
 
@@ -91,6 +94,7 @@ extension Quire {
                     merging.periodMilliseconds = mergePeriod
                     merging.workers = mergeWorkers
                     merging.group = group
+                    merging.tracksWrites = !noWriteTracking
                     merging.store = store
                     configuration.merging = merging
                 } else if !noMerge {
@@ -104,7 +108,7 @@ extension Quire {
         private static func agentBesideUs() -> String? {
             guard let own = Files.target(ofLink: "/proc/self/exe"), let slash = own.lastIndex(of: "/") else { return nil }
             return ["/libquire-agent.so", "/../lib/quire/libquire-agent.so"].map { own[..<slash] + $0 }
-                .first { (try? Files.identity(of: $0)) != nil }
+                .first { Files.identity(of: $0) != nil }
         }
 
         private static func backendBesideUs() -> String {

@@ -8,13 +8,18 @@ extension Quire {
             abstract: "Shows the running VMs and what was recycled.",
             discussion: """
                 RESIDENT is what the host has allocated of the guest's RAM; RECYCLED what the guest has freed and the \
-                host holds no page for, TOTAL all that was ever recycled, RATE that of the last period; CPU the \
+                host holds no page for, TOTAL all that was ever recycled, RATE that of the last period; SHARING what \
+                is mapped to pages that are kept once, ZERO what is mapped to zeros, DIVERGED what of both the guest has \
+                written since, SAVED the rest; MERGING whether more is merged; CPU the \
                 backend's share of one CPU since it was started. Sizes are in binary units.
 
                 With --json: an array of objects with name, state, reason, pid, ram_bytes, resident_bytes, \
                 recycled_pages, recycled_bytes, recycled_total_pages, recycled_total_bytes, \
                 recycled_pages_per_second, free_marked_pages, waits, refilled_pages, cpu_percent, cpu_seconds, \
-                uptime_seconds, period_ms, map_bytes, restarts, age_ms. A page has 4096 bytes.
+                uptime_seconds, period_ms, map_bytes, restarts, age_ms, and the object merging: state, reason, period_ms, \
+                sharing_pages, zero_pages, diverged_pages, saved_bytes, hashed_total_pages, merged_total_pages, \
+                folded_total_pages, merged_pages_per_second, folded_pages_per_second, mappings, mapping_limit, \
+                group_shared_pages, group_sharing_pages, group_saved_bytes, group_histogram. A page has 4096 bytes.
 
                 States: active; paused (for now); refused (the guest's table); no-guest (no guest module has \
                 registered); starting; down (the backend is dead); unknown (its status cannot be read).

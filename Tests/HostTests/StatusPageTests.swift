@@ -16,9 +16,18 @@ struct StatusPageTests {
         writer.setPeriod(milliseconds: 9)
         writer.setCosts(cpuNanoseconds: 10, mapBytes: 11)
         writer.setUpdated(nanoseconds: 12)
+        var merging = MergeSnapshot()
+        merging.state = .paused
+        merging.reason = "tor"
+        merging.periodMilliseconds = 13
+        merging.sharingPages = 14
+        merging.groupSavedBytes = 15
+        merging.groupHistogram = (0..<32).map { 100 + $0 }
+        writer.setMerging(merging)
         writer.beat()
         writer.beat()
         var expected = StatusSnapshot()
+        expected.merging = merging
         expected.pid = 77
         expected.heartbeat = 2
         expected.ramBytes = 1

@@ -18,6 +18,12 @@ struct StatusReportTests {
         page.periodMilliseconds = 10_000
         page.updatedNanoseconds = 99_900_000_000
         page.restarts = 2
+        page.merging.state = .active
+        page.merging.reason = "only pages of zeros are merged"
+        page.merging.sharingPages = 25_600
+        page.merging.zeroPages = 12_800
+        page.merging.divergedPages = 256
+        page.merging.groupHistogram[1] = 7
         return page
     }
 
@@ -32,13 +38,16 @@ struct StatusReportTests {
         let fresh = StatusReport(name: "new", page: StatusSnapshot(), started: nil, now: 100 * seconds)
         #expect(
             StatusReport.table([demo, paused, dead, fresh], colours: false) == """
-                NAME           STATE      RAM  RESIDENT  RECYCLED  TOTAL   RATE   CPU  PERIOD   PID
-                demo           active    2.0G      300M      1.5G   3.8G  10M/s  0.5%     10s  4242
-                a-longer-name  paused    2.0G      300M      1.5G   3.8G  10M/s  0.5%     10s  4242
-                gone           down      2.0G      300M      1.5G   3.8G    0/s  0.0%     10s  4242
-                new            starting     -         -         -      -      -     -       -     -
+                NAME           STATE      RAM  RESIDENT  RECYCLED  TOTAL   RATE  SHARING  ZERO  DIVERGED  SAVED  MERGING   CPU  PERIOD   PID
+                demo           active    2.0G      300M      1.5G   3.8G  10M/s     100M   50M      1.0M   149M  active   0.5%     10s  4242
+                a-longer-name  paused    2.0G      300M      1.5G   3.8G  10M/s     100M   50M      1.0M   149M  active   0.5%     10s  4242
+                gone           down      2.0G      300M      1.5G   3.8G    0/s     100M   50M      1.0M   149M  active   0.0%     10s  4242
+                new            starting     -         -         -      -      -        -     -         -      -  -           -       -     -
                 a-longer-name: migration is running
                 gone: the backend, process 4242, is dead
+                demo: merging: only pages of zeros are merged
+                a-longer-name: merging: only pages of zeros are merged
+                gone: merging: only pages of zeros are merged
                 """)
         #expect(StatusReport.table([demo], colours: true).contains("\u{1B}[32mactive\u{1B}[0m  2.0G"))
     }
@@ -53,7 +62,8 @@ struct StatusReportTests {
             "\"recycled_total_bytes\" : 4096000000", "\"recycled_pages_per_second\" : 2560.5", "\"cpu_percent\" : 0.5",
             "\"cpu_seconds\" : 0.5", "\"uptime_seconds\" : 100", "\"period_ms\" : 10000", "\"pid\" : 4242",
             "\"restarts\" : 2", "\"age_ms\" : 100", "\"free_marked_pages\" : 0", "\"waits\" : 0", "\"refilled_pages\" : 0",
-            "\"map_bytes\" : 0", "\"reason\" : \"\"",
+            "\"map_bytes\" : 0", "\"reason\" : \"\"", "\"sharing_pages\" : 25600", "\"zero_pages\" : 12800",
+            "\"diverged_pages\" : 256", "\"saved_bytes\" : 156237824", "\"mapping_limit\" : 0",
         ] { #expect(text.contains(line), "\(line)") }
         #expect(StatusReport.json([]).filter { !$0.isWhitespace } == "[]")
     }

@@ -117,7 +117,7 @@ struct SupervisorTests {
                 """)
         #expect(
             stage.text("backends")
-                == "--name vm --device control,fd=3 --ram fd=6 --page-map-fd 4 --status \(stage.folder.path)/run/vm/status --supervisor-fd 5 --period 250ms --workers 3 --log-level debug --memory-slots --single-threaded-tcg\n")
+                == "--name vm --device control,fd=3 --ram fd=6 --page-map-fd 4 --status \(stage.folder.path)/run/vm/status --supervisor-fd 5 --period 250ms --workers 3 --log-level debug --command-socket \(stage.folder.path)/run/vm/command.sock --agent-socket \(stage.folder.path)/run/vm/agent.sock --merge-period 10000ms --merge-workers 1 --memory-slots --single-threaded-tcg\n")
         let descriptors = stage.text("descriptors")
         #expect(descriptors.contains("100 -> /memfd:quire-vm-quire-ram"))
         #expect(descriptors.contains("101 -> \(stage.folder.path)/run/vm/lock"))

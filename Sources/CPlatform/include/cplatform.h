@@ -123,6 +123,10 @@ struct cp_page_range { uint64_t start, end; };
 long cp_pagemap_scan(int fd, uint64_t start, uint64_t end, bool protect, uint64_t inverted, uint64_t all, uint64_t any,
 		     struct cp_page_range *found, size_t count, uint64_t *walked);
 
+/* What /proc/PID/pagemap says of `count` pages from `address` on, without PAGEMAP_SCAN (admin-guide/mm/pagemap.rst):
+ * bit 61: of a file or shared; 62: swapped; 63: present. Returns how many, or -1. */
+long cp_pagemap_read(int fd, uint64_t address, uint64_t *entries, size_t count);
+
 /* Epoll where a descriptor is reported once and then rests until it is armed again, so that of several threads one
  * deals with it. `token` is the caller's. */
 int cp_epoll(void);
