@@ -233,47 +233,98 @@ public struct StatusReport: Sendable, Equatable, Codable {
         }
     }
 
-    private static let columns: [(title: String, isNumber: Bool)] = [
+    private typealias Columns = [(title: String, isNumber: Bool)]
+
+    private static let columns: Columns = [
         ("NAME", false), ("STATE", false), ("RAM", true), ("RESIDENT", true), ("RECYCLED", true), ("TOTAL", true),
-        ("RATE", true), ("SHARING", true), ("ZERO", true), ("DIVERGED", true), ("SAVED", true), ("MERGING", false),
-        ("CPU", true), ("PERIOD", true), ("PID", true),
+        ("RATE", true), ("MERGING", false), ("SAVED", true), ("CPU", true), ("PERIOD", true), ("PID", true),
     ]
 
     private var cells: [String] {
         guard pid != 0 else { return [name, state.rawValue] + Array(repeating: "-", count: Self.columns.count - 2) }
         return [
             name, state.rawValue, Size.text(ramBytes), Size.text(residentBytes), Size.text(recycledBytes),
-            Size.text(recycledTotalBytes), Size.text(UInt64(max(0, recycledPagesPerSecond) * 4096)) + "/s",
-            Size.text(merging.sharingPages * 4096), Size.text(merging.zeroPages * 4096),
-            Size.text(merging.divergedPages * 4096), Size.text(merging.savedBytes), merging.state.rawValue,
-            Size.decimal(cpuPercent, digits: 1) + "%", Size.duration(milliseconds: UInt64(periodMilliseconds)), "\(pid)",
+            Size.text(recycledTotalBytes), Self.rate(recycledPagesPerSecond), merging.state.rawValue,
+            Size.text(merging.savedBytes), Size.decimal(cpuPercent, digits: 1) + "%",
+            Size.duration(milliseconds: UInt64(periodMilliseconds)), "\(pid)",
         ]
     }
 
-    /// Lines of aligned columns, then a line for each VM that has something to say about itself.
+    private static let mergeColumns: Columns = [
+        ("NAME", false), ("SHARING", true), ("ZERO", true), ("DIVERGED", true), ("HASHED", true), ("MERGED", true),
+        ("FOLDED", true), ("MAPPINGS", true), ("PERIOD", true),
+    ]
+
+    private var mergeCells: [String] {
+        [
+            name, Size.text(merging.sharingPages * 4096), Size.text(merging.zeroPages * 4096),
+            Size.text(merging.divergedPages * 4096), Size.text(merging.hashedTotalPages &* 4096),
+            Self.rate(merging.mergedPagesPerSecond), Self.rate(merging.foldedPagesPerSecond),
+            "\(merging.mappings)/\(merging.mappingLimit)",
+            Size.duration(milliseconds: UInt64(merging.periodMilliseconds)),
+        ]
+    }
+
+    private static func rate(_ pagesPerSecond: Double) -> String {
+        Size.text(UInt64(max(0, pagesPerSecond) * 4096)) + "/s"
+    }
+
+    /// The VMs, then what is merged of them, each as lines of aligned columns; then what each has to say about itself, and
+    /// how often pages of the store are used.
     public static func table(_ reports: [StatusReport], colours: Bool) -> String {
-        let rows = [columns.map(\.title)] + reports.map(\.cells)
+        var lines = aligned(columns, reports.map(\.cells), colours: colours) { row, column, cell in
+            column == 1 ? "\u{1B}[\(reports[row].state.colour)m\(cell)\u{1B}[0m" : cell
+        }
+        let merged = reports.filter { $0.pid != 0 && $0.merging.state != .off }
+        if !merged.isEmpty {
+            lines.append("")
+            lines += aligned(mergeColumns, merged.map(\.mergeCells), colours: colours) { _, _, cell in cell }
+        }
+        var notes: [String] = []
+        for report in reports where !report.reason.isEmpty && report.state != .active {
+            notes.append("\(report.name): \(report.reason)")
+        }
+        for report in merged where !report.merging.reason.isEmpty && report.merging.state != .idle {
+            notes.append("\(report.name): merging: \(report.merging.reason)")
+        }
+        // VMs of one group say the same, give or take the moment at which each has asked.
+        if let group = merged.map(\.merging).max(by: { $0.groupSharingPages < $1.groupSharingPages }),
+            group.groupSharedPages > 0
+        {
+            notes.append(group.uses)
+        }
+        if !merged.isEmpty, !notes.isEmpty { lines.append("") }
+        return (lines + notes).joined(separator: "\n")
+    }
+
+    private static func aligned(
+        _ columns: Columns, _ cells: [[String]], colours: Bool, _ colour: (Int, Int, String) -> String
+    ) -> [String] {
+        let rows = [columns.map(\.title)] + cells
         let widths = columns.indices.map { column in rows.map { $0[column].count }.max() ?? 0 }
-        var lines: [String] = []
-        for (index, row) in rows.enumerated() {
+        return rows.enumerated().map { index, row in
             var line = ""
             for (column, cell) in row.enumerated() {
                 let padding = String(repeating: " ", count: widths[column] - cell.count)
                 var text = cell
-                if colours && index == 0 { text = "\u{1B}[1m\(cell)\u{1B}[0m" }
-                if colours && index > 0 && column == 1 { text = "\u{1B}[\(reports[index - 1].state.colour)m\(cell)\u{1B}[0m" }
+                if colours { text = index == 0 ? "\u{1B}[1m\(cell)\u{1B}[0m" : colour(index - 1, column, cell) }
                 if column > 0 { line += "  " }
                 line += columns[column].isNumber ? padding + text : text + padding
             }
-            lines.append(line)
+            return line
         }
-        for report in reports where !report.reason.isEmpty && report.state != .active {
-            lines.append("\(report.name): \(report.reason)")
+    }
+}
+
+extension StatusReport.Merging {
+    /// How often pages of the store are used.
+    var uses: String {
+        let counts = groupHistogram.enumerated().filter { $0.element > 0 }.map { power, count in
+            let low = 1 << power
+            return (power == 0 ? "once" : "\(low) to \(2 * low - 1) times") + " \(count)"
         }
-        for report in reports where !report.merging.reason.isEmpty && report.merging.state != .idle {
-            lines.append("\(report.name): merging: \(report.merging.reason)")
-        }
-        return lines.joined(separator: "\n")
+        return "store: \(Size.text(groupSharedPages * 4096)) for \(Size.text(groupSharingPages * 4096)) of guest memory; "
+            + "pages used " + counts.joined(separator: ", ")
     }
 }
 

@@ -8,10 +8,14 @@ extension Quire {
             abstract: "Shows the running VMs and what was recycled.",
             discussion: """
                 RESIDENT is what the host has allocated of the guest's RAM; RECYCLED what the guest has freed and the \
-                host holds no page for, TOTAL all that was ever recycled, RATE that of the last period; SHARING what \
-                is mapped to pages that are kept once, ZERO what is mapped to zeros, DIVERGED what of both the guest has \
-                written since, SAVED the rest; MERGING whether more is merged; CPU the \
+                host holds no page for, TOTAL all that was ever recycled, RATE that of the last period; MERGING whether \
+                equal pages are merged, SAVED what that saves; CPU the \
                 backend's share of one CPU since it was started. Sizes are in binary units.
+
+                Below, what is merged: SHARING is mapped to pages that are kept once, ZERO to zeros, DIVERGED what of \
+                both the guest has written since (it goes back soon); HASHED what was read to find equal pages; MERGED and \
+                FOLDED what is merged and brought back a second; MAPPINGS what QEMU has of them, and the number above \
+                which nothing is merged (from vm.max_map_count).
 
                 With --json: an array of objects with name, state, reason, pid, ram_bytes, resident_bytes, \
                 recycled_pages, recycled_bytes, recycled_total_pages, recycled_total_bytes, \

@@ -23,6 +23,12 @@ struct StatusReportTests {
         page.merging.sharingPages = 25_600
         page.merging.zeroPages = 12_800
         page.merging.divergedPages = 256
+        page.merging.periodMilliseconds = 2000
+        page.merging.mappings = 700
+        page.merging.mappingLimit = 57_339
+        page.merging.groupSharedPages = 10_240
+        page.merging.groupSharingPages = 25_600
+        page.merging.groupHistogram[0] = 3
         page.merging.groupHistogram[1] = 7
         return page
     }
@@ -38,16 +44,23 @@ struct StatusReportTests {
         let fresh = StatusReport(name: "new", page: StatusSnapshot(), started: nil, now: 100 * seconds)
         #expect(
             StatusReport.table([demo, paused, dead, fresh], colours: false) == """
-                NAME           STATE      RAM  RESIDENT  RECYCLED  TOTAL   RATE  SHARING  ZERO  DIVERGED  SAVED  MERGING   CPU  PERIOD   PID
-                demo           active    2.0G      300M      1.5G   3.8G  10M/s     100M   50M      1.0M   149M  active   0.5%     10s  4242
-                a-longer-name  paused    2.0G      300M      1.5G   3.8G  10M/s     100M   50M      1.0M   149M  active   0.5%     10s  4242
-                gone           down      2.0G      300M      1.5G   3.8G    0/s     100M   50M      1.0M   149M  active   0.0%     10s  4242
-                new            starting     -         -         -      -      -        -     -         -      -  -           -       -     -
+                NAME           STATE      RAM  RESIDENT  RECYCLED  TOTAL   RATE  MERGING  SAVED   CPU  PERIOD   PID
+                demo           active    2.0G      300M      1.5G   3.8G  10M/s  active    149M  0.5%     10s  4242
+                a-longer-name  paused    2.0G      300M      1.5G   3.8G  10M/s  active    149M  0.5%     10s  4242
+                gone           down      2.0G      300M      1.5G   3.8G    0/s  active    149M  0.0%     10s  4242
+                new            starting     -         -         -      -      -  -            -     -       -     -
+
+                NAME           SHARING  ZERO  DIVERGED  HASHED  MERGED  FOLDED   MAPPINGS  PERIOD
+                demo              100M   50M      1.0M       0     0/s     0/s  700/57339      2s
+                a-longer-name     100M   50M      1.0M       0     0/s     0/s  700/57339      2s
+                gone              100M   50M      1.0M       0     0/s     0/s  700/57339      2s
+
                 a-longer-name: migration is running
                 gone: the backend, process 4242, is dead
                 demo: merging: only pages of zeros are merged
                 a-longer-name: merging: only pages of zeros are merged
                 gone: merging: only pages of zeros are merged
+                store: 40M for 100M of guest memory; pages used once 3, 2 to 3 times 7
                 """)
         #expect(StatusReport.table([demo], colours: true).contains("\u{1B}[32mactive\u{1B}[0m  2.0G"))
     }
@@ -63,7 +76,7 @@ struct StatusReportTests {
             "\"cpu_seconds\" : 0.5", "\"uptime_seconds\" : 100", "\"period_ms\" : 10000", "\"pid\" : 4242",
             "\"restarts\" : 2", "\"age_ms\" : 100", "\"free_marked_pages\" : 0", "\"waits\" : 0", "\"refilled_pages\" : 0",
             "\"map_bytes\" : 0", "\"reason\" : \"\"", "\"sharing_pages\" : 25600", "\"zero_pages\" : 12800",
-            "\"diverged_pages\" : 256", "\"saved_bytes\" : 156237824", "\"mapping_limit\" : 0",
+            "\"diverged_pages\" : 256", "\"saved_bytes\" : 156237824", "\"mapping_limit\" : 57339",
         ] { #expect(text.contains(line), "\(line)") }
         #expect(StatusReport.json([]).filter { !$0.isWhitespace } == "[]")
     }
