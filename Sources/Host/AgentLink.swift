@@ -242,7 +242,7 @@ public final class AgentLink: PageMerger {
     }
 
     /// Forgets what merged pages hold. Only for pages that nobody can be using until the result is there, or, if this
-    /// throws, until `settle` has returned: the range lock does not keep a reset off.
+    /// throws, until `settle` has returned.
     public func reset(_ gfns: [Range<GFN>], until deadline: UInt64? = nil) throws(QuireError) -> [MoveOutcome] {
         try run(.reset, gfns.map(Self.run), until: deadline)
     }

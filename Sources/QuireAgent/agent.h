@@ -91,7 +91,12 @@ const struct ram *ram_of_addresses(const struct ram_table *, uintptr_t address, 
 				   uint64_t *pages);
 bool ram_is_file(uint64_t device, uint64_t inode);
 bool ram_is_sealed(int fd);    /* against shrinking: a mapping of it never raises SIGBUS */
-void ram_unmapped(uintptr_t address, size_t bytes); /* with the window lock */
+/* Whether a file of guest RAM that is, or was, attached is mapped in a part of the range. */
+bool ram_is_mapped(uintptr_t address, size_t bytes);
+/* QEMU unmaps the range, for good: what was merged there is not any more. With the window lock. */
+void ram_unmapped(uintptr_t address, size_t bytes);
+/* Whether another file, of which a part isn't unmapped yet, has pages among these in this table or one before. */
+bool ram_has_other(const struct ram *);
 size_t ram_count_mappings(void);
 
 /* The page map. NULL until the first attach. */
@@ -119,7 +124,10 @@ extern unsigned store_count;
 bool window_prepare(void);     /* the buffers; once */
 void window_track(const struct ram *); /* dirty tracking of what isn't merged */
 struct quire_agent_outcome window_run(enum quire_agent_operation, const struct quire_agent_run *);
-/* Maps the memfd again where these pages are merged. Any thread. 0 or a negative errno. */
+/*
+ * Maps the memfd again where these pages are merged, for a call of QEMU's own; waits for I/O there, but not for long.
+ * Any thread that holds no range lock. 0 or a negative errno.
+ */
 long window_reset(uint64_t gfn, uint64_t pages);
 
 /* ---- userfault.c */
@@ -137,12 +145,15 @@ struct range { uintptr_t begin, end; };
 long userfault_diverged(void *address, size_t bytes, bool zeros, struct range *, size_t max);
 
 /* ---- lock.c */
-bool lock_open_window(uint64_t gfn, uint64_t pages);  /* false: I/O is in flight */
+/* With the window lock. False: I/O is in flight, or the backend that asked for it isn't the one that has the map now. */
+bool lock_open_window(uint64_t gfn, uint64_t pages);
+bool lock_open_own_window(uint64_t gfn, uint64_t pages); /* the same for QEMU itself, whatever backend there is */
 void lock_close_window(uint64_t gfn, uint64_t pages);
 void lock_begin_io(uint64_t gfn, uint64_t pages);     /* waits while a window is open */
 void lock_end_io(uint64_t gfn, uint64_t pages);
 void lock_forget_agent(const struct ram_table *);     /* a new QEMU: nothing of the last one's is in flight */
 void lock_serve_backend(void);                        /* windows are opened for the backend that has the map now */
+bool lock_serves_backend(void);                       /* which it still is */
 void lock_note_merge(uint64_t gfn, uint64_t pages);   /* in a window: pages there will be merged */
 
 /* ---- budget.c */

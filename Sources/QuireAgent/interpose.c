@@ -526,24 +526,27 @@ EXPORT int ioctl(int fd, unsigned long request, ...)
 
 /* ---- guest RAM that is discarded or unmapped */
 
-/* Maps merged pages of the range back. False, with errno: the call must not be made. */
-static bool bring_back(const struct held *held)
-{
-	for (unsigned i = 0; i < held->count; i++) {
-		long error = window_reset(held->ranges[i].gfn, held->ranges[i].pages);
-		if (!error) continue;
-		errno = (int)-error;
-		return false;
-	}
-	return true;
-}
-
 static bool any_merged(const struct held *held)
 {
 	for (unsigned i = 0; i < held->count; i++)
 		for (uint64_t n = 0; n < held->ranges[i].pages; n++)
 			if (map_merged(map_load(held->ranges[i].gfn + n))) return true;
 	return false;
+}
+
+/* Maps merged pages of the range back. False, with errno: the call must not be made. Meanwhile nothing is held. */
+static bool bring_back(const struct held *held)
+{
+	long error = 0;
+	/* Until none is merged when it is held again. */
+	while (!error && any_merged(held)) {
+		for (unsigned i = 0; i < held->count; i++) lock_end_io(held->ranges[i].gfn, held->ranges[i].pages);
+		for (unsigned i = 0; i < held->count && !error; i++)
+			error = window_reset(held->ranges[i].gfn, held->ranges[i].pages);
+		for (unsigned i = 0; i < held->count; i++) lock_begin_io(held->ranges[i].gfn, held->ranges[i].pages);
+	}
+	errno = (int)-error;
+	return !error;
 }
 
 /* Only ranges of a few pieces are discarded; a table that has more would have been split by the caller. */
@@ -626,8 +629,8 @@ INTERPOSE_FALLOCATE(fallocate64, off64_t)
 SLOT(munmap);
 EXPORT int munmap(void *address, size_t bytes)
 {
-	uint64_t gfn, pages;
-	if (ram_of_addresses(atomic_load(&ram_now), (uintptr_t)address, bytes, &gfn, &pages) && agent_is_here()) {
+	/* Not by the table: the backend may have heard already that these regions are gone. */
+	if (ram_is_mapped((uintptr_t)address, bytes) && agent_is_here()) {
 		sigset_t old;
 		agent_lock(&old);
 		ram_unmapped((uintptr_t)address, bytes);

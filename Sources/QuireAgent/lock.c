@@ -2,8 +2,8 @@
 /*
  * lock.c - the range lock of quire_layout.h, QEMU's side: the agent's windows, and the I/O of QEMU's own threads.
  *
- * The agent gives up where it finds I/O, and never waits. I/O waits for the agent: a window is some system calls long,
- * so a short sleep is enough and nobody has to be woken.
+ * Whoever opens a window gives up where he finds I/O, and never waits. I/O waits for the window: it is some system calls
+ * long, so a short sleep is enough and nobody has to be woken.
  */
 #include "agent.h"
 #include "sys.h"
@@ -25,18 +25,26 @@ void lock_close_window(uint64_t gfn, uint64_t pages)
 static uint32_t served; /* the generation of backends that commands are carried out for */
 
 void lock_serve_backend(void) { served = map_generation(); }
+bool lock_serves_backend(void) { return map_generation() == served; }
 
-bool lock_open_window(uint64_t gfn, uint64_t pages)
+bool lock_open_own_window(uint64_t gfn, uint64_t pages)
 {
 	bool used = false;
 	EACH_LOCK(at, gfn, pages) {
 		__atomic_store_n(&map_lock(at)->busy, 1, __ATOMIC_SEQ_CST);
 		used |= is_used(map_lock(at));
 	}
-	/* Another backend has taken over: it may hold pages private of which the one before knew nothing. */
-	used |= map_generation() != served;
 	if (used) lock_close_window(gfn, pages);
 	return !used;
+}
+
+bool lock_open_window(uint64_t gfn, uint64_t pages)
+{
+	if (!lock_open_own_window(gfn, pages)) return false;
+	if (lock_serves_backend()) return true;
+	/* Another backend has taken over: it may hold pages private of which the one before knew nothing. */
+	lock_close_window(gfn, pages);
+	return false;
 }
 
 void lock_note_merge(uint64_t gfn, uint64_t pages)

@@ -188,6 +188,11 @@ static enum quire_agent_status attach_regions(const struct quire_agent_attach *a
 				snprintf(text, 256, "regions %u and %u overlap", j, i);
 				return QUIRE_AGENT_REFUSED;
 			}
+		if (!is_known(ram->file) && map_has_merged(ram->gfn, ram->pages) && ram_has_other(ram)) {
+			snprintf(text, 256, "QEMU has not unmapped yet the memory that was at 0x%llx before",
+				 (unsigned long long)(ram->gfn * PAGE));
+			return QUIRE_AGENT_NOT_MAPPED;
+		}
 		if (is_known(ram->file) ? moved(ram) : map_has_merged(ram->gfn, ram->pages)) {
 			snprintf(text, 256, "the page map says that pages are merged which aren't: start the VM anew");
 			return QUIRE_AGENT_OTHER_MAP;

@@ -165,10 +165,64 @@ bool ram_is_file(uint64_t device, uint64_t inode)
 	return false;
 }
 
-void ram_unmapped(uintptr_t address, size_t bytes)
+bool ram_is_mapped(uintptr_t address, size_t bytes)
 {
 	for (unsigned i = 0; i < atomic_load(&file_count); i++)
-		if (address < files[i].end && files[i].begin < address + bytes) files[i].unmapped = true;
+		if (address < files[i].end && files[i].begin < address + bytes && !files[i].unmapped) return true;
+	return false;
+}
+
+/* Whose page this is, or was last. */
+static const struct ram_file *owner(uint64_t gfn)
+{
+	for (const struct ram_table *table = atomic_load(&ram_now); table; table = table->before)
+		for (unsigned i = 0; i < table->count; i++)
+			if (gfn - table->regions[i].gfn < table->regions[i].pages) return table->regions[i].file;
+	return NULL;
+}
+
+/* Of the region, what lies in the range. */
+static void forget_merged(const struct ram *ram, uintptr_t begin, uintptr_t end)
+{
+	uintptr_t first = (uintptr_t)ram->address, last = first + ram->pages * PAGE;
+	if (begin < first) begin = first;
+	if (end > last) end = last;
+	if (begin >= end || !map_has_merged(ram->gfn, ram->pages)) return;
+	for (uint64_t gfn = ram->gfn + (begin - first) / PAGE; gfn < ram->gfn + (end - first + PAGE - 1) / PAGE; gfn++)
+		/* Where the region was gone before, other memory may have come. */
+		if (map_merged(map_load(gfn)) && owner(gfn) == ram->file) map_store(gfn, QUIRE_MAP_PRIVATE);
+}
+
+/*
+ * Whoever could do I/O on these pages has been told that there is no such memory, or it is QEMU itself. So the range lock
+ * isn't asked; munmap couldn't wait for it.
+ */
+void ram_unmapped(uintptr_t address, size_t bytes)
+{
+	for (unsigned i = 0; i < atomic_load(&file_count); i++) {
+		struct ram_file *file = &files[i];
+		if (file->unmapped || address >= file->end || file->begin >= address + bytes) continue;
+		file->unmapped = true;
+		/* Or the host would keep the memory for us. */
+		close(file->fd);
+		file->fd = -1;
+		for (const struct ram_table *table = atomic_load(&ram_now); table; table = table->before)
+			for (unsigned j = 0; j < table->count; j++)
+				if (table->regions[j].file == file)
+					forget_merged(&table->regions[j], address, address + bytes);
+	}
+}
+
+bool ram_has_other(const struct ram *ram)
+{
+	for (const struct ram_table *table = atomic_load(&ram_now); table; table = table->before)
+		for (unsigned i = 0; i < table->count; i++) {
+			const struct ram *other = &table->regions[i];
+			if (other->file != ram->file && !other->file->unmapped && other->gfn < ram->gfn + ram->pages
+			    && ram->gfn < other->gfn + other->pages)
+				return true;
+		}
+	return false;
 }
 
 bool ram_is_sealed(int fd)

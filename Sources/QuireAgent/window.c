@@ -40,8 +40,13 @@
  *   7 entry      the page map says where the bytes are now
  *   8 wake
  *
- * Reset. The guest has freed the pages, so their bytes may go: the memfd is mapped and nothing is copied. No window and
- * no lock: nobody has anything to lose.
+ * Reset. The guest has freed the pages, so their bytes may go: the memfd is mapped and nothing is copied. Nobody has to
+ * wait, but for I/O: whoever holds the range lock finds a page where he was told that it is. And the lock ends what a
+ * dead backend had asked for: its successor may have given the pages back to the guest.
+ *
+ * QEMU resets pages itself, before it discards them (interpose.c): there is no backend to ask for it, and none to refuse.
+ * It waits for the I/O, which no thread of QEMU's has to help to its end, but not for ever: the counts of a dead backend
+ * stay until it has a successor.
  *
  * Deaths. The page map is written after the mapping and before anyone can write through it, while `busy` keeps the
  * backend's I/O away. So whoever holds the range lock finds: an entry says PRIVATE only while the memfd has the page's
@@ -367,38 +372,64 @@ static struct quire_agent_outcome fold_some(const struct ram *ram, uint64_t gfn,
 	return result;
 }
 
-long window_reset(uint64_t gfn, uint64_t pages)
+/* One window: as many merged pages from `gfn` on as a range lock is for, and all in one mapping. */
+static long reset_window(const struct ram *ram, uint64_t gfn, uint64_t *pages, bool try_open(uint64_t, uint64_t))
 {
 	/* A new mapping would drop QEMU's own registration. */
 	if (gate_suspects(GATE_USERFAULT)) return -EBUSY;
-	while (pages) {
+	*pages = alike(gfn, *pages < QUIRE_LOCK_PAGES ? *pages : QUIRE_LOCK_PAGES, true);
+	if (!try_open(gfn, *pages)) return -EAGAIN;
+	long error = reset(ram, gfn, *pages);
+	lock_close_window(gfn, *pages);
+	return error;
+}
+
+/* A request of a guest that lasts so long is stuck, or was a dead backend's. */
+#define RESET_PATIENCE_US 100000
+#define RESET_NAP_US      50
+
+long window_reset(uint64_t gfn, uint64_t pages)
+{
+	long waited = 0, error = 0;
+	while (pages && !error) {
+		sigset_t old;
+		agent_lock(&old);
 		uint64_t n = alike(gfn, pages, false);
 		if (n == 0) {
-			n = alike(gfn, pages, true);
-			const struct ram *ram = ram_of_gfns(gfn, n);
-			long error = ram ? reset(ram, gfn, n) : -EINVAL;
-			if (error) return error;
+			const struct ram *ram = ram_of_gfns(gfn, 1);
+			uint64_t left = ram ? ram->gfn + ram->pages - gfn : 0;
+			n = pages < left ? pages : left;
+			error = !ram || ram->file->unmapped ? -EINVAL : reset_window(ram, gfn, &n, lock_open_own_window);
+		}
+		agent_unlock(&old);
+		if (error == -EAGAIN) {
+			error = (waited += RESET_NAP_US) > RESET_PATIENCE_US ? -EBUSY : 0;
+			sys_nap(RESET_NAP_US);
+			continue;
 		}
 		gfn += n;
 		pages -= n;
 	}
-	return 0;
+	return error;
 }
 
 /* A reset needs no permission but mappings: if there are none left, the whole run is folded, and then it needs none. */
-static struct quire_agent_outcome reset_run(const struct ram *ram, uint64_t gfn, uint64_t pages)
+static struct quire_agent_outcome reset_some(const struct ram *ram, uint64_t gfn, uint64_t pages)
 {
-	long error = window_reset(gfn, pages);
+	uint64_t n = alike(gfn, pages, false);
+	if (n) return refuse(n, QUIRE_AGENT_DONE, 0);
+	n = pages;
+	long error = reset_window(ram, gfn, &n, lock_open_window);
+	if (error == -EAGAIN) return refuse(0, QUIRE_AGENT_BUSY, 0);
 	if (error == -ENOMEM && !gate_closed()) {
-		for (uint64_t i = 0; i < pages; i++) {
-			if (!map_merged(map_load(gfn + i))) continue;
-			uint64_t first = gfn + i, count = 1;
-			whole_run(ram, &first, &count);
-			fold_window(ram, first, count);
-		}
-		error = window_reset(gfn, pages);
+		uint64_t first = gfn, count = 1;
+		whole_run(ram, &first, &count);
+		struct quire_agent_outcome folded = fold_window(ram, first, count);
+		if (folded.reason != QUIRE_AGENT_DONE) return refuse(0, folded.reason, folded.detail);
+		n = first + count - gfn < pages ? first + count - gfn : pages;
+		error = 0;
 	}
-	return error ? failed(0, error) : refuse(pages, QUIRE_AGENT_DONE, 0);
+	return error ? failed(0, error) : refuse(n, QUIRE_AGENT_DONE, 0);
 }
 
 void window_track(const struct ram *ram)
@@ -429,7 +460,7 @@ static struct quire_agent_outcome next_window(enum quire_agent_operation operati
 	/* Looked up each time: what the region is in may have been unmapped since. */
 	const struct ram *ram = ram_of_gfns(run->gfn, run->page_count);
 	if (!ram || atomic_load(&ram->file->unmapped)) return refuse(0, QUIRE_AGENT_INVALID, 0);
-	if (operation == QUIRE_AGENT_RESET) return reset_run(ram, gfn, pages);
+	if (operation == QUIRE_AGENT_RESET) return reset_some(ram, gfn, pages);
 	if (gate_closed()) return refuse(0, QUIRE_AGENT_GATE_CLOSED, 0);
 
 	struct source from = { .store = -1, .entry = QUIRE_MAP_ZERO };

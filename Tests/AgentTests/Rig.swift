@@ -184,6 +184,7 @@ final class Rig {
     /// Claims a page that the guest has freed, as the recycle engine does.
     func claim(_ page: Int) -> Bool { shared.compareExchange8(Self.stateOffset + page, expected: 1, desired: 2) }
     func recycled(_ page: Int) { shared.store8(Self.stateOffset + page, 3) }
+    func release(_ page: Int) { shared.store8(Self.stateOffset + page, 1) }
 }
 
 extension Descriptor {

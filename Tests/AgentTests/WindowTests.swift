@@ -88,8 +88,22 @@ import Testing
         #expect(try rig.run(.merge, 0, 64, value: 5).done == 64)
         try rig.map.beginIO(rig.gfn(3)..<rig.gfn(4))
         #expect(try rig.run(.fold, 0, 64).reason == .busy)
-        #expect(try rig.run(.reset, 8, 1).reason == .done)
-        rig.map.endIO(rig.gfn(3)..<rig.gfn(4))
+        #expect(try rig.run(.reset, 8, 1).reason == .busy)
+        // QEMU waits with a call that discards, and not for ever.
+        #expect(try rig.tell("punch \(8 * Rig.page) \(Rig.page)") == Int(-EBUSY) && rig.tell("is 8 5") == 1)
+        let map = rig.map, held = rig.gfn(3)..<rig.gfn(4)
+        let ending = try JoinableThread("end") {
+            ProcessCalls.sleep(milliseconds: 30)
+            map.endIO(held)
+        }
+        #expect(try rig.tell("punch \(8 * Rig.page) \(Rig.page)") == 0 && rig.tell("is 8 0") == 1)
+        ending.join()
+        #expect(rig.map.state(of: rig.gfn(8)) == .private)
+        // Another backend has the map: what the one before asked for is over.
+        rig.map.takeOver(pid: 1)
+        #expect(try rig.run(.reset, 9, 1).reason == .busy && rig.map.state(of: rig.gfn(9))?.isMerged == true)
+        #expect(try rig.tell("punch \(9 * Rig.page) \(Rig.page)") == 0 && rig.tell("is 9 0") == 1)
+        #expect(try rig.attach().status == QUIRE_AGENT_OK.rawValue)
         #expect(try rig.run(.fold, 0, 64).done == 64)
     }
 
@@ -153,6 +167,34 @@ import Testing
         #expect(try rig.tell("munmap 0 \(rig.pages * Rig.page)") == 0)
         #expect(try rig.run(.merge, 0, 1, value: 5).reason == .invalid)
         #expect(try rig.run(.reset, 0, 1).reason == .invalid)
+    }
+
+    /// Memory is unplugged while pages of it are merged, and other memory plugged in its place.
+    @Test(arguments: [true, false]) func memoryIsReplaced(_ backendKnows: Bool) throws {
+        let rig = try rig()
+        #expect(try rig.run(.merge, 0, 64, value: 5).done == 64)
+        #expect(try rig.run(.zero, 100, 8).done == 8)
+        let other = try Memfd(name: "other", byteCount: UInt64(rig.pages * Rig.page)).takeDescriptor()
+        try rig.passDescriptor(other.raw)
+        let fd = try #require(try rig.tell("receive"))
+        let region = Region(gfn: rig.gfn(0), pages: UInt64(rig.pages))
+        func plug() throws -> Ready {
+            try rig.connection.attach(regions: [region], map: rig.mapFile.raw, files: [other.raw], stores: [rig.store.raw])
+        }
+        #expect(try rig.tell("map \(fd)") == 0)
+        // The regions go first, as in QEMU; then there is a time in which both are mapped.
+        if backendKnows {
+            #expect(try rig.attach(regions: [region].filter { _ in false }).status == QUIRE_AGENT_OK.rawValue)
+            #expect(try plug().status == QUIRE_AGENT_NOT_MAPPED.rawValue)
+        }
+        #expect(try rig.tell("munmap 0 \(rig.pages * Rig.page)") == 0)
+        #expect((0..<rig.pages).allSatisfy { rig.isPrivate($0) })
+        #expect(try plug().status == QUIRE_AGENT_OK.rawValue)
+        _ = try rig.tell("use \(fd)")
+        _ = try rig.tell("fill 3 5")
+        #expect(try rig.run(.merge, 3, 1, value: 5).done == 1 && rig.tell("is 3 5") == 1)
+        // Nobody else has the memory any more.
+        #expect(Files.list("/proc/\(rig.pid)/fd")?.count { Files.target(ofLink: "/proc/\(rig.pid)/fd/\($0)")?.contains("memfd:ram") == true } == 1)
     }
 
     // MARK: - Deaths

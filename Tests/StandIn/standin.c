@@ -54,7 +54,7 @@ static struct shared {
 	_Atomic uint8_t state[PAGES];
 } *shared;
 
-static char *guest;
+static char *guest, *other_guest;
 static unsigned pages = 4096, workers, one_in = 8, hang_seconds = 20;
 static bool frees;
 static const char *kinds = "";
@@ -382,6 +382,11 @@ static int obey(const char *line)
 	if (IS("punch")) return failing(fallocate(3, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, a, b));
 	if (IS("dontneed")) return failing(madvise(guest + a, (size_t)b, MADV_DONTNEED));
 	if (IS("remove")) return failing(madvise(guest + a, (size_t)b, MADV_REMOVE));
+	if (IS("map")) {
+		other_guest = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, (int)a, 0);
+		return other_guest == MAP_FAILED ? -errno : 0;
+	}
+	if (IS("use")) { guest = other_guest; return 0; }
 	if (IS("munmap")) return failing(munmap(guest + a, (size_t)b));
 	if (IS("direct")) return failing(open(text, O_RDONLY | O_DIRECT));
 	if (IS("open")) return failing(open(text, O_RDONLY));

@@ -163,9 +163,10 @@ struct quire_table_header {
  *
  *     An entry: bits 0..7 the state, bits 8..47 the slot, bits 48..55 the store. Slot and store are 0 but for SHARED.
  *     The backend moves entries between PRIVATE and HOLE, by compare-exchange, and to HOLE with the range lock held for
- *     I/O; every other move is the agent's, which makes it while it holds the range lock (but for a reset), after the
- *     mapping in QEMU has changed and before a guest can write through the new one. So whoever holds the range lock for
- *     I/O finds the bytes where the entry says they are.
+ *     I/O; every other move is the agent's, which makes it while it holds the range lock, after the mapping in QEMU has
+ *     changed and before a guest can write through the new one. So whoever holds the range lock for I/O finds the bytes
+ *     where the entry says they are. (When QEMU unmaps guest RAM for good its merged pages become PRIVATE without the lock:
+ *     no I/O can be in flight there.)
  * ------------------------------------------------------------------------------------------------------------- */
 
 #define QUIRE_MAP_MAGIC   "QUIREMAP"
@@ -190,7 +191,8 @@ enum quire_map_state {
  *
  *   I/O    adds 1 to its counter, then looks at `busy`; if that is set, subtracts 1 again, waits, and starts over
  *   agent  sets `busy`, then looks at both counters and at the header's generation; if a counter isn't 0, or the
- *          generation isn't the one that its connection was attached under, it clears `busy` and gives up
+ *          generation isn't the one that its connection was attached under, it clears `busy` and gives up. QEMU's own
+ *          threads do the same, but for the generation, where QEMU discards merged pages by itself
  *
  * All of it sequentially consistent, so that one of the two sees the other (Dekker). The agent never waits, so an I/O may
  * hold one lock while it waits for another.
