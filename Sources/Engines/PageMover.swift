@@ -10,6 +10,8 @@ public struct PageRun: Sendable, Equatable {
     public var slot: UInt64
 
     public static let maxPages = Int(QUIRE_AGENT_MAX_PAGES)
+    /// In one command.
+    public static let maxRuns = Int(QUIRE_AGENT_MAX_RUNS)
 
     public init(gfn: GFN, pages: Int, store: UInt8 = 0, slot: UInt64 = 0) {
         self.gfn = gfn

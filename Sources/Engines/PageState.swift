@@ -9,6 +9,8 @@ import CQuireLayout
 /// | `zero`    | agent: folded or reset                 | -                                | -                |
 /// | `shared`  | agent: folded or reset                 | -                                | -                |
 ///
+/// Where the agent claims for the back end (`PageRecycler`) it is the agent that moves pages to `hole`, too.
+///
 /// A merged page (`zero`, `shared`) that the guest has written since is *diverged*: QEMU holds a copy of its own. The
 /// map does not say so, because nobody is told; for whoever accesses the page it makes no difference.
 public enum PageState: Sendable, Equatable {

@@ -18,12 +18,20 @@ import Synchronization
 ///    belongs to a new kernel.
 /// 4. *A waiting guest waits microseconds.* At most 64 pages are claimed at once, fewer when the guest has met a claim or
 ///    when punching is slow.
-/// 5. *What is merged is left alone.* A merged page's bytes are not in the memory file, so punching there gives nothing
-///    back, and RECYCLED would promise zeros. It costs no memory of its own while it is equal, and once the guest has
-///    written it the agent folds it back; then it is recycled like any other. From before a claim until the page map says
-///    `hole` the range lock is held, so that nothing is merged in between.
+/// 5. *What is merged is recycled by the agent only.* A merged page's bytes are not in the memory file, so punching there
+///    gives nothing back, and RECYCLED would promise zeros: QEMU's mapping must change, too. Without an agent it is left
+///    alone; it costs no memory of its own while it is equal. From before a claim of ours until the page map says `hole` the
+///    range lock is held, so that nothing is merged in between.
 /// 6. *Nothing costs when nothing changes.* A pass learns how old the oldest mark is, and the next pass waits until that
 ///    one is due; with no marks at all, a whole period.
+///
+/// # Who claims
+///
+/// The agent in QEMU, where there is one (`PageRecycler`): it is told which parts of the table hold marks that are due, and
+/// does the rest. A guest that waits for it waits for a thread of its own QEMU. Otherwise this process claims, and whoever
+/// started it watches that it does not freeze. There is one rule for both: a pass is not over while a claim may be open, and
+/// the front end is not answered before the pass is over. If this process dies, its own claims are in the journal; the
+/// agent's are finished by the agent, and QEMU does not see that we are dead before they are.
 ///
 /// # Time
 ///
@@ -121,7 +129,9 @@ public final class RecycleEngine: Sendable {
 
     /// What the device has told us, and what the coordinator is doing. Guarded by the monitor.
     private struct Control {
-        var start: (memory: GuestMemory, rings: [Range<UInt64>], nonce: UInt64)?
+        var start: (memory: GuestMemory, rings: [Range<UInt64>], nonce: UInt64, connection: Int32?)?
+        /// Who claims for us.
+        var recycler: (any PageRecycler)?
         var table: StateTable?
         var pause: Pause = []
         var refusal: String?
@@ -166,9 +176,11 @@ public final class RecycleEngine: Sendable {
 
     /// The device runs. If the page map holds a registration under the same nonce, the same guest goes on: claims that a
     /// dead process left are finished, and recycling resumes. Under another nonce whatever was registered is forgotten.
-    public func start(memory: GuestMemory, rings: [Range<UInt64>], nonce: UInt64) {
+    /// `connection` is what the front end sees the end of when this process dies, open until `stop` has returned; without
+    /// it no agent is asked to recycle.
+    public func start(memory: GuestMemory, rings: [Range<UInt64>], nonce: UInt64, connection: Int32? = nil) {
         control.update { control in
-            control.start = (memory, rings, nonce)
+            control.start = (memory, rings, nonce, connection)
             control.refusal = nil
             guard let registration = map.registration else { return }
             guard registration.nonce == nonce else {
@@ -229,6 +241,9 @@ public final class RecycleEngine: Sendable {
             control.refusal = nil
         }
     }
+
+    /// Who claims from now on, where he can. Nil: this process.
+    public func setRecycler(_ recycler: (any PageRecycler)?) { control.update { $0.recycler = recycler } }
 
     public func setPaused(_ reason: Pause, _ paused: Bool) {
         exchange { control in
@@ -338,15 +353,15 @@ public final class RecycleEngine: Sendable {
 
         while true {
             // Take the table, or wait for one. While `isBusy` nobody else changes it.
-            let work = control.wait { control -> (table: StateTable, isFresh: Bool)?? in
+            let work = control.wait { control -> (table: StateTable, isFresh: Bool, agent: Pass.Agent?)?? in
                 if control.isEnding { return .some(nil) }
                 guard let table = control.table, control.pause.isEmpty, !self.isInterrupted
                 else { return nil }
                 control.isBusy = true
                 defer { control.isFresh = false }
-                return (table, control.isFresh)
+                return (table, control.isFresh, Pass.Agent(control.recycler, connection: control.start?.connection))
             }
-            guard let (table, isFresh) = work ?? nil else { return }
+            guard let (table, isFresh, agent) = work ?? nil else { return }
 
             let now = monotonicNanoseconds()
             var failure: QuireError?
@@ -368,7 +383,7 @@ public final class RecycleEngine: Sendable {
                     epoch: PageMark.epoch(ofTick: ticks), ticks: ticks, periodMilliseconds: configuration.periodMilliseconds)
                 if ticks >= nextPass {
                     do throws(QuireError) {
-                        let oldest = try pass(table, ticks: ticks, &state)
+                        let oldest = try pass(table, agent, ticks: ticks, &state)
                         nextPass = ticks + UInt64(max(1, configuration.dueAge - oldest))
                     } catch {
                         failure = error
@@ -405,7 +420,9 @@ public final class RecycleEngine: Sendable {
     }
 
     /// One pass over the table. Returns the age, in ticks, of the oldest mark that is not due yet; 0 if there is none.
-    private func pass(_ table: StateTable, ticks: UInt64, _ state: inout PassState) throws(QuireError) -> Int {
+    private func pass(
+        _ table: StateTable, _ agent: Pass.Agent?, ticks: UInt64, _ state: inout PassState
+    ) throws(QuireError) -> Int {
         state.passes += 1
         // Recycled pages that somebody filled (a save, a core dump, khugepaged): when a device starts, now and then, and
         // whenever the files hold more than the holes allow for.
@@ -416,7 +433,7 @@ public final class RecycleEngine: Sendable {
             state.passes == 1 || state.passes % 64 == 0 || accounted > table.memory.byteCount / pageBytes + slack
         let pass = Pass(
             table: table, map: map, now: PageMark.epoch(ofTick: ticks), dueAge: state.dueAge, holes: state.holes,
-            findRefilled: findRefilled, batch: state.batch, cancelled: { self.isInterrupted })
+            findRefilled: findRefilled, batch: state.batch, agent: agent, cancelled: { self.isInterrupted })
         crew.run(pass)
         let result = pass.result
         state.holes = result.holes

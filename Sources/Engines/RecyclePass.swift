@@ -3,8 +3,32 @@ import Platform
 import Synchronization
 
 /// One pass over a state table, shared by the threads that work on it. Table pages are handed out one by one; whoever took
-/// a page is the only one that claims in it.
+/// a page is the only one that claims in it. Where an agent claims, what is due is gathered over several table pages, for an
+/// order to it costs as much as some claims.
 final class Pass: CrewWork {
+    /// Who claims for us, and what the front end sees the end of if we die.
+    struct Agent: Sendable {
+        let recycler: any PageRecycler
+        let connection: Int32
+
+        /// Nil if we claim ourselves.
+        init?(_ recycler: (any PageRecycler)?, connection: Int32?) {
+            guard let recycler, let connection, recycler.canRecycle else { return nil }
+            self.recycler = recycler
+            self.connection = connection
+        }
+    }
+
+    /// What the agent is to be asked for: runs that hold something to recycle, and the table pages that they are of.
+    private struct Gathered {
+        var pages: [Int] = []
+        var due: [RecycleRun] = []
+        var again: [RecycleRun] = []
+        /// Pages that are due. While the agent is at work on them nobody can interrupt the pass.
+        var dueCount = 0
+        var isFull: Bool { dueCount >= 2048 || due.count + again.count >= PageRun.maxRuns }
+    }
+
     struct Result: Sendable {
         /// Per table page: pages that are recycled now.
         var holes: [Int]
@@ -26,12 +50,16 @@ final class Pass: CrewWork {
     private let cancelled: @Sendable () -> Bool
     private let next = Atomic<Int>(0)
     private let stopped = Atomic<Bool>(false)
+    private let agent: Agent?
+    /// The agent has gone in the middle of the pass.
+    private let isAgentGone = Atomic<Bool>(false)
     private let shared: Mutex<Result>
 
     init(
         table: StateTable, map: PageMap, now: UInt8, dueAge: Int, holes: [Int], findRefilled: Bool, batch: Batch,
-        cancelled: @escaping @Sendable () -> Bool
+        agent: Agent? = nil, cancelled: @escaping @Sendable () -> Bool
     ) {
+        self.agent = agent
         self.table = table
         self.map = map
         self.now = now
@@ -49,36 +77,131 @@ final class Pass: CrewWork {
     /// to recycle that another thread would help.
     func work(as worker: Int, helpWanted: () -> Void) {
         var asked = false
-        var batch = shared.withLock { $0.batch }
-        var recycledByMe = 0
-        while !isCancelled {
-            let page = next.wrappingAdd(1, ordering: .acquiringAndReleasing).oldValue
-            guard page < table.pages.count else { break }
-            var found = Result(holes: [], batch: batch)
-            do throws(QuireError) {
-                let holes = try look(at: page, worker, &found)
-                shared.withLock {
-                    $0.holes[page] = holes
-                    $0.recycled += found.recycled
-                    $0.refilled += found.refilled
-                    $0.marked += found.marked
-                    $0.oldestAge = max($0.oldestAge, found.oldestAge)
+        var found = Result(holes: [], batch: shared.withLock { $0.batch })
+        var gathered = Gathered()
+        do throws(QuireError) {
+            while !isCancelled {
+                let page = next.wrappingAdd(1, ordering: .acquiringAndReleasing).oldValue
+                guard page < table.pages.count else { break }
+                if let agent, !isAgentGone.load(ordering: .acquiring) {
+                    try gather(page, &gathered, &found)
+                    if gathered.isFull { try order(&gathered, agent, worker, &found) }
+                    continue
                 }
-            } catch {
-                stopped.store(true, ordering: .releasing)
-                shared.withLock { if $0.failure == nil { $0.failure = error } }
+                let holes = try look(at: page, worker, &found)
+                shared.withLock { $0.holes[page] = holes }
+                // Below a few thousand pages waking somebody costs more than it saves.
+                if !asked, found.recycled > 2048, !isFinished {
+                    asked = true
+                    helpWanted()
+                }
             }
-            batch = found.batch
-            recycledByMe += found.recycled
-            // Below a few thousand pages waking somebody costs more than it saves.
-            if !asked, recycledByMe > 2048, !isFinished {
-                asked = true
-                helpWanted()
+            if let agent, !gathered.pages.isEmpty, !isCancelled { try order(&gathered, agent, worker, &found) }
+        } catch {
+            stopped.store(true, ordering: .releasing)
+            shared.withLock { if $0.failure == nil { $0.failure = error } }
+        }
+        let mine = found
+        shared.withLock {
+            $0.recycled += mine.recycled
+            $0.refilled += mine.refilled
+            $0.marked += mine.marked
+            $0.oldestAge = max($0.oldestAge, mine.oldestAge)
+            $0.batch = mine.batch
+        }
+    }
+
+    // MARK: - By the agent
+
+    /// Looks for what is due in one page of the table.
+    private func gather(_ page: Int, _ gathered: inout Gathered, _ found: inout Result) throws(QuireError) {
+        guard let states = table.states(page), let place = table.pages[page] else { return }
+        let summary = table.summarize(page)
+        var due = 0, first = 0, last = 0
+        var blocks = summary.marked
+        while blocks != 0 {
+            let block = blocks.trailingZeroBitCount * 64
+            blocks &= blocks - 1
+            for index in block..<block + 64 {
+                let state = states.load8(index)
+                if state == PageMark.claimed { throw strayClaim(page, index) }
+                guard state != PageMark.inUse, state != PageMark.recycled else { continue }
+                let age = age(state)
+                if age < dueAge {
+                    found.marked += 1
+                    found.oldestAge = max(found.oldestAge, age)
+                } else {
+                    if due == 0 { first = index }
+                    last = index
+                    due += 1
+                }
             }
         }
-        let final = batch
-        shared.withLock { $0.batch = final }
+        let all = GFN(page * StateTable.statesPerPage)
+        func run(_ gfns: Range<GFN>) -> RecycleRun {
+            RecycleRun(gfns: gfns, states: place.guestAddress + (gfns.lowerBound - all))
+        }
+        let before = gathered.due.count + gathered.again.count
+        if due > 0 {
+            let gfns = all + GFN(first)..<all + GFN(last) + 1
+            for region in table.memory.regions where region.kind == .shmem && region.gfns.overlaps(gfns) {
+                gathered.due.append(run(region.gfns.clamped(to: gfns)))
+            }
+            gathered.dueCount += due
+        }
+        if findRefilled, summary.recycled > 0 {
+            forEachFilled(page) { gfns in
+                if gfns.contains(where: { states.load8(Int($0 - all)) == PageMark.recycled }) {
+                    gathered.again.append(run(gfns))
+                }
+                return !isCancelled
+            }
+        }
+        if gathered.due.count + gathered.again.count > before || summary.recycled != shared.withLock({ $0.holes[page] }) {
+            gathered.pages.append(page)
+        }
     }
+
+    /// Has the agent recycle what was gathered, and brings the page map in line.
+    private func order(_ gathered: inout Gathered, _ agent: Agent, _ worker: Int, _ found: inout Result) throws(QuireError) {
+        defer { gathered = Gathered() }
+        var isOurs = false
+        func ask(_ runs: [RecycleRun], _ kind: RecycleOrder.Kind) throws(QuireError) -> Int {
+            guard !runs.isEmpty, !isOurs else { return 0 }
+            let order = RecycleOrder(kind, now: now, claimPages: found.batch.pages, connection: agent.connection)
+            let outcomes: [MoveOutcome]
+            do throws(QuireError) { outcomes = try agent.recycler.recycle(runs, order) } catch {
+                if error.code == .busy { found.oldestAge = dueAge } else { isOurs = true }
+                return 0
+            }
+            let done = outcomes.reduce(0) { $0 + $1.done }
+            map.addRecycled(done)
+            found.batch.adapt(nanoseconds: 0, full: true, waits: table.waits)
+            for outcome in outcomes {
+                if case .failed(let errno) = outcome.reason {
+                    throw QuireError(.system, "the agent in QEMU cannot give pages back: error \(errno)")
+                }
+                // It knows other memory than we do.
+                if outcome.reason == .invalid { isOurs = true }
+            }
+            return done
+        }
+        found.recycled += try ask(gathered.due, .due(age: dueAge))
+        found.refilled += try ask(gathered.again, .again)
+        if isOurs { isAgentGone.store(true, ordering: .releasing) }
+        for page in gathered.pages {
+            guard let states = table.states(page) else { continue }
+            let holes = isOurs ? try look(at: page, worker, &found) : synchronizeMap(page, states)
+            shared.withLock { $0.holes[page] = holes }
+        }
+    }
+
+    private func strayClaim(_ page: Int, _ index: Int) -> QuireError {
+        QuireError(
+            .guest, "the guest's table has a claim that nobody made, at page \(page * StateTable.statesPerPage + index)")
+    }
+
+    // MARK: - By ourselves
 
     /// Age in ticks of a mark, 0 for one of this tick.
     @inline(__always) private func age(_ mark: UInt8) -> Int {
@@ -103,10 +226,7 @@ final class Pass: CrewWork {
                 switch state {
                 case PageMark.inUse, PageMark.recycled:
                     index += 1
-                case PageMark.claimed:
-                    throw QuireError(
-                        .guest, "the guest's table has a claim that nobody made, at page "
-                            + "\(page * StateTable.statesPerPage + index)")
+                case PageMark.claimed: throw strayClaim(page, index)
                 default:
                     let age = age(state)
                     if age < dueAge {
@@ -184,30 +304,39 @@ final class Pass: CrewWork {
     /// Recycled pages of one table page that have memory again, though the guest did not take them: punched once more.
     private func punchRefilled(_ page: Int, _ states: MappedBytes, _ worker: Int, _ found: inout Result) throws(QuireError) {
         let first = GFN(page * StateTable.statesPerPage)
+        try forEachFilled(page) { (gfns) throws(QuireError) in
+            var gfn = gfns.lowerBound
+            while gfn < gfns.upperBound {
+                if isCancelled { return false }
+                let index = Int(gfn - first)
+                guard states.load8(index) == PageMark.recycled else {
+                    gfn += 1
+                    continue
+                }
+                // No further than the data: its neighbours are holes already, and a claim makes a guest wait.
+                let done = try recycleRun(
+                    page, states, from: index, to: Int(gfns.upperBound - first), worker, &found.batch
+                ) { $0 == PageMark.recycled }
+                found.refilled += done
+                gfn += GFN(max(done, 1))
+            }
+            return !isCancelled
+        }
+    }
+
+    /// Calls `body` with the pages of one table page that have memory, in runs, until it says that this is enough.
+    private func forEachFilled<E: Error>(_ page: Int, _ body: (Range<GFN>) throws(E) -> Bool) throws(E) {
+        let first = GFN(page * StateTable.statesPerPage)
         let all = first..<first + GFN(StateTable.statesPerPage)
         for region in table.memory.regions where region.kind == .shmem && region.gfns.overlaps(all) {
             let gfns = region.gfns.clamped(to: all)
             func offset(_ gfn: GFN) -> UInt64 { region.fileOffset + (gfn * pageBytes - region.guestAddress) }
             let end = offset(gfns.upperBound)
             var position = offset(gfns.lowerBound)
-            while !isCancelled, let data = Memfd.nextData(region.descriptor.raw, from: position, to: end) {
+            while let data = Memfd.nextData(region.descriptor.raw, from: position, to: end) {
                 let low = (data.lowerBound - region.fileOffset + region.guestAddress) / pageBytes
                 let high = (data.upperBound - region.fileOffset + region.guestAddress + pageBytes - 1) / pageBytes
-                var gfn = low
-                while gfn < high {
-                    if isCancelled { return }
-                    let index = Int(gfn - first)
-                    guard states.load8(index) == PageMark.recycled else {
-                        gfn += 1
-                        continue
-                    }
-                    // No further than the data: its neighbours are holes already, and a claim makes a guest wait.
-                    let done = try recycleRun(page, states, from: index, to: Int(high - first), worker, &found.batch) {
-                        $0 == PageMark.recycled
-                    }
-                    found.refilled += done
-                    gfn += GFN(max(done, 1))
-                }
+                guard try body(low..<high) else { return }
                 position = data.upperBound
             }
         }

@@ -22,7 +22,7 @@ import Platform
 /// When the connection ends in the middle of a command nobody here knows how far it came; the page map does. The agent
 /// finishes what it was doing, and connects again after that: until then `isUnsettled` stands, and nothing relies on
 /// pages staying as they are (`settle`).
-public final class AgentLink: PageMerger {
+public final class AgentLink: PageMerger, PageRecycler {
     /// QEMU, as the kernel names it (SO_PEERCRED).
     public struct Peer: Sendable, Equatable {
         public let pid: Int32
@@ -255,8 +255,8 @@ public final class AgentLink: PageMerger {
         _ operation: AgentOperation, _ runs: [PageRun], until deadline: UInt64?
     ) throws(QuireError) -> [MoveOutcome] {
         var outcomes: [MoveOutcome] = []
-        for start in stride(from: 0, to: runs.count, by: AgentMessage.maxRuns) {
-            let some = runs[start..<min(start + AgentMessage.maxRuns, runs.count)]
+        for start in stride(from: 0, to: runs.count, by: PageRun.maxRuns) {
+            let some = runs[start..<min(start + PageRun.maxRuns, runs.count)]
             outcomes += try runSome(operation, Array(some), deadline)
         }
         return outcomes
@@ -272,9 +272,23 @@ public final class AgentLink: PageMerger {
     private func runSome(
         _ operation: AgentOperation, _ runs: [PageRun], _ deadline: UInt64?
     ) throws(QuireError) -> [MoveOutcome] {
-        let gone = QuireError(.closed, "the agent in QEMU is not attached")
-        let late = QuireError(.busy, "the agent in QEMU has not answered in time")
         let makesShared = operation == .merge || operation == .zero
+        let ticket = try takeTurn(until: deadline) {
+            runs.map { !makesShared || !self.pages.unmergeable.overlaps($0.gfns) }
+        }
+        let asked = zip(runs, ticket.isAsked).filter(\.1).map(\.0)
+        var rest: [MoveOutcome] = []
+        if !asked.isEmpty {
+            rest = try answer(ticket, to: AgentMessage.command(ticket.id, operation, asked), until: deadline)
+        }
+        return ticket.isAsked.map { $0 ? rest.removeFirst() : MoveOutcome(done: 0, reason: .unmergeable) }
+    }
+
+    private static let gone = QuireError(.closed, "the agent in QEMU is not attached")
+    private static let late = QuireError(.busy, "the agent in QEMU has not answered in time")
+
+    /// Waits until a command may be given. `isAsked` says for each of its runs whether the agent is to be asked at all.
+    private func takeTurn(until deadline: UInt64?, isAsked: () -> [Bool]) throws(QuireError) -> Ticket {
         let taken = monitor.wait(until: deadline) { state -> Ticket?? in
             guard let connection = state.connection, state.phase == .attached || state.phase == .attaching else {
                 return .some(nil)
@@ -283,36 +297,67 @@ public final class AgentLink: PageMerger {
                 state.storesSent == state.stores.count
             else { return nil }
             // In one step with `isUnsettled`: see `MergedPages.keepPrivate`.
-            let isAsked = runs.map { !makesShared || !self.pages.unmergeable.overlaps($0.gfns) }
+            let isAsked = isAsked()
             state.lastID += 1
             state.expectedOutcomes = isAsked.count { $0 }
             state.isUnsettled = state.expectedOutcomes > 0
             if state.isUnsettled { state.results[state.lastID] = .some(nil) }
             return Ticket(connection: connection, id: state.lastID, isAsked: isAsked)
         }
-        guard let taken else { throw late }
-        guard let ticket = taken else { throw gone }
-        let asked = zip(runs, ticket.isAsked).filter(\.1).map(\.0)
-        var answers: [MoveOutcome] = []
-        if !asked.isEmpty {
-            defer { monitor.update { _ = $0.results.removeValue(forKey: ticket.id) } }
-            do throws(QuireError) {
-                try ticket.connection.socket.send(AgentMessage.command(ticket.id, operation, asked))
-            } catch {
-                // The link's thread sees the end of the connection, too. What was not sent may still have been:
-                // unsettled.
-                throw QuireError(.closed, "the agent in QEMU has gone", cause: error)
-            }
-            let answered = monitor.wait(until: deadline) { state -> AgentMessage.Result?? in
-                if let result = state.results[ticket.id] ?? nil { return result }
-                return state.connection === ticket.connection ? nil : .some(nil)
-            }
-            guard let answered else { throw late }
-            guard let result = answered else { throw gone }
-            answers = result.outcomes
+        guard let taken else { throw Self.late }
+        guard let ticket = taken else { throw Self.gone }
+        return ticket
+    }
+
+    /// Gives the command whose turn it is, and waits for its result.
+    private func answer(
+        _ ticket: Ticket, to command: [UInt8], passing descriptors: [Int32] = [], until deadline: UInt64?
+    ) throws(QuireError) -> [MoveOutcome] {
+        defer { monitor.update { _ = $0.results.removeValue(forKey: ticket.id) } }
+        do throws(QuireError) {
+            try ticket.connection.socket.send(command, passing: descriptors)
+        } catch {
+            // The link's thread sees the end of the connection, too. What was not sent may still have been: unsettled.
+            throw QuireError(.closed, "the agent in QEMU has gone", cause: error)
         }
-        var rest = answers[...]
-        return ticket.isAsked.map { $0 ? rest.removeFirst() : MoveOutcome(done: 0, reason: .unmergeable) }
+        let answered = monitor.wait(until: deadline) { state -> AgentMessage.Result?? in
+            if let result = state.results[ticket.id] ?? nil { return result }
+            return state.connection === ticket.connection ? nil : .some(nil)
+        }
+        guard let answered else { throw Self.late }
+        guard let result = answered else { throw Self.gone }
+        return result.outcomes
+    }
+
+    // MARK: - As the recycler
+
+    public var canRecycle: Bool { monitor.read { $0.phase == .attached || $0.phase == .attaching } }
+
+    /// Whoever waits for the end of a pass must not wait for long before it has even begun.
+    private static let turnNanoseconds: UInt64 = 50_000_000
+
+    public func recycle(_ runs: [RecycleRun], _ order: RecycleOrder) throws(QuireError) -> [MoveOutcome] {
+        var outcomes: [MoveOutcome] = []
+        for start in stride(from: 0, to: runs.count, by: PageRun.maxRuns) {
+            outcomes += try recycleSome(Array(runs[start..<min(start + PageRun.maxRuns, runs.count)]), order)
+        }
+        return outcomes
+    }
+
+    private func recycleSome(_ runs: [RecycleRun], _ order: RecycleOrder) throws(QuireError) -> [MoveOutcome] {
+        var pipe = try Pipe()
+        let reader = pipe.takeReader()
+        do throws(QuireError) {
+            // Nobody else has it when it is closed here, unless the command was sent.
+            let writer = pipe.takeWriter()
+            let ticket = try takeTurn(until: monotonicNanoseconds() + Self.turnNanoseconds) { runs.map { _ in true } }
+            return try answer(
+                ticket, to: AgentMessage.command(ticket.id, order, runs), passing: [order.connection, writer.raw], until: nil)
+        } catch {
+            // Without a result: until the agent has the command no more, or there is no agent, and no guest.
+            while waitReadable([reader.raw], timeoutMilliseconds: -1).isEmpty {}
+            throw error
+        }
     }
 
     // MARK: - As the mover of pages
@@ -467,6 +512,7 @@ public final class AgentLink: PageMerger {
         }
         let memory = monitor.update { state in
             state.phase = .attached
+            state.capabilities = ready.capabilities
             state.attachedPID = connection.peer.pid
             state.trouble = ""
             state.said = []

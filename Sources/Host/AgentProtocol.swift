@@ -8,7 +8,7 @@ import Platform
 
 /// What the agent can do with pages of guest memory.
 public enum AgentOperation: UInt32, Sendable, CaseIterable {
-    case merge = 1, zero, fold, foldDiverged, reset
+    case merge = 1, zero, fold, foldDiverged, reset, recycle, recycleAgain
 }
 
 /// The pin gate, as the agent sees it: while it is closed nothing is merged or folded.
@@ -30,6 +30,7 @@ enum AgentMessage {
     struct Ready {
         let status: quire_agent_status
         let text: String
+        let capabilities: UInt64
         let addresses: [UInt64]
     }
 
@@ -77,6 +78,7 @@ enum AgentMessage {
                 Ready(
                     status: quire_agent_status(reader.u32(Self.offset(\quire_agent_ready.status))),
                     text: reader.text(Self.offset(\quire_agent_ready.text)),
+                    capabilities: reader.u64(Self.offset(\quire_agent_ready.capabilities)),
                     addresses: (0..<count).map { reader.u64(addresses + 8 * $0) }))
         case QUIRE_AGENT_RESULT:
             let outcomes = Self.offset(\quire_agent_result.outcomes)
@@ -161,18 +163,38 @@ enum AgentMessage {
 
     /// At most `maxRuns`; each of 1 to `PageRun.maxPages` pages.
     static func command(_ id: UInt64, _ operation: AgentOperation, _ runs: [PageRun]) -> [UInt8] {
-        precondition(runs.count <= maxRuns)
+        let isMerge = operation == .merge
+        return command(
+            id, operation, [0, 0, 0, 0],
+            runs.map { (gfn: $0.gfn, slot: isMerge ? $0.slot : 0, pages: $0.pages, store: isMerge ? $0.store : 0) })
+    }
+
+    static func command(_ id: UInt64, _ order: RecycleOrder, _ runs: [RecycleRun]) -> [UInt8] {
+        let (operation, age): (AgentOperation, Int) =
+            switch order.kind {
+            case .due(let age): (.recycle, age)
+            case .again: (.recycleAgain, 0)
+            }
+        return command(
+            id, operation, [UInt32(order.now), UInt32(clamping: age), UInt32(clamping: order.claimPages), 0],
+            runs.map { (gfn: $0.gfns.lowerBound, slot: $0.states, pages: $0.gfns.count, store: 0) })
+    }
+
+    private static func command(
+        _ id: UInt64, _ operation: AgentOperation, _ order: [UInt32],
+        _ runs: [(gfn: GFN, slot: UInt64, pages: Int, store: UInt8)]
+    ) -> [UInt8] {
+        precondition(runs.count <= PageRun.maxRuns)
         var body = littleEndianBytes(id) + littleEndianBytes(operation.rawValue) + littleEndianBytes(UInt32(runs.count))
+        for value in order { body += littleEndianBytes(value) }
         for run in runs {
-            let isMerge = operation == .merge
-            body += littleEndianBytes(run.gfn) + littleEndianBytes(isMerge ? run.slot : 0)
-            body += littleEndianBytes(UInt32(clamping: run.pages)) + littleEndianBytes(isMerge ? UInt32(run.store) : 0)
+            body += littleEndianBytes(run.gfn) + littleEndianBytes(run.slot)
+            body += littleEndianBytes(UInt32(clamping: run.pages)) + littleEndianBytes(UInt32(run.store))
         }
         return encode(QUIRE_AGENT_COMMAND, body)
     }
 
     static let maxPeers = Int(QUIRE_AGENT_MAX_PEERS)
-    static let maxRuns = Int(QUIRE_AGENT_MAX_RUNS)
 }
 
 private func littleEndianBytes<T: FixedWidthInteger>(_ value: T) -> [UInt8] {

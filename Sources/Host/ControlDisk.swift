@@ -55,7 +55,7 @@ public final class ControlDisk: BlockStorage, DeviceLifecycle {
         let isLocked = start.frontEnd.map { ProcessCalls.lockedBytes(of: $0) >= start.memory.byteCount } ?? false
         engine.setPaused(.locked, isLocked)
         let rings = start.rings.flatMap(\.ranges)
-        engine.start(memory: start.memory, rings: rings, nonce: start.nonce)
+        engine.start(memory: start.memory, rings: rings, nonce: start.nonce, connection: start.connection)
         if !isLocked { dedup?.setMemory(start.memory) }
         let resumed = engine.snapshot.phase == .idle ? "" : ", the guest's table is registered already"
         let size = "\(start.memory.byteCount >> 20) MiB of guest RAM in \(start.memory.regions.count) regions"

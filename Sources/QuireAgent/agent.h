@@ -6,6 +6,7 @@
  *   protocol.c    messages: what is believed and what isn't
  *   ram.c         where guest RAM is mapped, and how
  *   window.c      merge, zero, fold, reset
+ *   recycle.c     what the guest has freed: claim, punch, release
  *   userfault.c   the two userfaultfds
  *   lock.c        the range lock, QEMU's side
  *   budget.c      how many mappings may be spent
@@ -28,6 +29,9 @@
 #include <sys/types.h>
 #include "quire_agent.h"
 #include "quire_layout.h"
+
+/* The page map and the states of a guest's pages are shared with other processes. */
+_Static_assert(sizeof(_Atomic uint8_t) == 1 && sizeof(_Atomic uint64_t) == 8, "no lock may be hidden in them");
 
 #define PAGE ((size_t)QUIRE_PAGE_BYTES)
 /* A window is at most this long: the comparing of it is what a guest may wait for. */
@@ -110,6 +114,8 @@ uint32_t map_generation(void);
 
 static inline uint64_t map_load(uint64_t gfn) { return atomic_load(&atomic_load(&map_entries)[gfn]); }
 static inline void map_store(uint64_t gfn, uint64_t entry) { atomic_store(&atomic_load(&map_entries)[gfn], entry); }
+static inline bool map_move(uint64_t gfn, uint64_t from, uint64_t to)
+{ return atomic_compare_exchange_strong(&atomic_load(&map_entries)[gfn], &from, to); }
 static inline bool map_merged(uint64_t entry)
 { return (entry & 0xff) == QUIRE_MAP_ZERO || (entry & 0xff) == QUIRE_MAP_SHARED; }
 
@@ -124,11 +130,31 @@ extern unsigned store_count;
 bool window_prepare(void);     /* the buffers; once */
 void window_track(const struct ram *); /* dirty tracking of what isn't merged */
 struct quire_agent_outcome window_run(enum quire_agent_operation, const struct quire_agent_run *);
+/* In a window: maps the memfd where all of these pages are merged, and says so in the page map. 0 or a negative errno. */
+long window_map_back(const struct ram *, uint64_t gfn, uint64_t pages);
 /*
  * Maps the memfd again where these pages are merged, for a call of QEMU's own; waits for I/O there, but not for long.
  * Any thread that holds no range lock. 0 or a negative errno.
  */
 long window_reset(uint64_t gfn, uint64_t pages);
+
+static inline bool step(enum quire_agent_step which, const struct quire_agent_place *place)
+{ return !quire_agent_test_step || quire_agent_test_step(which, place); }
+
+static inline struct quire_agent_place place_of(const struct ram *ram, uint64_t gfn, uint64_t pages)
+{
+	uint64_t from = (gfn - ram->gfn) * PAGE;
+	return (struct quire_agent_place){
+		.address = ram->address + from, .bytes = pages * PAGE,
+		.file = ram->file->fd, .offset = ram->offset + from,
+	};
+}
+
+static inline struct quire_agent_outcome refuse(uint64_t done, enum quire_agent_reason reason, uint64_t detail)
+{ return (struct quire_agent_outcome){ (uint32_t)done, reason, (uint32_t)detail }; }
+
+/* ---- recycle.c */
+struct quire_agent_outcome recycle_run(const struct quire_agent_command *, const struct quire_agent_run *);
 
 /* ---- userfault.c */
 extern int userfault_track;    /* asynchronous write-protect, and what waits in a window of merge */

@@ -252,6 +252,7 @@ static bool serve_attach(struct connection *connection, const struct quire_agent
 	ready.status = attach(a, passed, &table, (char *)ready.text);
 	if (ready.status == QUIRE_AGENT_OK) {
 		ready.region_count = table.count;
+		ready.capabilities = userfault_capabilities();
 		for (unsigned i = 0; i < table.count; i++) {
 			struct ram *ram = &table.regions[i];
 			ready.addresses[i] = (uintptr_t)ram->address;
@@ -273,15 +274,20 @@ static bool serve_attach(struct connection *connection, const struct quire_agent
 
 /* ---- commands */
 
-static bool serve_command(struct connection *connection, const struct quire_agent_command *c, long bytes)
+static bool serve_command(struct connection *connection, const struct quire_agent_command *c, long bytes,
+			  const struct passed *passed)
 {
 	struct quire_agent_result result = { .id = c->id };
 	if (bytes < (long)offsetof(struct quire_agent_command, runs) || c->run_count > QUIRE_AGENT_MAX_RUNS
 	    || bytes != (long)(offsetof(struct quire_agent_command, runs) + c->run_count * sizeof c->runs[0]))
 		return false;
-	gate_refresh(false);
+	bool recycles = c->operation == QUIRE_AGENT_RECYCLE || c->operation == QUIRE_AGENT_RECYCLE_AGAIN;
+	/* Only those are held for the backend: recycle.c. */
+	if (passed->count > (recycles ? 2 : 0)) return false;
+	if (!recycles) gate_refresh(false);
 	result.run_count = c->run_count;
-	for (unsigned i = 0; i < c->run_count; i++) result.outcomes[i] = window_run(c->operation, &c->runs[i]);
+	for (unsigned i = 0; i < c->run_count; i++)
+		result.outcomes[i] = recycles ? recycle_run(c, &c->runs[i]) : window_run(c->operation, &c->runs[i]);
 	result.mappings = budget_mappings();
 	result.mapping_limit = budget_limit();
 	result.gate_closed = gate_closed();
@@ -315,7 +321,7 @@ bool connection_serve(struct connection *connection)
 		good = connection->attached && serve_stores(&message.stores, bytes, &passed);
 		break;
 	case QUIRE_AGENT_COMMAND:
-		good = connection->attached && passed.count == 0 && serve_command(connection, &message.command, bytes);
+		good = connection->attached && serve_command(connection, &message.command, bytes, &passed);
 		break;
 	}
 	drop(&passed);

@@ -32,6 +32,7 @@
 #define FOR_MERGE (FOR_FOLD | UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM)
 
 int userfault_track = -1, userfault_fold = -1;
+static uint64_t features_open; /* of the kernel, as the two have shown */
 static int pagemap = -1;
 
 /* A new userfaultfd without its handshake, or -1. */
@@ -75,9 +76,8 @@ static bool can_scan(void)
 
 uint64_t userfault_capabilities(void)
 {
-	uint64_t features = features_of(-1);
-	if (features == 0) return can_scan() ? QUIRE_AGENT_CAN_PAGEMAP_SCAN : 0;
-	return QUIRE_AGENT_CAN_USERFAULTFD | ((features & FOR_MERGE) == FOR_MERGE ? QUIRE_AGENT_CAN_MERGE : 0)
+	uint64_t own = features_of(-1), features = features_open ? features_open : own;
+	return (own ? QUIRE_AGENT_CAN_USERFAULTFD : 0) | ((features & FOR_MERGE) == FOR_MERGE ? QUIRE_AGENT_CAN_MERGE : 0)
 	       | (features & UFFD_FEATURE_WP_ASYNC ? QUIRE_AGENT_CAN_WP_ASYNC : 0)
 	       | (can_scan() ? QUIRE_AGENT_CAN_PAGEMAP_SCAN : 0);
 }
@@ -115,6 +115,7 @@ enum quire_agent_status userfault_open(int device, char *text)
 		snprintf(text, 256, "cannot open a userfaultfd: QEMU has too many descriptors, or the kernel no memory");
 		return QUIRE_AGENT_NO_USERFAULTFD;
 	}
+	features_open = features;
 	userfault_fold = fold;
 	userfault_track = track;
 	return QUIRE_AGENT_OK;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * window.c - merge, zero, fold, reset: what changes QEMU's mappings of guest RAM while the guest runs.
+ * window.c - merge, zero, fold, reset: what changes QEMU's mappings of guest RAM while the guest runs. What the guest
+ * has freed is given back in recycle.c.
  *
  * What must hold: a guest reads what it wrote last, and nothing waits for ever. Threads of QEMU (vCPUs, I/O threads,
  * the kernel on behalf of either) read and write the pages at every instant of what follows, from user space and from
@@ -87,20 +88,6 @@ bool window_prepare(void)
 	ours = both;
 	theirs = ours + bytes;
 	return true;
-}
-
-static inline bool step(enum quire_agent_step which, const struct quire_agent_place *p)
-{
-	return !quire_agent_test_step || quire_agent_test_step(which, p);
-}
-
-static struct quire_agent_place place_of(const struct ram *ram, uint64_t gfn, uint64_t pages)
-{
-	uint64_t from = (gfn - ram->gfn) * PAGE;
-	return (struct quire_agent_place){
-		.address = ram->address + from, .bytes = pages * PAGE,
-		.file = ram->file->fd, .offset = ram->offset + from,
-	};
 }
 
 /* The flags of a new mapping. None of them decides over a byte, so one that fails costs a VMA at worst. */
@@ -214,7 +201,7 @@ static long fold(const struct quire_agent_place *p, const struct ram *ram, uint6
 	return 0;
 }
 
-static long reset(const struct ram *ram, uint64_t gfn, uint64_t pages)
+long window_map_back(const struct ram *ram, uint64_t gfn, uint64_t pages)
 {
 	struct quire_agent_place p = place_of(ram, gfn, pages);
 	long error = map_memfd(&p, ram->file);
@@ -304,11 +291,6 @@ static long keep_small(const struct ram *ram, uint64_t gfn, uint64_t pages)
 	return 0;
 }
 
-static struct quire_agent_outcome refuse(uint64_t done, enum quire_agent_reason reason, uint64_t detail)
-{
-	return (struct quire_agent_outcome){ (uint32_t)done, reason, (uint32_t)detail };
-}
-
 static struct quire_agent_outcome failed(uint64_t done, long error)
 {
 	return error == -ENOMEM ? refuse(done, QUIRE_AGENT_BUDGET, 0) : refuse(done, QUIRE_AGENT_FAILED, (uint64_t)-error);
@@ -379,7 +361,7 @@ static long reset_window(const struct ram *ram, uint64_t gfn, uint64_t *pages, b
 	if (gate_suspects(GATE_USERFAULT)) return -EBUSY;
 	*pages = alike(gfn, *pages < QUIRE_LOCK_PAGES ? *pages : QUIRE_LOCK_PAGES, true);
 	if (!try_open(gfn, *pages)) return -EAGAIN;
-	long error = reset(ram, gfn, *pages);
+	long error = window_map_back(ram, gfn, *pages);
 	lock_close_window(gfn, *pages);
 	return error;
 }

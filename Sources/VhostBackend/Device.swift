@@ -57,14 +57,20 @@ public struct DeviceStart: Sendable {
     public let isUnnoticed: Bool
     /// The process of the front end; nil where the kernel cannot tell.
     public let frontEnd: Int32?
+    /// The raw descriptor of the connection to it, open until `deviceStopping` has returned; nil where there is none. The
+    /// front end goes on without us only when it sees the end of this connection: so a process that must not be overtaken
+    /// by that may be given it, too.
+    public let connection: Int32?
 
     public init(
-        memory: GuestMemory, rings: [SplitRing.Layout], nonce: UInt64, isUnnoticed: Bool = false, frontEnd: Int32? = nil
+        memory: GuestMemory, rings: [SplitRing.Layout], nonce: UInt64, isUnnoticed: Bool = false, frontEnd: Int32? = nil,
+        connection: Int32? = nil
     ) {
         self.memory = memory
         self.rings = rings
         self.nonce = nonce
         self.isUnnoticed = isUnnoticed
         self.frontEnd = frontEnd
+        self.connection = connection
     }
 }

@@ -540,7 +540,7 @@ public final class Session {
         device.lifecycle?.deviceStarted(
             DeviceStart(
                 memory: memory, rings: rings.compactMap(\.layout), nonce: nonce, isUnnoticed: isUnnoticed,
-                frontEnd: (try? socket.peer())?.pid))
+                frontEnd: (try? socket.peer())?.pid, connection: socket.descriptor.raw))
     }
 
     private var nonce: UInt64 {

@@ -10,6 +10,7 @@ enum Step: Int, CaseIterable {
     case registerMinor, zapped, compared, mapped, wake, punch, unregister
     case protect, protected, copied, folded, foldWake
     case reset
+    case exchange, claimed, recyclePunch, punched
 
     static let ofMerge: [Step] = [.zapped, .compared, .mapped, .wake, .punch]
     static let ofFold: [Step] = [.protect, .protected, .copied, .folded, .foldWake]
@@ -182,9 +183,29 @@ final class Rig {
     private static let stateOffset = valueOffset + 65536
 
     /// Claims a page that the guest has freed, as the recycle engine does.
-    func claim(_ page: Int) -> Bool { shared.compareExchange8(Self.stateOffset + page, expected: 1, desired: 2) }
-    func recycled(_ page: Int) { shared.store8(Self.stateOffset + page, 3) }
+    func claim(_ page: Int) -> Bool { shared.compareExchange8(Self.stateOffset + page, expected: 1, desired: 0xfe) }
+    func recycled(_ page: Int) { shared.store8(Self.stateOffset + page, 0xff) }
     func release(_ page: Int) { shared.store8(Self.stateOffset + page, 1) }
+}
+
+/// With `table=1`: the states of all pages are in the last one.
+extension Rig {
+    func mark(_ page: Int) -> UInt8 {
+        var byte: UInt8 = 0
+        pread(ram.raw, &byte, 1, (pages - 1) * Self.page + page)
+        return byte
+    }
+    func setMark(_ page: Int, _ value: UInt8) {
+        var byte = value
+        pwrite(ram.raw, &byte, 1, (pages - 1) * Self.page + page)
+    }
+    /// Runs for the states of `pages`.
+    func states(_ page: Int, _ count: Int) -> Run {
+        Run(gfn: gfn(page), pages: UInt32(count), slot: gfn(pages - 1) * 4096 + UInt64(page))
+    }
+    func recycle(_ page: Int, _ count: Int, _ order: Order = Order(), again: Bool = false) throws -> Outcome {
+        try connection.run(again ? .recycleAgain : .recycle, [states(page, count)], order)[0]
+    }
 }
 
 extension Descriptor {

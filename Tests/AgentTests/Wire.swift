@@ -2,7 +2,14 @@ import CQuireLayout
 import Platform
 
 /// The agent's protocol, on the backend's side: part 4 of `quire_layout.h`.
-enum Operation: UInt32 { case merge = 1, zero, fold, foldDiverged, reset }
+enum Operation: UInt32 { case merge = 1, zero, fold, foldDiverged, reset, recycle, recycleAgain }
+
+/// What RECYCLE says besides its runs.
+struct Order {
+    var now: UInt32 = 200
+    var dueAge: UInt32 = 1
+    var claimPages: UInt32 = 64
+}
 
 enum Reason: UInt32 { case done, differs, busy, budget, gateClosed, state, failed, invalid }
 
@@ -43,6 +50,7 @@ struct Region {
 struct Ready {
     var status: UInt32
     var text: String
+    var capabilities: UInt64
     var addresses: [UInt64]
 }
 
@@ -121,24 +129,25 @@ final class Connection {
             throw QuireError(.closed, "the agent closed the connection")
         }
         return Ready(
-            status: bytes.u32(8), text: bytes.text(16),
-            addresses: (0..<Int(bytes.u32(12))).map { bytes.u64(272 + 8 * $0) })
+            status: bytes.u32(8), text: bytes.text(16), capabilities: bytes.u64(272),
+            addresses: (0..<Int(bytes.u32(12))).map { bytes.u64(280 + 8 * $0) })
     }
 
     /// Sends a command and doesn't wait.
-    func begin(_ operation: Operation, _ runs: [Run]) throws {
+    func begin(_ operation: Operation, _ runs: [Run], _ order: Order? = nil, passing: [Int32] = []) throws {
         id += 1
         var body = Fields()
         body.add(id)
         body.add(operation.rawValue)
         body.add(UInt32(runs.count))
+        for value in [order?.now ?? 0, order?.dueAge ?? 0, order?.claimPages ?? 0, 0] { body.add(value) }
         for run in runs {
             body.add(run.gfn)
             body.add(run.slot)
             body.add(run.pages)
             body.add(run.store)
         }
-        try send(QUIRE_AGENT_COMMAND.rawValue, body.bytes)
+        try send(QUIRE_AGENT_COMMAND.rawValue, body.bytes, passing: passing)
     }
 
     /// The result of the last command. Nil: the agent is gone.
@@ -154,8 +163,8 @@ final class Connection {
         }
     }
 
-    func run(_ operation: Operation, _ runs: [Run]) throws -> [Outcome] {
-        try begin(operation, runs)
+    func run(_ operation: Operation, _ runs: [Run], _ order: Order? = nil) throws -> [Outcome] {
+        try begin(operation, runs, order)
         guard let outcomes = try end() else { throw QuireError(.closed, "the agent is gone") }
         return outcomes
     }

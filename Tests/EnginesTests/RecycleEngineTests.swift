@@ -2,6 +2,7 @@ import Engines
 import Glibc
 import GuestMemory
 import Platform
+import Synchronization
 import Testing
 
 /// An engine with its page map, ended with the test.
@@ -72,6 +73,132 @@ private final class Bench {
         try bench.run(guest)
         #expect(eventually(seconds: 30) { !workload.current.isClean })
         _ = workload.stop()
+    }
+
+    // MARK: - An agent
+
+    /// Recycles as the agent does, or does not.
+    private final class ModelAgent: PageRecycler {
+        enum Manners: Sendable { case works, isBusy, goesAway, knowsOtherMemory, cannotPunch }
+        struct Seen: Sendable {
+            var manners: Manners
+            var orders = 0, runs = 0, pages = 0, again = 0
+            var connections: Set<Int32> = []
+        }
+        let guest: ModelGuest
+        let map: PageMap
+        let seen: Mutex<Seen>
+
+        init(_ guest: ModelGuest, _ map: PageMap, _ manners: Manners) {
+            self.guest = guest
+            self.map = map
+            seen = Mutex(Seen(manners: manners))
+        }
+        var canRecycle: Bool { true }
+
+        func recycle(_ runs: [RecycleRun], _ order: RecycleOrder) throws(QuireError) -> [MoveOutcome] {
+            let manners = seen.withLock {
+                $0.orders += 1
+                $0.runs += runs.count
+                $0.connections.insert(order.connection)
+                return $0.manners
+            }
+            switch manners {
+            case .works: break
+            case .isBusy: throw QuireError(.busy, "later")
+            case .goesAway: throw QuireError(.closed, "gone")
+            case .knowsOtherMemory: return runs.map { _ in MoveOutcome(done: 0, reason: .invalid) }
+            case .cannotPunch: return runs.map { _ in MoveOutcome(done: 0, reason: .failed(errno: 5)) }
+            }
+            return try runs.map { (run) throws(QuireError) in
+                let page = Int(run.gfns.lowerBound) / 4096
+                #expect(run.states == UInt64(guest.tableGFN(page)) * 4096 + run.gfns.lowerBound % 4096)
+                #expect(Int(run.gfns.upperBound - 1) / 4096 == page)
+                var done = 0
+                for gfn in run.gfns {
+                    let state = guest.state(Int(gfn))
+                    let isWanted: Bool =
+                        switch order.kind {
+                        case .again: state == ModelGuest.recycled
+                        case .due(let age):
+                            (1...253).contains(state) && (Int(order.now) - Int(state) + 253) % 253 >= age
+                        }
+                    guard isWanted, guest.exchange(Int(gfn), from: state, to: ModelGuest.claimed) else { continue }
+                    try Memfd.punch(guest.file.raw, offset: gfn * 4096, byteCount: 4096)
+                    map.move(gfn, from: .private, to: .hole)
+                    guest.setState(Int(gfn), ModelGuest.recycled)
+                    done += 1
+                    if order.kind == .again { seen.withLock { $0.again += 1 } }
+                }
+                seen.withLock { [done] in $0.pages += done }
+                return MoveOutcome(done: done, reason: .done)
+            }
+        }
+    }
+
+    @Test(arguments: [1, 3]) func agentRecycles(workers: Int) throws {
+        let guest = try ModelGuest(pages: 5 * 4096)
+        let bench = try Bench(period: 20, workers: workers)
+        let agent = ModelAgent(guest, bench.map, .works)
+        bench.engine.setRecycler(agent)
+        // Without a connection to hold no agent is asked.
+        try bench.run(guest)
+        guest.freeLongAgo(100)
+        #expect(eventually { guest.state(100) == ModelGuest.recycled })
+        #expect(agent.seen.withLock { $0.orders } == 0)
+
+        bench.engine.stop()
+        guest.setState(100, ModelGuest.inUse)
+        bench.engine.start(memory: guest.memory, rings: [], nonce: 1, connection: 77)
+        let workload = try Workload(guest, threads: 2, manners: .correct)
+        let deadline = monotonicNanoseconds() + 1_500_000_000
+        _ = eventually { monotonicNanoseconds() > deadline && bench.engine.snapshot.recycledPages > 500 }
+        let findings = workload.stop()
+        #expect(findings.isClean && findings.fromRecycled > 0, "\(findings)")
+        let free = guest.usable.filter { guest.state($0) != ModelGuest.inUse }
+        #expect(eventually { free.allSatisfy { guest.state($0) == ModelGuest.recycled && !guest.isResident($0) } })
+        #expect(eventually { bench.engine.snapshot.recycledNowPages == free.count })
+        // The device's start looked for pages that were filled, and found none that it had not made.
+        let seen = agent.seen.withLock { $0 }
+        #expect(seen.connections == [77] && seen.runs >= seen.orders)
+        #expect(bench.map.recycledTotal == UInt64(seen.pages) + 1)
+        #expect(bench.engine.snapshot.refilledPages == UInt64(seen.again))
+        // Several table pages in one order.
+        bench.engine.stop()
+        for gfn in stride(from: 200, to: 5 * 4096, by: 2000) where guest.usable.contains(gfn) {
+            if guest.state(gfn) == ModelGuest.inUse { guest.freeLongAgo(gfn) }
+        }
+        // And those that were filled behind our back.
+        for gfn in free.prefix(3) { guest.fill(gfn) }
+        bench.engine.start(memory: guest.memory, rings: [], nonce: 1, connection: 77)
+        #expect(eventually { free.prefix(3).allSatisfy { !guest.isResident($0) } })
+        #expect(eventually { guest.usable.allSatisfy { [ModelGuest.inUse, ModelGuest.recycled].contains(guest.state($0)) } })
+        #expect(agent.seen.withLock { $0.again } == seen.again + 3)
+        bench.engine.stop()
+    }
+
+    /// An agent that is busy is asked again; one that is not there, or knows other memory, is replaced by the engine itself;
+    /// one that cannot punch ends the registration.
+    @Test func agentDoesNot() throws {
+        let guest = try ModelGuest(pages: 2048)
+        let bench = try Bench(period: 20)
+        let agent = ModelAgent(guest, bench.map, .isBusy)
+        bench.engine.setRecycler(agent)
+        bench.engine.start(memory: guest.memory, rings: [], nonce: 1, connection: 77)
+        try bench.engine.register(headerAddress: guest.headerAddress)
+        guest.freeLongAgo(100)
+        #expect(eventually { agent.seen.withLock { $0.orders } > 3 })
+        #expect(guest.state(100) != ModelGuest.recycled)
+        for (number, manners) in [ModelAgent.Manners.goesAway, .knowsOtherMemory, .works].enumerated() {
+            agent.seen.withLock { $0.manners = manners }
+            for gfn in 200..<300 { guest.freeLongAgo(gfn + 100 * number) }
+            #expect(eventually { (200..<300).allSatisfy { guest.state($0 + 100 * number) == ModelGuest.recycled } })
+        }
+        #expect(eventually { bench.engine.snapshot.recycledNowPages == 301 })
+        agent.seen.withLock { $0.manners = .cannotPunch }
+        guest.freeLongAgo(1000)
+        #expect(eventually { bench.engine.snapshot.phase == .refused })
+        #expect(bench.engine.snapshot.reason.contains("the agent in QEMU"))
     }
 
     // MARK: - Merged pages

@@ -10,8 +10,8 @@
  *     fd 3  guest RAM, a memfd; mapped from its first page on
  *     fd 4  struct shared
  *     fd 5  a socket, for passing descriptors (only for `receive` and `pass`)
- *     pages=N kinds=LETTERS write=N (one in N rounds writes) free=1 (pages are freed, for RESET) delay=US (at each
- *     place in a window) leave=STEP (leaves that step out) punch_early=1 hang=SECONDS file=PATH (on a disk: for
+ *     pages=N kinds=LETTERS write=N (one in N rounds writes) free=1 (pages are freed, for RESET) table=1 (their states
+ *     are in the last page of guest RAM, for RECYCLE; not for m) delay=US (at each place in a window) leave=STEP (leaves that step out) punch_early=1 hang=SECONDS file=PATH (on a disk: for
  *     O_DIRECT) start=0
  *
  *   kinds: c stores  f pread  r preadv  k pipe  s socket  w write from the page into the memfd  m /proc/PID/mem of
@@ -43,8 +43,8 @@
 #define WORKERS 32
 #define PAGES 65536
 
-/* IN_USE to RECYCLED: what the guest module and the host agree on by, much simplified. */
-enum { IN_USE, FREE, CLAIMED, RECYCLED };
+/* What the guest module and the host agree on by, with one epoch. */
+enum { IN_USE = 0, FREE = 1, CLAIMED = 0xfe, RECYCLED = 0xff };
 
 /* The test reads it by these offsets: counters at 0, then one byte a page. */
 static struct shared {
@@ -55,8 +55,10 @@ static struct shared {
 } *shared;
 
 static char *guest, *other_guest;
+static _Atomic uint8_t *states; /* one a page */
+static unsigned usable; /* pages that the guest has for itself */
 static unsigned pages = 4096, workers, one_in = 8, hang_seconds = 20;
-static bool frees;
+static bool frees, table;
 static const char *kinds = "";
 static const char *path;
 static pid_t self;
@@ -82,6 +84,9 @@ static bool step(enum quire_agent_step step, const struct quire_agent_place *pla
 	case QUIRE_STEP_PROTECTED:
 	case QUIRE_STEP_COPIED:
 	case QUIRE_STEP_MAPPED:
+	case QUIRE_STEP_EXCHANGE:
+	case QUIRE_STEP_CLAIMED:
+	case QUIRE_STEP_PUNCHED:
 		if (delay && rand_r(&seed) & 16) nap(delay);
 		break;
 	default:
@@ -145,14 +150,13 @@ static bool write_memory(int fd, const char *from, const char *to)
 /* Takes the page if it was freed; what it reads then may be zeros. */
 static bool allocate(unsigned page)
 {
-	uint8_t state = shared->state[page];
+	uint8_t state = states[page];
 	if (state == IN_USE) return true;
-	if (state == FREE && atomic_compare_exchange_strong(&shared->state[page], &state, IN_USE)) return true;
-	while ((state = shared->state[page]) == CLAIMED)
+	if (state == FREE && atomic_compare_exchange_strong(&states[page], &state, IN_USE)) return true;
+	while ((state = states[page]) == CLAIMED)
 		if (shared->stop) return false;
-	if (state != RECYCLED) return false;
+	if (state != RECYCLED || !atomic_compare_exchange_strong(&states[page], &state, IN_USE)) return false;
 	shared->value[page] = 0;
-	shared->state[page] = IN_USE;
 	return true;
 }
 
@@ -173,7 +177,7 @@ static void work(unsigned worker)
 		_exit(2);
 	}
 	while (!shared->stop) {
-		unsigned page = (unsigned)rand_r(&seed) % (pages / workers) * workers + worker;
+		unsigned page = (unsigned)rand_r(&seed) % (usable / workers) * workers + worker;
 		char *at = guest + page * PAGE;
 		struct iovec halves[2] = { { at, PAGE / 2 }, { at + PAGE / 2, PAGE / 2 } };
 		shared->progress[worker]++;
@@ -229,7 +233,7 @@ static void work(unsigned worker)
 			shared->value[page] = (uint8_t)next;
 			shared->written++;
 		}
-		if (frees && rand_r(&seed) % 4 == 0) shared->state[page] = FREE;
+		if (frees && rand_r(&seed) % 4 == 0) states[page] = FREE;
 	}
 }
 
@@ -310,10 +314,10 @@ static int finish(void)
 		say("hang");
 		_exit(3);
 	}
-	for (unsigned i = 0; workers && i < pages; i++) {
+	for (unsigned i = 0; workers && i < usable; i++) {
 		char *at = guest + i * PAGE;
 		int value = shared->value[i];
-		if (shared->state[i] == IN_USE) expect(is(at, value), i, value, '.', (unsigned char *)at);
+		if (states[i] == IN_USE) expect(is(at, value), i, value, '.', (unsigned char *)at);
 	}
 	printf("%s\n", shared->lost ? "lost" : "good");
 	fflush(stdout);
@@ -420,6 +424,7 @@ int main(int count, char **arguments)
 		else if (!strcmp(key, "kinds")) kinds = value;
 		else if (!strcmp(key, "write")) one_in = (unsigned)atoi(value);
 		else if (!strcmp(key, "free")) frees = atoi(value);
+		else if (!strcmp(key, "table")) table = atoi(value);
 		else if (!strcmp(key, "delay")) delay = atol(value);
 		else if (!strcmp(key, "leave")) leave = atoi(value);
 		else if (!strcmp(key, "punch_early")) punch_early = atoi(value);
@@ -440,8 +445,10 @@ int main(int count, char **arguments)
 	madvise(guest, bytes, MADV_HUGEPAGE);
 	madvise(guest, bytes, MADV_DONTFORK);
 	madvise(guest, bytes, MADV_MERGEABLE);
+	usable = table ? pages - 1 : pages;
+	states = table ? (_Atomic uint8_t *)(guest + usable * PAGE) : shared->state;
 	if (workers)
-		for (unsigned i = 0; i < pages; i++) {
+		for (unsigned i = 0; i < usable; i++) {
 			shared->value[i] = (uint8_t)(i / 3 % VALUES);
 			fill(guest + i * PAGE, shared->value[i]);
 		}

@@ -163,10 +163,10 @@ struct quire_table_header {
  *
  *     An entry: bits 0..7 the state, bits 8..47 the slot, bits 48..55 the store. Slot and store are 0 but for SHARED.
  *     The backend moves entries between PRIVATE and HOLE, by compare-exchange, and to HOLE with the range lock held for
- *     I/O; every other move is the agent's, which makes it while it holds the range lock, after the mapping in QEMU has
- *     changed and before a guest can write through the new one. So whoever holds the range lock for I/O finds the bytes
- *     where the entry says they are. (When QEMU unmaps guest RAM for good its merged pages become PRIVATE without the lock:
- *     no I/O can be in flight there.)
+ *     I/O. The agent moves them to HOLE, too, when it recycles. Every other move is the agent's alone, made while it holds
+ *     the range lock, after the mapping in QEMU has changed and before a guest can write through the new one. So whoever
+ *     holds the range lock for I/O finds the bytes where the entry says they are. (When QEMU unmaps guest RAM for good its
+ *     merged pages become PRIVATE without the lock: no I/O can be in flight there.)
  * ------------------------------------------------------------------------------------------------------------- */
 
 #define QUIRE_MAP_MAGIC   "QUIREMAP"
@@ -213,8 +213,9 @@ struct quire_lock {
 	quire_u8  reserved[2];       /* 6 */
 };
 
-/* A claim in the journal: written before the first state byte becomes CLAIMED, cleared (page_count = 0) after the
- * last one is RECYCLED. since_ns is CLOCK_MONOTONIC: the supervisor kills a backend whose claim is too old. */
+/* A claim of the backend's in the journal: written before the first state byte becomes CLAIMED, cleared (page_count = 0)
+ * after the last one is RECYCLED. since_ns is CLOCK_MONOTONIC: the supervisor kills a backend whose claim is too old.
+ * The agent's claims are in no journal: it does not die before the guest. */
 struct quire_claim {
 	quire_u64 first_gfn;
 	quire_u64 page_count;        /* 0: no claim open; at most QUIRE_CLAIM_MAX_PAGES */
@@ -319,7 +320,8 @@ enum quire_merge_state {
  *                               the regions change; a region that is missing in a later attach is no longer touched
  *    agent -> backend  ready    whether it took them, and why not
  *    backend -> agent  stores   with descriptors: stores that follow those the agent has
- *    backend -> agent  command  answered by exactly one result, in order
+ *    backend -> agent  command  answered by exactly one result, in order. With RECYCLE come up to 2 descriptors, which
+ *                               the agent has open until it is done, and does nothing with: see below
  *    agent -> backend  result
  *    agent -> backend  gate     after ready, and whenever the pin gate or its reason changes
  *
@@ -363,7 +365,8 @@ struct quire_agent_hello {
 	quire_u8  magic[8];          /*  8 QUIRE_AGENT_MAGIC */
 	quire_u32 version;           /* 16 QUIRE_AGENT_VERSION */
 	quire_u32 pid;               /* 20 as QEMU sees it */
-	quire_u64 capabilities;      /* 24 enum quire_agent_capability; without CAN_USERFAULTFD the others are unknown: 0 */
+	quire_u64 capabilities;      /* 24 enum quire_agent_capability; without CAN_USERFAULTFD the others are unknown until
+				      *    it is attached: 0 */
 	quire_u64 mapping_limit;     /* 32 vm.max_map_count */
 };
 
@@ -404,7 +407,8 @@ struct quire_agent_ready {
 	quire_u32 status;            /*   8 enum quire_agent_status; unless OK nothing was taken */
 	quire_u32 region_count;      /*  12 */
 	quire_u8  text[256];         /*  16 one line for a person, zero-padded */
-	quire_u64 addresses[QUIRE_AGENT_MAX_REGIONS]; /* 272 of each region in QEMU */
+	quire_u64 capabilities;      /* 272 enum quire_agent_capability: with what it was given */
+	quire_u64 addresses[QUIRE_AGENT_MAX_REGIONS]; /* 280 of each region in QEMU */
 };
 
 struct quire_agent_stores {
@@ -419,11 +423,26 @@ enum quire_agent_operation {
 	QUIRE_AGENT_FOLD = 3,        /* bring every merged page back into the memfd */
 	QUIRE_AGENT_FOLD_DIVERGED = 4, /* those that the guest has written since */
 	QUIRE_AGENT_RESET = 5,       /* the guest has freed them: map the memfd again, whatever it holds */
+	QUIRE_AGENT_RECYCLE = 6,     /* claim, punch and release what the guest has marked free, and long enough ago */
+	QUIRE_AGENT_RECYCLE_AGAIN = 7, /* the same for what is RECYCLED: somebody has filled it */
 };
+
+/*
+ * Who recycles must be done before the guest's memory belongs to another kernel (part 2): before QEMU goes on after the
+ * stop of the device that the table was registered with. QEMU does when the backend answers, or when it sees the end of
+ * their connection. So a backend that sends RECYCLE
+ *
+ *   - answers no such stop until the result is there, or the agent has the command no more;
+ *   - passes with the command its own end of that connection. If it dies, the connection ends only when the agent, which
+ *     has or will be sent the command, has closed it too: done, or never begun.
+ *
+ * The second descriptor is for the first rule: the one end of a pipe. When the other hangs up nobody has the command.
+ */
 
 struct quire_agent_run {
 	quire_u64 gfn;
-	quire_u64 slot;              /* MERGE only, else 0 */
+	quire_u64 slot;              /* MERGE: of the first page. RECYCLE: the guest physical address of its state byte; those
+				      *   of the others follow in the same page, which the backend keeps private. Else 0 */
 	quire_u32 page_count;        /* 1 .. QUIRE_AGENT_MAX_PAGES */
 	quire_u32 store;             /* MERGE only, else 0 */
 };
@@ -433,10 +452,18 @@ struct quire_agent_command {
 	quire_u64 id;                /*  8 comes back in the result */
 	quire_u32 operation;         /* 16 enum quire_agent_operation */
 	quire_u32 run_count;         /* 20 the message ends after the last run */
-	struct quire_agent_run runs[QUIRE_AGENT_MAX_RUNS]; /* 24 */
+	/* RECYCLE and RECYCLE_AGAIN only, else 0. */
+	quire_u32 now;               /* 24 the epoch; what is claimed and can't be punched gets it as its mark */
+	quire_u32 due_age;           /* 28 RECYCLE: epochs that a mark must be old */
+	quire_u32 claim_pages;       /* 32 1 .. QUIRE_CLAIM_MAX_PAGES that are CLAIMED at a time, at most */
+	quire_u32 reserved;          /* 36 0 */
+	struct quire_agent_run runs[QUIRE_AGENT_MAX_RUNS]; /* 40 */
 };
 
-/* A run is done in windows from its first page on, until it is done or a window is refused. */
+/*
+ * A run is done in windows from its first page on, until it is done or a window is refused. RECYCLE looks at all of its
+ * pages and passes over those that it can't recycle: DONE, or the reason for the last of them.
+ */
 enum quire_agent_reason {
 	QUIRE_AGENT_DONE = 0,
 	QUIRE_AGENT_DIFFERS = 1,     /* detail: the first page that differs, counted from the run's first */
@@ -449,7 +476,7 @@ enum quire_agent_reason {
 };
 
 struct quire_agent_outcome {
-	quire_u32 done;              /* pages, from the run's first on */
+	quire_u32 done;              /* pages, from the run's first on; RECYCLE: that were recycled, anywhere in the run */
 	quire_u32 reason;            /* enum quire_agent_reason */
 	quire_u32 detail;
 };
@@ -672,10 +699,10 @@ QUIRE_ASSERT(sizeof(struct quire_agent_hello) == 40);
 QUIRE_ASSERT(offsetof(struct quire_agent_attach, peers) == 32);
 QUIRE_ASSERT(offsetof(struct quire_agent_attach, regions) == 64);
 QUIRE_ASSERT(sizeof(struct quire_agent_region) == 32);
-QUIRE_ASSERT(offsetof(struct quire_agent_ready, addresses) == 272);
+QUIRE_ASSERT(offsetof(struct quire_agent_ready, addresses) == 280);
 QUIRE_ASSERT(sizeof(struct quire_agent_stores) == 16);
 QUIRE_ASSERT(sizeof(struct quire_agent_run) == 24);
-QUIRE_ASSERT(offsetof(struct quire_agent_command, runs) == 24);
+QUIRE_ASSERT(offsetof(struct quire_agent_command, runs) == 40);
 QUIRE_ASSERT(sizeof(struct quire_agent_outcome) == 12);
 QUIRE_ASSERT(offsetof(struct quire_agent_result, outcomes) == 40);
 QUIRE_ASSERT(sizeof(struct quire_agent_gate) == 272);

@@ -31,6 +31,11 @@ enum quire_agent_step {
 	QUIRE_STEP_FOLD_WAKE,
 	/* reset */
 	QUIRE_STEP_RESET,            /* a place */
+	/* recycle */
+	QUIRE_STEP_EXCHANGE,         /* left out: claims by a plain store */
+	QUIRE_STEP_CLAIMED,          /* a place */
+	QUIRE_STEP_RECYCLE_PUNCH,
+	QUIRE_STEP_PUNCHED,          /* a place */
 };
 
 struct quire_agent_place {
