@@ -59,7 +59,7 @@ public final class StoreLink: ContentStore {
             do throws(QuireError) {
                 try tellMemory(memory, box)
                 return .ready(box.client.withLock { $0.hasher })
-            } catch { fail(error) }
+            } catch { fail(error, box) }
         }
         let now = monotonicNanoseconds()
         let (retryAt, trouble) = state.withLock { ($0.retryAt, $0.trouble) }
@@ -147,17 +147,25 @@ public final class StoreLink: ContentStore {
     private func request<R>(_ body: (inout StoreClient) throws(QuireError) -> R) throws(QuireError) -> R {
         guard let box = state.withLock({ $0.client }) else { throw QuireError(.closed, "quired is not connected") }
         do throws(QuireError) {
-            return try box.client.withLock { client throws(QuireError) in try body(&client) }
+            return try box.client.withLock { client throws(QuireError) in
+                do throws(QuireError) { return try body(&client) } catch {
+                    // Before another thread takes a reply that comes late for its own.
+                    client.close()
+                    throw error
+                }
+            }
         } catch {
-            fail(error)
+            fail(error, box)
             throw QuireError(.closed, "quired", cause: error)
         }
     }
 
-    /// The connection is of no more use.
-    private func fail(_ error: QuireError) {
+    /// A connection, of those there were, is of no more use; nil: whatever there is.
+    private func fail(_ error: QuireError, _ box: ClientBox? = nil) {
         let text = error.errno == 2 || error.errno == 111 ? "no quired listens at \(path)" : "\(error)"
-        let (old, isNew) = state.withLock { state in
+        let (old, isNew) = state.withLock { state -> (ClientBox?, Bool) in
+            // Another thread was told first, and there may be a new one already.
+            if let box, state.client !== box { return (nil, false) }
             defer {
                 state.client = nil
                 state.trouble = text
