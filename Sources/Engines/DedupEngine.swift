@@ -217,6 +217,8 @@ public final class DedupEngine: Sendable {
         var regions: [QuietPages] = []
         /// Pages that the store thinks we map, or did not hear the contrary of.
         var held = GFNSet()
+        /// Some pages are merged with slots that the store does not know.
+        var hasUnknown = false
         var accountedAt: UInt64 = 0
         /// Passes in which nothing happened.
         var calmPasses = 0
@@ -226,6 +228,8 @@ public final class DedupEngine: Sendable {
         var hashed: [HashedPages] = []
         var hashedRegion = 0
         var hashedPosition: GFN = 0
+        /// Equal pages in shorter ones, for the time when it is.
+        var short = GFNSet()
     }
 
     private func coordinate() {
@@ -302,6 +306,7 @@ public final class DedupEngine: Sendable {
         let result = merging.result
         state.regions = result.regions
         for gfns in result.held { state.held.insert(gfns) }
+        for gfns in result.short { state.short.insert(gfns) }
         statistics.withLock {
             $0.passes += 1
             $0.hashedPages += UInt64(result.hashed)
@@ -310,13 +315,18 @@ public final class DedupEngine: Sendable {
             $0.sharingPages += UInt64(result.merged)
             $0.zeroPages += UInt64(result.zeroed)
             $0.divergedPages = UInt64(diverged)
-            $0.reason = result.stopped ?? $0.reason
+            if let stopped = result.stopped {
+                $0.reason = stopped
+            } else if state.shortestRun > 1, !state.short.isEmpty, $0.reason.isEmpty {
+                $0.reason = "mappings of QEMU get scarce (vm.max_map_count): equal pages are merged in runs of "
+                    + "\(state.shortestRun) or more only"
+            }
         }
         if hasher != nil, result.failure == nil, !isInterrupted { try takeOffers(memory, &state) }
         // What others brought back: looked for now and then, since it costs a look at every merged page's entry.
         let now = monotonicNanoseconds()
         if now - state.accountedAt > Self.accountingNanoseconds {
-            try settleAccounts(memory, &state)
+            settleAccounts(&state)
             state.accountedAt = now
         }
         let isCalm = written < 64 && result.hashed == 0 && diverged == 0
@@ -405,35 +415,49 @@ public final class DedupEngine: Sendable {
             return nil
         case .ready(let hasher):
             statistics.withLock { $0.reason = "" }
+            try dropUnknown(memory, &state)
             return hasher
         case .connected(let hasher, let unknown):
             statistics.withLock { $0.reason = "" }
+            // First of all: what is brought back from here on has to be released.
             state.held = GFNSet()
-            if unknown > 0 {
-                try bringBack(memory, &state) { if case .shared = $0 { true } else { false } }
-            }
             map.forEachMerged { gfns, kind in if case .shared = kind { state.held.insert(gfns) } }
-            try settleAccounts(memory, &state)
+            state.hasUnknown = unknown > 0
+            try dropUnknown(memory, &state)
+            settleAccounts(&state)
             return hasher
         }
+    }
+
+    /// Pages of slots that the store does not know are brought back, and as nobody can tell which ones those are, all of
+    /// them. What interrupts that does not end it.
+    private func dropUnknown(_ memory: GuestMemory, _ state: inout PassState) throws(QuireError) {
+        guard state.hasUnknown else { return }
+        try bringBack(memory, &state) { if case .shared = $0 { true } else { false } }
+        state.hasUnknown = false
     }
 
     /// Runs cost QEMU two mappings each, however long they are: when those get scarce only longer ones are worth it.
     private func adaptToMappings(_ state: inout PassState) {
         let (used, limit) = merger.mappings
         guard limit > 0 else { return }
+        let before = state.shortestRun
         state.shortestRun = switch Double(used) / Double(limit) {
         case ..<0.5: 1
         case ..<0.75: 4
         case ..<0.9: 16
         default: 64
         }
+        if state.shortestRun < before {
+            for gfns in state.short.runs { state.noteRipe(gfns) }
+            state.short = GFNSet()
+        }
     }
 
     // MARK: - Bringing pages back
 
-    /// Pages of one command: a tenth of a second, roughly.
-    private static let foldPages = 2048
+    /// Pages that are brought back at once: some hundredths of a second, ten times that on a busy host.
+    private static let foldPages = 512
 
     /// Merged pages that the guest has written since go back to the memory file, where the guest can write them for
     /// nothing. Returns how many there were.
@@ -518,18 +542,24 @@ public final class DedupEngine: Sendable {
             }
             if case .gateClosed = outcome.reason { closed = true }
         }
-        try release(ranges, &state)
+        release(ranges, &state)
         if closed { throw QuireError(.busy, merger.obstacle ?? "the pin gate is closed") }
     }
 
     /// Brings back all merged pages that are wanted; throws `.busy` where somebody wants control in the middle.
+    /// Only pages that are the guest's now: what was unplugged is merged until QEMU unmaps it.
     private func bringBack(
         _ memory: GuestMemory, _ state: inout PassState, _ isWanted: (PageState) -> Bool
     ) throws(QuireError) {
         // A page with I/O in flight is busy for a moment: some rounds, with time in between.
         for round in 0..<50 {
             var ranges: [Range<GFN>] = []
-            map.forEachMerged { gfns, kind in if isWanted(kind) { ranges.append(gfns) } }
+            map.forEachMerged { gfns, kind in
+                guard isWanted(kind) else { return }
+                for region in memory.regions where region.gfns.overlaps(gfns) {
+                    ranges.append(gfns.clamped(to: region.gfns))
+                }
+            }
             if ranges.isEmpty { return }
             if round > 0 { ProcessCalls.sleep(milliseconds: UInt32(round)) }
             try fold(ranges, &state)
@@ -541,19 +571,18 @@ public final class DedupEngine: Sendable {
     private func unmergeAll(_ memory: GuestMemory, _ state: inout PassState) throws(QuireError) {
         guard map.hasMerged else { return }
         adopt(memory, &state)
-        _ = store.prepare(memory)
+        // Also for a store that an earlier process had merged with, or that has come back: it has to hear of all this.
+        _ = try prepareStore(memory, &state)
         try bringBack(memory, &state) { _ in true }
-        statistics.withLock {
-            $0.zeroPages = 0
-            $0.sharingPages = 0
-            $0.divergedPages = 0
-        }
+        settleAccounts(&state)
+        statistics.withLock { $0.divergedPages = 0 }
     }
 
     // MARK: - Accounts with the store
 
     /// Tells the store of pages of these that it thinks we map and that we do not (any more).
-    private func release(_ ranges: [Range<GFN>], _ state: inout PassState) throws(QuireError) {
+    /// One that cannot be told now is connected anew, and counts what is mapped: no reason to keep a page merged.
+    private func release(_ ranges: [Range<GFN>], _ state: inout PassState) {
         var gone: [Range<GFN>] = []
         for range in ranges {
             state.held.forEachRun(in: range) { run in
@@ -562,12 +591,12 @@ public final class DedupEngine: Sendable {
         }
         guard !gone.isEmpty else { return }
         for gfns in gone { state.held.remove(gfns) }
-        try store.report(merged: [], released: gone)
+        try? store.report(merged: [], released: gone)
     }
 
     /// Looks through everything that is merged or was: what others brought back is released, and the figures are right.
-    private func settleAccounts(_ memory: GuestMemory, _ state: inout PassState) throws(QuireError) {
-        try release(state.held.runs, &state)
+    private func settleAccounts(_ state: inout PassState) {
+        release(state.held.runs, &state)
         var zeros = 0, shared = 0
         map.forEachMerged { gfns, kind in
             if case .zero = kind { zeros += gfns.count } else { shared += gfns.count }
@@ -583,8 +612,12 @@ public final class DedupEngine: Sendable {
         while !isInterrupted {
             let slots = try store.takeOffers()
             guard !slots.isEmpty else { return }
-            let result = try Merging.merge(slots, merger: merger, store: store, shortestRun: state.shortestRun)
+            let result = try Merging.merge(
+                slots, merger: merger, store: store, shortestRun: state.shortestRun, cancelled: { self.isInterrupted })
             for gfns in result.merged { state.held.insert(gfns) }
+            for gfns in result.again { state.noteRipe(gfns) }
+            for gfns in result.short { state.short.insert(gfns) }
+            for gfns in result.changed { state.noteWritten(gfns) }
             statistics.withLock {
                 $0.mergedPages += UInt64(result.pages)
                 $0.sharingPages += UInt64(result.pages)
@@ -598,6 +631,9 @@ public final class DedupEngine: Sendable {
 extension DedupEngine.PassState {
     mutating func noteWritten(_ gfns: Range<GFN>) {
         for index in regions.indices { regions[index].noteWritten(gfns) }
+    }
+    mutating func noteRipe(_ gfns: Range<GFN>) {
+        for index in regions.indices { regions[index].noteRipe(gfns) }
     }
     mutating func noteFickle(_ gfns: Range<GFN>) {
         for index in regions.indices { regions[index].noteFickle(gfns) }

@@ -1,3 +1,4 @@
+import CQuireLayout
 import GuestMemory
 import PageContent
 import Platform
@@ -18,6 +19,8 @@ final class MergePass: CrewWork {
         var runs = 0
         /// Pages that the store counts as ours.
         var held: [Range<GFN>] = []
+        /// Left alone because mappings are scarce.
+        var short: [Range<GFN>] = []
         /// Why merging came to an end before the pages did.
         var stopped: String?
         var failure: QuireError?
@@ -115,11 +118,13 @@ final class MergePass: CrewWork {
         try mergeZeros(zeros)
         guard let store, !runs.isEmpty else { return }
         let slots = try store.lookUp(runs, hashes)
-        let merged = try Merging.merge(slots, merger: merger, store: store, shortestRun: shortestRun)
+        let merged = try Merging.merge(
+            slots, merger: merger, store: store, shortestRun: shortestRun, cancelled: cancelled)
         shared.withLock { state in
             state.merged += merged.pages
             state.runs += merged.merged.count
             state.held += merged.merged
+            state.short += merged.short
             state.stopped = state.stopped ?? merged.stopped
             for gfns in merged.again { state.noteRipe(gfns) }
             for gfns in merged.changed { state.noteWritten(gfns) }
@@ -128,12 +133,14 @@ final class MergePass: CrewWork {
 
     private func mergeZeros(_ zeros: [Range<GFN>]) throws(QuireError) {
         let worthIt = zeros.filter { $0.count >= shortestRun }
-        guard !worthIt.isEmpty else { return }
-        let outcomes = try merger.zero(worthIt, until: Merging.deadline)
         var merged = Merging.Result()
-        for (range, outcome) in zip(worthIt, outcomes) { merged.note(range, outcome) }
+        merged.short = zeros.filter { $0.count < shortestRun }
+        try merged.inParts(worthIt, { $0 }, cancelled) { (some) throws(QuireError) in
+            try merger.zero(some, until: Merging.deadline)
+        }
         shared.withLock { state in
             state.zeroed += merged.pages
+            state.short += merged.short
             state.runs += merged.merged.count
             state.stopped = state.stopped ?? merged.stopped
             for gfns in merged.again { state.noteRipe(gfns) }
@@ -153,6 +160,9 @@ enum Merging {
     /// to wait, too.
     static var deadline: UInt64 { monotonicNanoseconds() + 1_500_000_000 }
 
+    /// What the agent takes in one command.
+    private static let runsAtOnce = Int(QUIRE_AGENT_MAX_RUNS)
+
     struct Result {
         /// Of all `merged`.
         var pages = 0
@@ -161,10 +171,28 @@ enum Merging {
         var again: [Range<GFN>] = []
         /// Not what the store has: written meanwhile.
         var changed: [Range<GFN>] = []
+        /// Too short to be worth their mappings now.
+        var short: [Range<GFN>] = []
         /// Everything that was not merged.
         var left: [Range<GFN>] = []
         /// Why no more can be merged now.
         var stopped: String?
+
+        /// Has runs dealt with, few at a time, so that whoever wants control soon has it; the rest is left for later then.
+        mutating func inParts<Run>(
+            _ runs: [Run], _ gfns: (Run) -> Range<GFN>, _ cancelled: () -> Bool,
+            _ deal: ([Run]) throws(QuireError) -> [MoveOutcome]
+        ) throws(QuireError) {
+            for start in stride(from: 0, to: runs.count, by: Merging.runsAtOnce) {
+                if cancelled() {
+                    left += runs[start...].map(gfns)
+                    again += runs[start...].map(gfns)
+                    return
+                }
+                let some = Array(runs[start..<min(start + Merging.runsAtOnce, runs.count)])
+                for (run, outcome) in zip(some, try deal(some)) { note(gfns(run), outcome) }
+            }
+        }
 
         mutating func note(_ range: Range<GFN>, _ outcome: MoveOutcome) {
             let end = range.lowerBound + UInt64(outcome.done)
@@ -193,16 +221,19 @@ enum Merging {
     }
 
     static func merge(
-        _ slots: [SlotRun], merger: any PageMerger, store: any ContentStore, shortestRun: Int
+        _ slots: [SlotRun], merger: any PageMerger, store: any ContentStore, shortestRun: Int,
+        cancelled: () -> Bool
     ) throws(QuireError) -> Result {
         var result = Result()
         // Long ones first: they give most for the mappings that they cost.
         let worthIt = slots.filter { Int($0.pages) >= shortestRun }.sorted { $0.pages > $1.pages }
-        result.left = slots.filter { Int($0.pages) < shortestRun }.map(\.gfns)
+        result.short = slots.filter { Int($0.pages) < shortestRun }.map(\.gfns)
+        result.left = result.short
         let runs = worthIt.map { PageRun(gfn: $0.gfn, pages: Int($0.pages), store: UInt8($0.store), slot: UInt64($0.slot)) }
         do throws(QuireError) {
-            let outcomes = runs.isEmpty ? [] : try merger.merge(runs, until: deadline)
-            for (slot, outcome) in zip(worthIt, outcomes) { result.note(slot.gfns, outcome) }
+            try result.inParts(runs, \.gfns, cancelled) { (some) throws(QuireError) in
+                try merger.merge(some, until: deadline)
+            }
         } catch {
             // How far it came only the page map knows.
             store.lose()
