@@ -368,7 +368,8 @@ public final class Session {
         try reader.end()
         var table: [MemoryRegion] = []
         for region in described { table.append(try makeRegion(region, &descriptors)) }
-        pages?.use(try GuestMemory(table, log: tracker, pages: pages))
+        let memory = try GuestMemory(table, log: tracker, pages: pages)
+        pages?.use(memory)
         try reconfigure { regions = table }
     }
 
@@ -401,7 +402,8 @@ public final class Session {
             throw QuireError(.invalid, "more than \(Message.maxMemorySlots) memory regions")
         }
         let table = regions + [try makeRegion(described, &descriptors)]
-        pages?.use(try GuestMemory(table, log: tracker, pages: pages))
+        let memory = try GuestMemory(table, log: tracker, pages: pages)
+        pages?.use(memory)
         try reconfigure { regions = table }
     }
 

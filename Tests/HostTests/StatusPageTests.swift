@@ -49,7 +49,7 @@ struct StatusPageTests {
         // Against the header's documented offsets, not our own constants.
         let raw = try Mapping(Descriptor.open(path, O_RDONLY), byteCount: 4096, access: .readOnly)
         #expect(raw.copyOut(0, count: 8) == Array("QUIREVMS".utf8))
-        #expect(raw.load32(8) == 1 && raw.load32(12) == 77 && raw.load64(16) == 2)
+        #expect(raw.load32(8) == 2 && raw.load32(12) == 77 && raw.load64(16) == 2)
         #expect(raw.load64(56) == 5 && raw.load32(96) == 3 && raw.load64(112) == 12)
         #expect(raw.loadText(128, capacity: 256) == "grund" && raw.loadText(384, capacity: 128) == "vm")
     }
@@ -80,10 +80,10 @@ struct StatusPageTests {
         #expect(message { try StatusPage.Reader(path: empty) } == "\(empty): no backend has written its status yet")
         let wrong = try folder.write("wrong", String(repeating: "x", count: 4096))
         #expect(message { try StatusPage.Reader(path: wrong) } == "\(wrong) is no status page: wrong magic")
-        let newer = try folder.write("newer", "QUIREVMS\u{2}\0\0\0" + String(repeating: "\0", count: 4084))
+        let newer = try folder.write("newer", "QUIREVMS\u{3}\0\0\0" + String(repeating: "\0", count: 4084))
         #expect(
             message { try StatusPage.Reader(path: newer) }
-                == "\(newer) has version 2, this quire reads version 1: use the quire that started the VM")
+                == "\(newer) has version 3, this quire reads version 2: use the quire that started the VM")
         #expect(message { try StatusPage.Reader(path: folder.path + "/none") } == "cannot open \(folder.path)/none: No such file or directory")
     }
 }
