@@ -5,16 +5,18 @@ public struct Report: Sendable {
     public var machine: [(String, JSON)]
     public private(set) var results: [(String, JSON)] = []
     public private(set) var bars: [Bar] = []
-    private var tables: [String] = []
+    private let show: @Sendable (String) -> Void
 
-    public init(benchmark: String, machine: [(String, JSON)]) {
+    /// `show` gets each table as soon as it is there: a benchmark takes minutes.
+    public init(benchmark: String, machine: [(String, JSON)], show: @escaping @Sendable (String) -> Void) {
         self.benchmark = benchmark
         self.machine = machine
+        self.show = show
     }
 
     public mutating func add(_ name: String, _ result: JSON, table: Table) {
         results.append((name, result))
-        tables.append(table.text)
+        show(table.text)
     }
 
     public mutating func add(_ bar: Bar) { bars.append(bar) }
@@ -22,14 +24,15 @@ public struct Report: Sendable {
     /// A part that could not be measured: its bars are missed.
     public mutating func fail(_ name: String, _ reason: String, bars: [Bar]) {
         results.append((name, .object([("failed", .text(reason))])))
-        tables.append("\(name): not measured: \(reason)\n")
+        show("\(name): not measured: \(reason)\n")
         self.bars += bars
     }
 
     /// Nothing measured is nothing held.
     public var holds: Bool { !bars.isEmpty && bars.allSatisfy(\.holds) }
 
-    public var text: String {
+    /// What stands below the tables: the machine, known completely only now, and all bars.
+    public var conclusion: String {
         var head = Table(title: "\(benchmark), measured on")
         for (name, value) in machine {
             if case .text(let text) = value { head.row(name, text) } else { head.row(name, value.line) }
@@ -40,7 +43,7 @@ public struct Report: Sendable {
                 (bar.isUpper ? "at most " : "at least ") + Table.number(bar.limit) + (bar.unit.isEmpty ? "" : " " + bar.unit),
                 bar.holds ? "holds" : "MISSED")
         }
-        return ([head.text] + tables + [summary.text]).joined(separator: "\n")
+        return head.text + "\n" + summary.text
     }
 
     public var json: JSON {

@@ -1,4 +1,5 @@
 import Bench
+import Synchronization
 import Testing
 
 @Suite struct ReportTests {
@@ -12,7 +13,7 @@ import Testing
     }
 
     @Test func `the JSON is one line with the four members and every bar's name, value, limit and holds`() {
-        var report = Report(benchmark: "x", machine: [("cpu", "a \"b\"\n")])
+        var report = Report(benchmark: "x", machine: [("cpu", "a \"b\"\n")]) { _ in }
         #expect(!report.holds)
         report.add("cost", ["pages": 3, "ratio": 1.125], table: Table(title: "t"))
         report.add(Bar("ratio", 1.125, atMost: 1.2))
@@ -27,9 +28,18 @@ import Testing
     }
 
     @Test func `a missed bar stays in the table`() {
-        var report = Report(benchmark: "x", machine: [])
+        var report = Report(benchmark: "x", machine: []) { _ in }
         report.add(Bar("slow", 2, atMost: 1.2, "times"))
-        #expect(report.text.contains("slow") && report.text.contains("MISSED"))
+        #expect(report.conclusion.contains("slow") && report.conclusion.contains("MISSED"))
+    }
+
+    @Test func `a table is shown as soon as it is there`() {
+        let shown = Mutex<[String]>([])
+        var report = Report(benchmark: "x", machine: []) { text in shown.withLock { $0.append(text) } }
+        report.add("cost", 3, table: Table(title: "the cost"))
+        #expect(shown.withLock { $0 } == ["the cost\n"])
+        report.fail("idle", "no guest", bars: [])
+        #expect(shown.withLock { $0 }.last == "idle: not measured: no guest\n")
     }
 
     @Test(arguments: [(1234.5, "1235"), (12.345, "12.3"), (1.0, "1.00"), (0.05, "0.0500"), (-0.5, "-0.500"), (0, "0")])
