@@ -8,7 +8,7 @@ extension Integration {
     @Suite(.serialized) struct Sleep {
         /// Suspend to RAM under churn, and wake: memory is as it was, nothing was recycled in between, and recycling goes on.
         @Test func suspend() throws {
-            let guest = try Guest()
+            let guest = try Guest(Machine(startsPacked: true))
             try guest.watched {
                 try guest.loadModule()
                 try guest.waitForActive()

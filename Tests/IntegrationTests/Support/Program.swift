@@ -42,7 +42,10 @@ enum Program {
 /// A guest kernel and what `make guest` made for it.
 enum Kernel: String, CustomStringConvertible {
     case v6_1 = "6.1", v6_12 = "6.12"
+    /// What a boot loader loads.
     var image: String { "\(Program.cache)/guest/\(rawValue)/vmlinuz" }
+    /// The same kernel, unpacked: what QEMU loads.
+    var unpacked: String { "\(Program.top)/build/guest/\(rawValue)/vmlinux" }
     var initramfs: String { "\(Program.top)/build/guest/\(rawValue)/initramfs" }
     var description: String { rawValue }
 }
