@@ -6,48 +6,47 @@ extension Integration {
     /// machine every round, builds the exact set of free pages and compares; its load takes memory by every path that the
     /// allocator has, and it discards what is marked, as a host would, so that a wrong mark has consequences.
     @Suite(.serialized) struct FreeSet {
-        /// Compaction, file caches that are reclaimed, memory taken until nothing is left, and the OOM killer.
+        /// Compaction, again and again, of memory that programs churn.
+        private static func movement(_ churn: String) -> String {
+            """
+            (while [ ! -e /tmp/stop ]; do echo 1 > /proc/sys/vm/compact_memory; sleep 1; done) & \
+            (while [ ! -e /tmp/stop ]; do quire-load churn \(churn) --threads 2 >> /tmp/churn 2>&1 || break; done) &
+            """
+        }
+
+        /// File caches that are reclaimed, memory taken until nothing is left, and the OOM killer.
         private static let pressure = """
             mkdir -p /tmp/m; modprobe ext4; mkfs.ext4 -q -F /dev/vda && mount /dev/vda /mnt; \
-            (while [ ! -e /tmp/stop ]; do echo 1 > /proc/sys/vm/compact_memory; sleep 1; done) & \
-            (while [ ! -e /tmp/stop ]; do quire-load churn 120 3 --threads 2 --file /mnt >> /tmp/churn 2>&1 || break; done) & \
             (while [ ! -e /tmp/stop ]; do cat /mnt/big > /dev/null 2>&1 || \
             dd if=/dev/urandom of=/mnt/big bs=1M count=300 2> /dev/null; done) & \
             (while [ ! -e /tmp/stop ]; do echo 1000 > /proc/self/oom_score_adj; sh -c 'echo 1000 > /proc/self/oom_score_adj; \
             exec quire-load hold 1024 0' > /dev/null 2>&1; sleep 2; done) &
             """
 
-        private static func violations(_ machine: Machine, module: String, rounds: Int) throws -> (violations: Int, corruptions: Int, text: String) {
+        private func expectNoViolation(_ machine: Machine, rounds: Int) throws {
             let folder = try Folder()
             var machine = machine
             machine.memory = "384M,slots=1,maxmem=2G"
             machine.arguments += ["-drive", "file=\(try folder.sparseFile("disk", byteCount: 512 << 20)),format=raw,if=virtio"]
             let guest = try Guest(machine, in: folder)
-            return try guest.watched {
-                try guest.sh("insmod /lib/quire/\(module).ko")
+            try guest.watched {
+                try guest.loadModule()
                 try guest.waitForActive()
                 try guest.sh(Self.pressure, within: Guest.patience(for: 30))
+                try guest.sh(Self.movement("120 3 --file /mnt"))
                 // It goes on until it was seen enough.
                 try guest.sh("insmod /lib/quire/quire_check.ko rounds=1000000 gap_ms=100")
-                var text = "", needed = rounds
-                if module == "quire" { needed = max(rounds, try hotplug(guest) + rounds / 4) }
-                do {
-                    try guest.wait(for: "\(rounds) rounds", within: Guest.patience(for: rounds * 3)) {
-                        let now = try guest.sh("cat /sys/kernel/debug/quire_check/result")
-                        text = now
-                        return Self.number("rounds", in: now) >= needed || module != "quire" && Self.number("violations", in: now) > 0
-                    }
-                } catch where module != "quire" {
-                    // A control breaks the guest in time, which may die of that, and then says so.
-                    text = "violations=1 (the guest died: \(error))"
+                var text = ""
+                let needed = max(rounds, try Self.hotplug(guest) + rounds / 4)
+                try guest.wait(for: "\(rounds) rounds", within: Guest.patience(for: rounds * 3)) {
+                    text = try guest.sh("cat /sys/kernel/debug/quire_check/result")
+                    return Self.number("rounds", in: text) >= needed
                 }
-                if module == "quire" {
-                    try guest.sh("touch /tmp/stop")
-                    let wrong = try guest.run("grep -v '^ok ' /tmp/churn")
-                    #expect(wrong.status == 1, "\(wrong.text)")
-                    #expect(guest.status.recycledTotalPages > 0)
-                }
-                return (Self.number("violations", in: text), Self.number("corruptions", in: text), text)
+                try guest.sh("touch /tmp/stop")
+                let wrong = try guest.run("grep -v '^ok ' /tmp/churn")
+                #expect(wrong.status == 1, "\(wrong.text)")
+                #expect(guest.status.recycledTotalPages > 0)
+                #expect(Self.number("violations", in: text) == 0 && Self.number("corruptions", in: text) == 0, "\(text)")
             }
         }
 
@@ -60,9 +59,10 @@ extension Integration {
                 try guest.figure("page_count") * 4096 > 1 << 30 && guest.figure("marking") == 1
             }
             try guest.sh("sleep 2; touch /tmp/stop; sleep 1")
+            // Half of the DIMM: the kernel tries each block for up to a quarter of a minute, and is not to be stopped.
             try guest.sh(
-                "for m in /sys/devices/system/memory/memory3?/state; do timeout 3 sh -c \"echo offline > $m\"; done 2>/dev/null; true",
-                within: Guest.patience(for: 20))
+                "for m in /sys/devices/system/memory/memory3[23]/state; do timeout 3 sh -c \"echo offline > $m\"; done 2>/dev/null; true",
+                within: Guest.patience(for: 30))
             return number("rounds", in: try guest.sh("cat /sys/kernel/debug/quire_check/result"))
         }
 
@@ -76,33 +76,37 @@ extension Integration {
         static let oldest = Machine(kernel: .v6_1, qemu: .distribution)
         static let newest = Machine(kernel: .v6_12, qemu: .ten)
 
-        @Test func noPageInUseIsMarkedOn61() throws {
-            let result = try Self.violations(Self.oldest, module: "quire", rounds: Effort.checkRounds)
-            #expect(result.violations == 0 && result.corruptions == 0, "\(result.text)")
-        }
+        @Test func noPageInUseIsMarkedOn61() throws { try expectNoViolation(Self.oldest, rounds: Effort.checkRounds) }
 
-        @Test func noPageInUseIsMarkedOn612() throws {
-            let result = try Self.violations(Self.newest, module: "quire", rounds: Effort.checkRounds)
-            #expect(result.violations == 0 && result.corruptions == 0, "\(result.text)")
-        }
+        @Test func noPageInUseIsMarkedOn612() throws { try expectNoViolation(Self.newest, rounds: Effort.checkRounds) }
 
         /// The checker finds what it looks for: each hook that is left out is noticed.
         @Test(arguments: ["quire_nobulk", "quire_noisolate"])
-        func aMissingHookIsNoticed(_ module: String) throws {
-            try expectNotice(Self.oldest, module, rounds: Effort.controlRounds)
-        }
-
-        /// By the checker; or by the kernel, which crashes when the host or the checker has discarded what it uses.
-        private func expectNotice(_ machine: Machine, _ module: String, rounds: Int) throws {
-            do {
-                let result = try Self.violations(machine, module: module, rounds: rounds)
-                #expect(result.violations > 0, "\(result.text)")
-            } catch let failure as Guest.Failure where "\(failure.error)".hasPrefix("the guest says") {}
-        }
+        func aMissingHookIsNoticed(_ module: String) throws { try expectNotice(Self.oldest, module) }
 
         /// Only 6.12 has that hook.
-        @Test func aMissingCompactionHookIsNoticed() throws {
-            try expectNotice(Self.newest, "quire_nocompaction", rounds: Effort.controlRounds * 3)
+        @Test func aMissingCompactionHookIsNoticed() throws { try expectNotice(Self.newest, "quire_nocompaction") }
+
+        /// What counts is the checker's own line on the console, and nothing else. So that the guest lives to say it, nobody
+        /// acts on a wrong mark: the backend's period is longer than the test, and the checker discards nothing.
+        private func expectNotice(_ machine: Machine, _ module: String) throws {
+            var machine = machine
+            machine.memory = "384M"
+            machine.options = ["--period", "1h"]
+            let guest = try Guest(machine)
+            try guest.watched {
+                try guest.sh("insmod /lib/quire/\(module).ko")
+                try guest.sh(Self.movement("150 3"))
+                try guest.console.send(
+                    "dmesg -n 7; insmod /lib/quire/quire_check.ko rounds=\(Effort.controlRounds) gap_ms=20 zap=0 claim=0")
+                var line = ""
+                repeat {
+                    try guest.console.expect("quire_check: ", within: Guest.patience(for: 60))
+                    line = try guest.console.expect("first_bad=", within: Effort.patience)
+                } while Self.number("violations", in: line) == 0 && !line.hasPrefix("FINAL")
+                #expect(Self.number("violations", in: line) > 0, "\(line)")
+                #expect(guest.status.recycledTotalPages == 0)
+            }
         }
     }
 }

@@ -16,9 +16,9 @@ enum Effort {
     /// Times that memory is plugged, used and unplugged.
     static let dimms = scaled(1)
     static let cpuCycles = scaled(5)
-    /// Rounds of the comparison with the free lists: those that must be clean, and those in which a control must fail.
+    /// Rounds of the comparison with the free lists: those that must be clean, and those within which a control must fail.
     static let checkRounds = scaled(40)
-    static let controlRounds = scaled(40)
+    static let controlRounds = 1000
 
     /// How long to wait for something that has no speed to be measured: the machine may be busy with anything.
     static let patience = 90.0

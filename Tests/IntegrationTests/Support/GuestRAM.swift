@@ -86,5 +86,11 @@ final class HostView {
     /// How many of the claimed pages still say CLAIMED.
     func claimedPages() throws -> Int { try states().count { $0 == UInt8(QUIRE_STATE_CLAIMED.rawValue) } }
 
+    /// Whether quire-load has written this page: its pattern grows by the same from word to word (Tests/guest/load.c).
+    func isOfLoad(gfn: Int) throws -> Bool {
+        let line = try read(UInt64(gfn) * 4096, 24)
+        return (1...2).allSatisfy { word(line, 8 * $0) &- word(line, 8 * $0 - 8) == 0x9e37_79b9_7f4a_7c15 }
+    }
+
     func punch(gfn: Int) throws { try Memfd.punch(ram.raw[0], offset: UInt64(gfn) * 4096, byteCount: 4096) }
 }
