@@ -77,9 +77,8 @@ extension Integration {
                 try guest.console.expectReady()
                 #expect(guest.view.openClaims.isEmpty)
                 #expect(guest.view.registeredTable == nil)
-                try guest.churn(250, seconds: 3)
+                try guest.churn(250, seconds: 2)
                 try expectService(guest)
-                try guest.churn(250)
                 try guest.expectQuietLog()
             }
         }
@@ -127,9 +126,10 @@ extension Integration {
             }
             if guest.status.state == .active {
                 try guest.expectRecycling()
+                try guest.churn(200, seconds: 2)
             } else {
                 #expect(guest.status.reason.contains("lost track"))
-                try guest.churn(200, seconds: 3)
+                try guest.churn(200, seconds: 2)
                 #expect(guest.view.openClaims.isEmpty)
             }
             try guest.sh("rmmod quire")
@@ -181,7 +181,7 @@ extension Integration {
                     try guest.waitForSuccessor(of: pid)
                     #expect(guest.status.restarts == UInt64(number + 1), "\(guest.stderr)")
                     try guest.expectRecycling()
-                    try guest.churn(200, seconds: 3)
+                    try guest.churn(200, seconds: 2)
                 }
                 try guest.expectQuietLog()
             }

@@ -137,7 +137,7 @@ extension Integration {
                 _ = try guest.sh("insmod /lib/quire/quire.ko")
                 func fio(_ number: Int) -> String {
                     """
-                    fio --name=v --filename=\(disk) --direct=1 --rw=randwrite --bsrange=4k-64k --size=24M --offset_increment=32M \
+                    fio --name=v --filename=\(disk) --direct=1 --rw=randwrite --bsrange=4k-64k --size=16M --offset_increment=32M \
                     --numjobs=4 --thread --ioengine=psync --verify=crc32c --verify_fatal=1 --randseed=\(number) \
                     --group_reporting --minimal > /tmp/fio 2>&1 || { cat /tmp/fio; false; }
                     """
@@ -147,7 +147,7 @@ extension Integration {
                 try waitUntil("memory to be recycled") { (guest.status?.recycledTotalPages ?? 0) > 20_000 }
                 for number in 2...3 {
                     let load = try guest.console.start(fio(number))
-                    for _ in 0..<Effort.scaled(3) {
+                    for _ in 0..<Effort.scaled(2) {
                         try guest.console.drain(Int32.random(in: 500...2500))
                         try guest.killAndRestartBackend()
                     }

@@ -29,7 +29,7 @@ extension Integration {
                     #expect(guest.view.openClaims.isEmpty)
                     let states = try guest.view.states()
                     #expect(!states.contains(0xFE))
-                    ProcessCalls.sleep(milliseconds: 2500)
+                    ProcessCalls.sleep(milliseconds: 1500)
                     #expect(try guest.view.states() == states)
                     #expect(guest.status.state == .noGuest)
                     try guest.qmp.command("cont")

@@ -11,7 +11,7 @@ extension Integration {
             let guest = try Guest(machine)
             try guest.watched {
                 #expect(guest.status.state == .noGuest)
-                for _ in 0..<rounds {
+                for round in 1...rounds {
                     try guest.loadModule()
                     try guest.waitForActive()
                     let before = try guest.settle()
@@ -38,11 +38,13 @@ extension Integration {
                     }
 
                     // Zero wrong bytes under load; what was recycled reads as zeros; huge pages, too.
-                    try guest.churn(hold)
-                    try guest.sh("quire-load verify-zero \(hold)", within: Guest.patience(for: 30))
-                    try guest.sh("quire-load fragment \(hold) 3", within: Guest.patience(for: 30))
-                    try guest.churn(hold, seconds: Effort.churnSeconds / 2 + 1, "--threads 2 --thp --full --seed 7")
-                    try guest.waitForRecycling()
+                    if round == rounds {
+                        try guest.churn(hold)
+                        try guest.sh("quire-load verify-zero \(hold)", within: Guest.patience(for: 30))
+                        try guest.sh("quire-load fragment \(hold) 2", within: Guest.patience(for: 30))
+                        try guest.churn(hold, seconds: Effort.churnSeconds / 2 + 1, "--threads 2 --thp --full --seed 7")
+                        try guest.waitForRecycling()
+                    }
 
                     try guest.sh("rmmod quire")
                     try guest.wait(for: "the registration to end") { guest.status.state == .noGuest }

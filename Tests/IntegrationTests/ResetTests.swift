@@ -64,11 +64,11 @@ extension Integration {
                     #expect(guest.view.registeredTable == nil, "\(way)")
                     #expect(guest.view.openClaims.isEmpty, "\(way)")
                     // The old kernel's marks would be due by now.
-                    try guest.churn(250, seconds: 3)
+                    try guest.churn(250, seconds: 2)
                     #expect(guest.status.state == .noGuest, "\(way)")
                     try guest.loadModule()
                     try guest.waitForActive()
-                    try guest.churn(250, seconds: 3)
+                    try guest.churn(250, seconds: 2)
                     try guest.expectRecycling()
                     try guest.expectQuietLog()
                     try guest.sh("rmmod quire")

@@ -9,7 +9,7 @@ enum Effort {
     static func scaled(_ count: Int) -> Int { max(1, Int(Double(count) * factor)) }
 
     /// A churn that verifies what it wrote: long enough for several periods, so that marks grow old under it.
-    static let churnSeconds = scaled(6)
+    static let churnSeconds = scaled(4)
     /// Backends killed in the middle of a claim, in one guest.
     static let kills = scaled(4)
     static let reloads = scaled(8)

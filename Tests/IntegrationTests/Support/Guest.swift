@@ -284,7 +284,7 @@ extension Guest {
         try sh(
             """
             rm -f /tmp/stop /tmp/churn /tmp/grab; \
-            (n=1; while [ ! -e /tmp/stop ]; do n=$((n+1)); quire-load churn \(mebibytes) 2 --threads 2 --seed $n\(directory) \
+            (n=1; while [ ! -e /tmp/stop ]; do n=$((n+1)); quire-load churn \(mebibytes) 1 --threads 2 --seed $n\(directory) \
             >>/tmp/churn 2>&1 || break; done) & \
             (while [ ! -e /tmp/stop ]; do quire-load verify-zero \(grab) >>/tmp/grab 2>&1 || break; sleep 1; done) &
             """)
