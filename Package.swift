@@ -92,19 +92,21 @@ let package = Package(
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             swiftSettings: settings),
+        // What test targets have in common.
+        .target(name: "TestSupport", dependencies: ["Platform"], path: "Tests/Support", swiftSettings: settings),
         .testTarget(name: "BenchTests", dependencies: ["Bench"], swiftSettings: settings),
         .testTarget(
             name: "HostTests",
             dependencies: [
-                "Host", "Platform", "CQuireLayout", "GuestMemory", "Engines", "VhostBackend", "quire",
+                "Host", "Platform", "CQuireLayout", "GuestMemory", "Engines", "VhostBackend", "quire", "TestSupport",
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: settings),
         .testTarget(
             name: "VhostBackendTests",
             dependencies: [
-                "CPlatform", "Platform", "GuestMemory", "VhostBackend", .product(name: "Logging", package: "swift-log"),
-                .product(name: "InMemoryLogging", package: "swift-log"),
+                "CPlatform", "Platform", "GuestMemory", "VhostBackend", "TestSupport",
+                .product(name: "Logging", package: "swift-log"), .product(name: "InMemoryLogging", package: "swift-log"),
             ],
             swiftSettings: settings),
         .testTarget(
@@ -114,20 +116,21 @@ let package = Package(
         .testTarget(
             name: "AgentTests",
             dependencies: [
-                "CPlatform", "CQuireLayout", "Platform", "GuestMemory", "Engines", "Host",
+                "CPlatform", "CQuireLayout", "Platform", "GuestMemory", "Engines", "Host", "TestSupport",
                 .product(name: "Logging", package: "swift-log"),
             ]),
         .testTarget(
             name: "PageStoreTests",
             dependencies: [
                 "CPlatform", "CQuireLayout", "Platform", "Host", "PageContent", "StoreProtocol", "PageStore", "quired",
+                "TestSupport",
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: settings),
         // Real guests: what `make guest` prepares has to be there.
         .testTarget(
             name: "IntegrationTests",
-            dependencies: ["Host", "Platform", "CPlatform", "CQuireLayout", "quire", "quire-backend"],
+            dependencies: ["Host", "Platform", "CPlatform", "CQuireLayout", "quire", "quire-backend", "TestSupport"],
             swiftSettings: settings),
     ]
 )

@@ -6,6 +6,7 @@ import Host
 import Logging
 import Platform
 import Synchronization
+import TestSupport
 import Testing
 
 /// The back end's end of the link, against the agent itself.
@@ -265,7 +266,7 @@ import Testing
         let user = try Linked.address(rig.pid)
         let sharedFile = try Memfd(name: "model", byteCount: 4096 + 65536).takeDescriptor()
         let shared = try Mapping(sharedFile, byteCount: 4096 + 65536)
-        let program = Rig.program.replacing("agent-standin", with: "agent-backend")
+        let program = products + "agent-backend"
         func start() throws -> ChildProcess {
             var passing = ChildProcess.Options()
             passing.parentDeathSignal = SIGKILL

@@ -4,6 +4,7 @@ import Engines
 import Glibc
 import Host
 import Platform
+import TestSupport
 
 /// The steps of a window. As `enum quire_agent_step`, which this test doesn't link.
 enum Step: Int, CaseIterable {
@@ -42,15 +43,7 @@ final class Rig {
     /// Nothing here works without.
     static let mayUseUserfaultfd = geteuid() == 0 || Files.isWritable("/dev/userfaultfd")
 
-    static let program: String = {
-        for word in CommandLine.arguments {
-            if let end = word.firstRange(of: "quirePackageTests.xctest") {
-                return String(word[..<end.lowerBound]) + "agent-standin"
-            }
-        }
-        let own = Files.target(ofLink: "/proc/self/exe") ?? ""
-        return String(own[..<(own.lastIndex(of: "/") ?? own.endIndex)]) + "/agent-standin"
-    }()
+    static let program = products + "agent-standin"
 
     init(pages: Int = 4096, ramPages: Int? = nil, prefix: [String] = [], _ options: [String] = []) throws {
         ProcessCalls.ignoreBrokenPipes()

@@ -5,6 +5,7 @@ import GuestMemory
 import Host
 import Logging
 import Platform
+import TestSupport
 import Testing
 import VhostBackend
 

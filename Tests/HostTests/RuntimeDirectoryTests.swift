@@ -1,6 +1,7 @@
 import Glibc
 import Host
 import Platform
+import TestSupport
 import Testing
 
 struct RuntimeDirectoryTests {

@@ -1,6 +1,7 @@
 import Glibc
 import Host
 import Platform
+import TestSupport
 import Testing
 
 /// `quire run` as a user runs it, with shell scripts for QEMU and the backend: what is tested is who starts, watches,
@@ -58,16 +59,8 @@ struct SupervisorTests {
             _ = try folder.write("backend", SupervisorTests.backend, mode: 0o700)
             _ = try folder.write("qemu", SupervisorTests.qemu, mode: 0o700)
             directory = RuntimeDirectory(base: folder.path + "/run")
-            // The test runner is beside the product that it was built with.
-            let own = Files.target(ofLink: "/proc/self/exe") ?? ""
-            let beside = String(own[..<(own.lastIndex(of: "/") ?? own.endIndex)]) + "/quire"
-            let built = CommandLine.arguments.lazy.compactMap { word -> String? in
-                guard let end = word.firstRange(of: "quirePackageTests.xctest") else { return nil }
-                return String(word[..<end.lowerBound]) + "quire"
-            }.first
-            let quire = built ?? beside
             options = [
-                "env", "TEST_FOLDER=" + folder.path, "QUIRE_RUNTIME_DIR=" + folder.path + "/run", quire, "run",
+                "env", "TEST_FOLDER=" + folder.path, "QUIRE_RUNTIME_DIR=" + folder.path + "/run", products + "quire", "run",
                 "--backend", folder.path + "/backend",
             ]
             self.folder = folder

@@ -40,13 +40,3 @@ func message<R: ~Copyable>(_ body: () throws -> R) -> String? {
         return "\(error)"
     }
 }
-
-/// Polls until `condition` holds, for at most ten seconds.
-func eventually(_ condition: () -> Bool) -> Bool {
-    let deadline = monotonicNanoseconds() + 10_000_000_000
-    while monotonicNanoseconds() < deadline {
-        if condition() { return true }
-        ProcessCalls.sleep(milliseconds: 20)
-    }
-    return condition()
-}

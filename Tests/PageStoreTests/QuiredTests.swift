@@ -5,6 +5,7 @@ import Host
 import PageContent
 import Platform
 import StoreProtocol
+import TestSupport
 import Testing
 
 @Suite(.serialized) struct QuiredTests {

@@ -4,6 +4,7 @@ import Host
 import PageContent
 import Platform
 import StoreProtocol
+import TestSupport
 
 /// quired, started by a test in a folder of its own; gone with the value.
 final class RunningStore {
@@ -11,13 +12,7 @@ final class RunningStore {
     private var process: ChildProcess
     private let arguments: [String]
 
-    static let program: String = {
-        for word in CommandLine.arguments {
-            if let end = word.firstRange(of: "quirePackageTests.xctest") { return word[..<end.lowerBound] + "quired" }
-        }
-        let own = Files.target(ofLink: "/proc/self/exe") ?? ""
-        return own[..<(own.lastIndex(of: "/") ?? own.endIndex)] + "/quired"
-    }()
+    static let program = products + "quired"
 
     init(_ more: [String] = ["--keep"], program: String = RunningStore.program) throws {
         folder = "/tmp/quired-test-\(ProcessCalls.ownPID)-\(UInt32.random(in: 0 ... .max))"

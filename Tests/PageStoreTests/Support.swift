@@ -163,16 +163,6 @@ func message<R: ~Copyable>(_ body: () throws -> R) -> String? {
     }
 }
 
-/// Polls until `condition` holds, for at most a minute.
-func eventually(_ condition: () throws -> Bool) rethrows -> Bool {
-    let deadline = monotonicNanoseconds() + 60_000_000_000
-    while monotonicNanoseconds() < deadline {
-        if try condition() { return true }
-        ProcessCalls.sleep(milliseconds: 10)
-    }
-    return try condition()
-}
-
 /// Numbers that are the same in every run.
 struct SplitMix: RandomNumberGenerator {
     var state: UInt64

@@ -1,5 +1,6 @@
 import GuestMemory
 import Platform
+import TestSupport
 import Testing
 import VhostBackend
 

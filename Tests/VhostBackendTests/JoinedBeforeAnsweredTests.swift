@@ -1,6 +1,7 @@
 import GuestMemory
 import Platform
 import Synchronization
+import TestSupport
 import Testing
 import VhostBackend
 

@@ -2,6 +2,7 @@ import CPlatform
 import Glibc
 import GuestMemory
 import Platform
+import TestSupport
 import Testing
 import VhostBackend
 

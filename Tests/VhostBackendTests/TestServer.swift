@@ -152,13 +152,3 @@ final class TestServer {
         Files.remove(path)
     }
 }
-
-/// Polls until it holds; generous, because the machine is shared.
-func eventually(milliseconds: UInt64 = 20_000, _ condition: () -> Bool) -> Bool {
-    let deadline = monotonicNanoseconds() + milliseconds * 1_000_000
-    while monotonicNanoseconds() < deadline {
-        if condition() { return true }
-        ProcessCalls.sleep(milliseconds: 2)
-    }
-    return condition()
-}

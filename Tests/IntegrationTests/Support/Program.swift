@@ -1,6 +1,7 @@
 import Glibc
 import Host
 import Platform
+import TestSupport
 
 /// Where things are: the programs that were built with this test, what `make guest` prepared, and the QEMUs.
 enum Program {
@@ -9,15 +10,6 @@ enum Program {
         var path = Substring(#filePath)
         for _ in 0..<4 { path = path[..<(path.lastIndex(of: "/") ?? path.startIndex)] }
         return String(path)
-    }()
-
-    /// The folder of the products: the test bundle lies in it.
-    static let products: String = {
-        for word in CommandLine.arguments {
-            if let end = word.firstRange(of: "quirePackageTests.xctest") { return String(word[..<end.lowerBound]) }
-        }
-        let own = Files.target(ofLink: "/proc/self/exe") ?? ""
-        return String(own[..<(own.lastIndex(of: "/") ?? own.endIndex)]) + "/"
     }()
 
     static let quire = products + "quire"
