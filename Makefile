@@ -5,6 +5,7 @@
 #   make test            everything that CI runs
 #   make soak            the same tests for longer (FACTOR=20)
 #   make bench-recycle   the recycle engine and the guest module against their bars (BENCH=--quick: a shorter run)
+#   make bench-dedup     merging beside the kernel's own (KSM), as root; needs 8 GiB free (BENCH=--quick: a shorter run)
 #   make build           the programs, in .build/release; the agent, in build/agent
 #   make guest           what test guests boot, in build/guest
 #   make install         into DESTDIR/PREFIX
@@ -22,7 +23,7 @@ AGENT := build/agent/libquire-agent.so
 AGENT_CFLAGS := -O2 -g -Wall -Wextra -fPIC -fvisibility=hidden -ISources/QuireAgent/include -ISources/CQuireLayout/include \
 	-ISources/CPlatform/include
 
-.PHONY: build agent guest assets prerequisites demo test tests soak bench-recycle install clean
+.PHONY: build agent guest assets prerequisites demo test tests soak bench-recycle bench-dedup install clean
 
 build: prerequisites agent
 	$(BUILD) --product quire
@@ -64,6 +65,10 @@ soak: test
 bench-recycle: build guest
 	$(BUILD) --product quire-bench
 	@$(BIN)/quire-bench recycle --guests build/guest $(BENCH)
+
+bench-dedup: build guest
+	$(BUILD) --product quire-bench
+	@$(BIN)/quire-bench dedup --guests build/guest $(BENCH)
 
 install: build
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/qemu/vhost-user

@@ -88,7 +88,8 @@ let package = Package(
         .executableTarget(
             name: "quire-bench",
             dependencies: [
-                "Bench", "CBench", "CQuireLayout", "Platform", "GuestMemory", "Engines", "Host",
+                "Bench", "CBench", "CQuireLayout", "Platform", "GuestMemory", "Engines", "Host", "StoreProtocol",
+                .product(name: "Logging", package: "swift-log"),
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             swiftSettings: settings),

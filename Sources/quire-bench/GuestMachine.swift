@@ -7,6 +7,11 @@ import Platform
 struct Programs: Sendable {
     let own: String
     let quire: String
+    let quired: String
+    /// The agent that QEMU loads.
+    let agent: String
+    /// For whatever a benchmark needs in files.
+    var runtime = "/tmp"
     /// What scripts/guest-build made.
     let guests: String
     /// What scripts/guest-assets prepared.
@@ -19,10 +24,14 @@ struct Programs: Sendable {
         }
         self.own = own
         quire = own[..<slash] + "/quire"
+        quired = own[..<slash] + "/quired"
+        agent = own[..<slash] + "/libquire-agent.so"
         self.guests = guests
         let base = ProcessCalls.environment("XDG_CACHE_HOME") ?? (ProcessCalls.environment("HOME") ?? "/root") + "/.cache"
         cache = base + "/quire"
-        guard Files.isExecutable(quire) else { throw QuireError(.invalid, "there is no \(quire): run make build") }
+        for path in [quire, quired, agent] where Files.identity(of: path) == nil {
+            throw QuireError(.invalid, "there is no \(path): run make build")
+        }
     }
 
     /// Whether guests run on this host's CPU: scripts/accelerator has tried.
@@ -44,9 +53,15 @@ final class GuestMachine {
         /// Under `quire run` with this period, or bare.
         var period: String?
         var devices: [String] = []
+        /// Under `quire run`: merging with this period.
+        var mergePeriod: String?
+        /// Bare: RAM that KSM may merge, instead of a memory file. Without huge pages, as files have none.
+        var isPrivate = false
     }
 
     let name: String
+    /// QEMU's process, where it runs bare.
+    var pid: Int32 { child.pid }
     private let options: Options
     private var child: ChildProcess
     private let input: Descriptor
@@ -63,14 +78,20 @@ final class GuestMachine {
             throw QuireError(.invalid, "there is no \(path): run make guest")
         }
         var command: [String] = []
-        if let period = options.period { command += [programs.quire, "run", "--name", name, "--period", period, "--"] }
+        if let period = options.period {
+            command += [programs.quire, "run", "--name", name, "--period", period]
+            command += options.mergePeriod.map { ["--merge-period", $0] } ?? ["--no-merge"]
+            command.append("--")
+        }
         command += [
             programs.qemu, "-name", name, "-m", "\(options.mebibytes)M", "-nodefaults", "-no-user-config", "-display", "none",
             "-serial", "stdio", "-monitor", "none", "-no-reboot", "-kernel", kernel, "-initrd", initramfs,
             "-append", "console=ttyS0 panic=-1",
         ]
         command += options.accelerator
-        if options.period == nil {
+        if options.isPrivate {
+            command += ["-machine", "q35,mem-merge=on"]
+        } else if options.period == nil {
             command += ["-object", "memory-backend-memfd,id=ram0,size=\(options.mebibytes)M,share=on"]
             command += ["-machine", "q35,memory-backend=ram0"]
         } else {

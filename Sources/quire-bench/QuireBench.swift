@@ -14,7 +14,9 @@ struct QuireBench: ParsableCommand {
             JSON object with benchmark, machine, results and bars. Exit status: 0 only if every bar holds.
             """,
         version: quireVersion,
-        subcommands: [Recycle.self, TouchMemory.self, FakeQEMU.self])
+        subcommands: [
+            Recycle.self, Dedup.self, TouchMemory.self, FakeQEMU.self, KeepSettings.self, GuestStandIn.self,
+        ])
 }
 
 struct Recycle: ParsableCommand {
@@ -96,7 +98,7 @@ struct Recycle: ParsableCommand {
     }
 
     /// At once, also where stdout is a pipe or a file.
-    @Sendable private static func show(_ text: String) {
+    @Sendable static func show(_ text: String) {
         print(text)
         unsafe fflush(nil)
     }
@@ -118,7 +120,7 @@ struct Recycle: ParsableCommand {
     }
 
     /// The VMs of a benchmark are not among the user's.
-    private static func makeRuntimeDirectory() throws(QuireError) -> String {
+    static func makeRuntimeDirectory() throws(QuireError) -> String {
         let base = (ProcessCalls.environment("TMPDIR") ?? "/tmp") + "/quire-bench-\(ProcessCalls.ownPID)"
         try Files.makeDirectory(base, mode: 0o700)
         unsafe setenv("QUIRE_RUNTIME_DIR", base, 1)

@@ -1,0 +1,95 @@
+import ArgumentParser
+import Bench
+import Glibc
+import Host
+import Platform
+
+struct Dedup: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "The dedup engine, its agent and its store, beside the kernel's own merging (KSM).",
+        discussion: """
+            Parts: unchanged, merge, write, guests, growth, equal. The bars on metadata come with merge. KSM's settings and \
+            vm.max_map_count are changed meanwhile and restored at the end, whatever the end.
+            """)
+
+    @Flag(help: "Fewer repetitions and less memory: for a look, not for figures to quote.")
+    var quick = false
+
+    @Option(help: ArgumentHelp("What scripts/guest-build made.", valueName: "folder"))
+    var guests = "build/guest"
+
+    @Option(help: ArgumentHelp("Only this part; repeatable.", valueName: "part"))
+    var only: [String] = []
+
+    static let parts = ["unchanged", "merge", "write", "guests", "growth", "equal"]
+
+    func validate() throws {
+        for name in only where !Self.parts.contains(name) {
+            throw ValidationError("'\(name)' is no part: choose of \(Self.parts.joined(separator: ", "))")
+        }
+    }
+
+    func run() throws {
+        var programs: Programs
+        let kernel: KernelMerging
+        do {
+            programs = try Programs(guests: guests)
+            programs.runtime = try Recycle.makeRuntimeDirectory()
+            kernel = try KernelMerging(programs)
+        } catch {
+            writeStandardError("quire-bench: \(error)")
+            throw ExitCode(1)
+        }
+        defer {
+            kernel.end()
+            Files.removeDirectory(programs.runtime)
+        }
+        ProcessCalls.ignoreBrokenPipes()
+        ProcessCalls.raiseFileLimit()
+        _ = Cycles.tscPerNanosecond
+
+        var report = Report(
+            benchmark: "dedup",
+            machine: Machine.describe(qemu: programs.qemuVersion, accelerator: programs.hasKVM ? "KVM" : "TCG"),
+            show: Recycle.show)
+        func part(_ name: String, bars: [Bar], _ body: (inout Report) throws -> Void) {
+            guard only.isEmpty || only.contains(name) else { return }
+            progress("\(name) begins")
+            do { try body(&report) } catch {
+                progress("\(name): \(error)")
+                let known = Set(report.bars.map(\.name))
+                report.fail(name, "\(error)", bars: bars.filter { !known.contains($0.name) })
+            }
+        }
+        let gibibyte = 1 << 18
+        let size = quick ? gibibyte / 4 : gibibyte
+        part("unchanged", bars: UnchangedMemory.bars) {
+            try UnchangedMemory(pageCount: size, rounds: quick ? 3 : 7, kernel: kernel, programs: programs).run(into: &$0)
+        }
+        part("merge", bars: MergeCost.bars) {
+            try MergeCost(pageCount: size, rounds: quick ? 1 : 3, kernel: kernel, programs: programs).run(into: &$0)
+        }
+        part("write", bars: CopyOnWrite.bars) {
+            try CopyOnWrite(pageCount: size / 2, rounds: quick ? 3 : 7, kernel: kernel, programs: programs).run(into: &$0)
+        }
+        part("guests", bars: DebianPair.bars) {
+            try DebianPair(mebibytes: 512, kernel: kernel, programs: programs).run(into: &$0)
+        }
+        part("growth", bars: Growth.bars) {
+            try Growth(gibibytes: quick ? 4 : 16, kernel: kernel, programs: programs).run(into: &$0)
+        }
+        part("equal", bars: EqualPages.bars) {
+            try EqualPages(pageCount: quick ? size : 4 * gibibyte, steps: 4, kernel: kernel, programs: programs).run(into: &$0)
+        }
+        report.machine.append(("load_after", .text(Machine.load)))
+        Recycle.show(report.conclusion)
+        print(report.json.line)
+        guard report.holds else { throw ExitCode(1) }
+    }
+}
+
+extension [Double] {
+    /// For a table: the middle one, and between which the others are.
+    var spread: String { "\(Table.number(median(self))) (\(Table.number(self.min() ?? .nan)) to \(Table.number(self.max() ?? .nan)))" }
+    var json: JSON { .array(map { .number($0) }) }
+}
