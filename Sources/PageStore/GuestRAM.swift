@@ -51,6 +51,9 @@ package final class GuestRAM: Sendable {
         return nil
     }
 
+    /// Pages of all regions.
+    var pageCount: Int { regions.reduce(0) { $0 + Int($1.pages) } }
+
     /// Whether all of these are RAM.
     func contains(_ gfns: Range<UInt64>) -> Bool {
         var gfn = gfns.lowerBound

@@ -10,32 +10,28 @@ import Synchronization
 /// threads that work for another one, each behind a lock of its own that is held for a moment: where its memory is, and
 /// what it is offered.
 package final class Machine: Sendable {
-    /// A slot that has the content which was seen at `gfn` before. No reference: it may be gone when it is asked for.
+    /// A slot that has the content which was seen at `gfn` before. No reference: it may be gone when it is asked for, or
+    /// have another content. Whoever merges compares.
     private struct Offer {
-        let gfn: UInt64
+        let gfn: UInt32
         let slot: UInt32
-        let hash: PageHash
     }
 
-    /// First come, first served.
+    /// In the order in which they came.
     private struct Offers {
-        private var items: [Offer] = []
+        private var entries: [Offer] = []
         private var taken = 0
-        var count: Int { items.count - taken }
+        var count: Int { entries.count - taken }
 
-        mutating func append(_ offer: Offer) { items.append(offer) }
+        mutating func append(_ offer: Offer) { entries.append(offer) }
 
         mutating func take(_ most: Int) -> [Offer] {
-            let end = min(items.count, taken + most)
+            let end = min(entries.count, taken + most)
             defer {
                 taken = end
-                // Moved seldom, so that taking all of many costs no more than their number.
-                if taken > items.count / 2 {
-                    items.removeFirst(taken)
-                    taken = 0
-                }
+                if taken == entries.count { self = Offers() }
             }
-            return Array(items[taken..<end])
+            return Array(entries[taken..<end])
         }
     }
 
@@ -59,9 +55,9 @@ package final class Machine: Sendable {
     private let offers = Mutex(Offers())
     private let seams: StoreSeams
 
-    /// Offers that wait for a VM: 4 GiB of its pages, 32 MiB of memory where so many wait. What is too much is forgotten,
-    /// and found when the page is looked up again, which may never be.
-    private static let maxOffers = 1 << 20
+    /// Offers that may wait for a VM, at least. A page that is offered is quiet and will not be looked up again, so what is
+    /// forgotten is not merged until it is written: there is room for one a page, eight bytes for a while.
+    private static let minOffers = 4096
     /// Pages that a VM may have been given slots for without having said what became of them.
     private static let maxHeld = 1 << 16
 
@@ -174,13 +170,14 @@ package final class Machine: Sendable {
                 guard let slot else { continue }
                 slots[run.lowerBound + offset] = slot
                 machines(places[offset].machine)?.offer(
-                    Offer(gfn: places[offset].gfn, slot: slot, hash: pages[run.lowerBound + offset]))
+                    Offer(gfn: UInt32(places[offset].gfn), slot: slot))
             }
         }
     }
 
     private func offer(_ offer: Offer) {
-        offers.withLock { if $0.count < Self.maxOffers { $0.append(offer) } }
+        let most = max(Self.minOffers, memory?.pageCount ?? 0)
+        offers.withLock { if $0.count < most { $0.append(offer) } }
     }
 
     /// Slots for pages that were looked up in vain, and whose content came a second time since. At most `most` pages.
@@ -191,16 +188,16 @@ package final class Machine: Sendable {
             var found: [SlotRun] = []
             guard !state.hasEnded, let memory else { return found }
             for offer in taken.sorted(by: { $0.gfn < $1.gfn }) where state.held < Self.maxHeld {
-                let gfns = offer.gfn..<offer.gfn + 1
-                guard memory.contains(gfns), try state.ledger.read(gfns)[0].isNone,
-                    let slot = share.reference(offer.hash)
+                let gfn = UInt64(offer.gfn)
+                guard memory.contains(gfn..<gfn + 1), try state.ledger.read(gfn..<gfn + 1)[0].isNone,
+                    share.reference(offer.slot)
                 else { continue }
-                do throws(QuireError) { try state.ledger.write(offer.gfn, [.held(slot)]) } catch {
-                    share.release([slot])
+                do throws(QuireError) { try state.ledger.write(gfn, [.held(offer.slot)]) } catch {
+                    share.release([offer.slot])
                     throw error
                 }
                 state.held += 1
-                found.append(gfn: offer.gfn, slot: slot, store: UInt32(share.node))
+                found.append(gfn: gfn, slot: offer.slot, store: UInt32(share.node))
             }
             return found
         }

@@ -87,7 +87,7 @@ final class Share: Sendable {
     // MARK: - Finding
 
     /// One more reference to a slot that has at least one.
-    private func reference(_ slot: UInt32) -> Bool {
+    func reference(_ slot: UInt32) -> Bool {
         while true {
             let now = count(of: slot)
             guard now > 0, now < .max else { return false }
