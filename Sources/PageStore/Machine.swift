@@ -159,13 +159,8 @@ package final class Machine: Sendable {
         for run in Share.runs(seen.map(\.index)) {
             let places = seen.filter { run.contains($0.index) }.map(\.place)
             let promoted = share.promote(
-                gfn + UInt64(run.lowerBound), pages[run], from: memory, copyHash: seams.copyHash
-            ) { (offset, slotOffset) in
-                guard let other = machines(places[offset].machine), other.share === share,
-                    let memory = other.memory, memory.read(places[offset].gfn, count: 1, into: scratch, at: 0) == 1
-                else { return false }
-                return share.store.mapping.equals(slotOffset, scratch, 0, count: StoreFile.slotBytes)
-            }
+                gfn + UInt64(run.lowerBound), pages[run], from: memory, scratch: scratch, copyHash: seams.copyHash
+            ) { part in areAsSeen(places[part], machines, scratch) }
             for (offset, slot) in promoted.enumerated() {
                 guard let slot else { continue }
                 slots[run.lowerBound + offset] = slot
@@ -173,6 +168,35 @@ package final class Machine: Sendable {
                     Offer(gfn: UInt32(places[offset].gfn), slot: slot))
             }
         }
+    }
+
+    /// Whether pages at the begin of `scratch` are what is at these places: neighbours there are read at once.
+    private func areAsSeen(
+        _ places: ArraySlice<Candidates.Place>, _ machines: (Int) -> Machine?, _ scratch: borrowing Mapping
+    ) -> [Bool] {
+        let second = StoreFile.offset(Share.promotedAtOnce)
+        var result: [Bool] = []
+        var first = places.startIndex
+        while first < places.endIndex {
+            let place = places[first]
+            var end = first + 1
+            while end < places.endIndex, places[end].machine == place.machine,
+                places[end].gfn == place.gfn + UInt64(end - first)
+            { end += 1 }
+            var read = 0
+            if let other = machines(place.machine), other.share === share, let memory = other.memory {
+                read = memory.read(place.gfn, count: end - first, into: scratch, at: second)
+            }
+            for index in 0..<end - first {
+                result.append(
+                    index < read
+                        && scratch.equals(
+                            StoreFile.offset(result.count), scratch, second + StoreFile.offset(index),
+                            count: StoreFile.slotBytes))
+            }
+            first = end
+        }
+        return result
     }
 
     private func offer(_ offer: Offer) {
@@ -187,17 +211,28 @@ package final class Machine: Sendable {
             let taken = offers.withLock { $0.take(most) }
             var found: [SlotRun] = []
             guard !state.hasEnded, let memory else { return found }
-            for offer in taken.sorted(by: { $0.gfn < $1.gfn }) where state.held < Self.maxHeld {
-                let gfn = UInt64(offer.gfn)
-                guard memory.contains(gfn..<gfn + 1), try state.ledger.read(gfn..<gfn + 1)[0].isNone,
-                    share.reference(offer.slot)
-                else { continue }
-                do throws(QuireError) { try state.ledger.write(gfn, [.held(offer.slot)]) } catch {
-                    share.release([offer.slot])
+            let offered = taken.sorted { $0.gfn < $1.gfn }
+            for group in Self.ledgerGroups(offered.map { UInt64($0.gfn)..<UInt64($0.gfn) + 1 }) {
+                guard state.held + group.count <= Self.maxHeld else { break }
+                let first = UInt64(offered[group.lowerBound].gfn)
+                let before = try state.ledger.read(first..<UInt64(offered[group.upperBound - 1].gfn) + 1)
+                var after = before
+                var given: [Offer] = []
+                for offer in offered[group] {
+                    let gfn = UInt64(offer.gfn), index = Int(gfn - first)
+                    guard memory.contains(gfn..<gfn + 1), after[index].isNone, share.reference(offer.slot) else { continue }
+                    after[index] = .held(offer.slot)
+                    given.append(offer)
+                }
+                guard !given.isEmpty else { continue }
+                do throws(QuireError) { try state.ledger.write(first, after[...]) } catch {
+                    // As in `lookUp`.
+                    try state.ledger.write(first, before[...])
+                    share.release(given.map(\.slot))
                     throw error
                 }
-                state.held += 1
-                found.append(gfn: gfn, slot: offer.slot, store: UInt32(share.node))
+                state.held += given.count
+                for offer in given { found.append(gfn: UInt64(offer.gfn), slot: offer.slot, store: UInt32(share.node)) }
             }
             return found
         }
@@ -210,22 +245,51 @@ package final class Machine: Sendable {
         try state.withLock { (state) throws(QuireError) -> UInt64 in
             guard !state.hasEnded else { return 0 }
             var count: UInt64 = 0
-            for report in reports {
-                let before = try state.ledger.read(report.gfns)
-                switch report.what {
+            for group in Self.ledgerGroups(reports.map(\.gfns), where: { reports[$0].what == .merged }) {
+                let gfns = reports[group.lowerBound].gfns.lowerBound..<reports[group.upperBound - 1].gfns.upperBound
+                let before = try state.ledger.read(gfns)
+                switch reports[group.lowerBound].what {
                 case .merged:
-                    let held = before.count { $0.isHeld }
+                    var after = before
+                    var held = 0
+                    for gfn in reports[group].lazy.map(\.gfns).joined() {
+                        let index = Int(gfn - gfns.lowerBound)
+                        guard before[index].isHeld else { continue }
+                        after[index] = before[index].merged
+                        held += 1
+                    }
                     guard held > 0 else { continue }
-                    try state.ledger.write(report.gfns.lowerBound, before.map(\.merged)[...])
+                    try state.ledger.write(gfns.lowerBound, after[...])
                     state.held -= held
                     state.merged += held
                     count += UInt64(held)
                 case .released:
-                    count += try release(report.gfns.lowerBound, before, &state, where: { !$0.isNone })
+                    count += try release(gfns.lowerBound, before, &state, where: { !$0.isNone })
                 }
             }
             return count
         }
+    }
+
+    /// Splits ranges, in the order in which they come, into groups that one read and one write of the ledger deal with:
+    /// ranges that follow each other closely, in ascending order. `isJoinable`: by its index whether a range may share a
+    /// group.
+    private static func ledgerGroups(
+        _ ranges: [Range<UInt64>], where isJoinable: (Int) -> Bool = { _ in true }
+    ) -> [Range<Int>] {
+        var groups: [Range<Int>] = []
+        for (index, range) in ranges.enumerated() {
+            if let last = groups.last, isJoinable(index), isJoinable(index - 1),
+                range.lowerBound >= ranges[index - 1].upperBound,
+                // In one page of the file: what is between them costs no memory that is not there already.
+                (range.upperBound - 1) / 1024 == ranges[last.lowerBound].lowerBound / 1024
+            {
+                groups[groups.count - 1] = last.lowerBound..<index + 1
+            } else {
+                groups.append(index..<index + 1)
+            }
+        }
+        return groups
     }
 
     /// Strikes entries out, then drops their references: killed between the two, quired will count what the ledger has.

@@ -317,9 +317,9 @@ public final class PageStore: Sendable {
             scratch: scratch)
     }
 
-    /// A page to read into while looking up: one a thread.
+    /// To read into while looking up, one a thread: copies of pages, and what they are compared with.
     package static func makeScratch() throws(QuireError) -> Mapping {
-        try Mapping(anonymousByteCount: StoreFile.slotBytes)
+        try Mapping(anonymousByteCount: 2 * StoreFile.offset(Share.promotedAtOnce))
     }
 
     /// The store, for the VM's side: read-only, and its own open file.

@@ -163,14 +163,20 @@ final class Share: Sendable {
 
     // MARK: - Promotion
 
+    /// Pages that are copied at once, half of what a thread has to read into: few enough to stay in the cache.
+    static let promotedAtOnce = 16
+
     /// Gives slots to pages from `gfn` on, whose hashes the VM says are `hashes`, in runs as long as there is room for.
-    /// Nothing that the VM says is believed: a page is copied, the copy is hashed again, and `isSeenAgain` compares it
+    /// Nothing that the VM says is believed: a page is copied, the copy is hashed again, and `areSeenAgain` compares it
     /// with the page where the same content was seen first.
+    ///
+    /// The copies are made in `scratch`, from its begin on, and written to the store by a system call: filling a slot
+    /// through the mapping takes a page fault each, and costs twice as much.
     ///
     /// Returns a slot for each page, with a reference for the caller, or nil.
     func promote(
-        _ gfn: UInt64, _ hashes: ArraySlice<PageHash>, from ram: GuestRAM, copyHash: StoreSeams.CopyHash,
-        isSeenAgain: (_ index: Int, _ slotOffset: Int) -> Bool
+        _ gfn: UInt64, _ hashes: ArraySlice<PageHash>, from ram: GuestRAM, scratch: borrowing Mapping,
+        copyHash: StoreSeams.CopyHash, areSeenAgain: (_ pages: Range<Int>) -> [Bool]
     ) -> [UInt32?] {
         var result: [UInt32?] = []
         var spare: [Int] = []
@@ -183,29 +189,41 @@ final class Share: Sendable {
                 break
             }
             budget.give(wanted - run.count)
-            let pages = hashes[next..<next + run.count]
-            var copied = ram.read(
-                gfn + UInt64(next - hashes.startIndex), count: run.count, into: store.mapping,
-                at: StoreFile.offset(run.lowerBound))
-            if (try? table.setHashes(run.lowerBound, pages)) == nil { copied = 0 }
-            for (offset, slot) in run.enumerated() {
-                let at = StoreFile.offset(slot)
-                let claimed = pages[next + offset]
-                guard offset < copied, copyHash(claimed, { hasher.hash(store.mapping, at: at) }) == claimed,
-                    isSeenAgain(next + offset - hashes.startIndex, at)
-                else {
-                    counters.stale.add(1, ordering: .relaxed)
-                    spare.append(slot)
-                    result.append(nil)
-                    continue
+            for first in stride(from: run.lowerBound, to: run.upperBound, by: Self.promotedAtOnce) {
+                let slots = first..<min(first + Self.promotedAtOnce, run.upperBound)
+                let index = next - hashes.startIndex
+                let copied = fill(
+                    slots, gfn + UInt64(index), hashes[next..<next + slots.count], from: ram, scratch: scratch)
+                let again = areSeenAgain(index..<index + copied)
+                for (offset, slot) in slots.enumerated() {
+                    let claimed = hashes[next + offset]
+                    guard offset < copied, again[offset],
+                        copyHash(claimed, { hasher.hash(scratch, at: StoreFile.offset(offset)) }) == claimed
+                    else {
+                        counters.stale.add(1, ordering: .relaxed)
+                        spare.append(slot)
+                        result.append(nil)
+                        continue
+                    }
+                    result.append(publish(UInt32(slot), spare: &spare))
                 }
-                result.append(publish(UInt32(slot), spare: &spare))
+                next += slots.count
             }
-            next += run.count
         }
         discard(spare)
         while result.count < hashes.count { result.append(nil) }
         return result
+    }
+
+    /// Copies pages into slots; returns how many.
+    private func fill(
+        _ slots: Range<Int>, _ gfn: UInt64, _ hashes: ArraySlice<PageHash>, from ram: GuestRAM, scratch: borrowing Mapping
+    ) -> Int {
+        let read = ram.read(gfn, count: slots.count, into: scratch, at: 0)
+        guard read > 0, (try? table.setHashes(slots.lowerBound, hashes)) != nil else { return 0 }
+        let written = scratch.write(
+            store.descriptor.raw, at: UInt64(StoreFile.offset(slots.lowerBound)), from: 0, count: StoreFile.offset(read))
+        return max(0, written) / StoreFile.slotBytes
     }
 
     /// Makes a filled slot known; or, where another thread was faster, takes that one's.

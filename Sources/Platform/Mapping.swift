@@ -91,6 +91,11 @@ import CPlatform
         unsafe pread(raw, at(offset, count), count, off_t(position))
     }
 
+    /// Writes `count` bytes at `offset` to a file; returns how many went, or -1 with errno.
+    public borrowing func write(_ raw: Int32, at position: UInt64, from offset: Int, count: Int) -> Int {
+        unsafe pwrite(raw, at(offset, count), count, off_t(position))
+    }
+
     /// Whether two ranges hold the same bytes.
     public borrowing func equals(_ offset: Int, _ other: borrowing Mapping, _ otherOffset: Int, count: Int) -> Bool {
         unsafe memcmp(at(offset, count), other.at(otherOffset, count), count) == 0
