@@ -28,8 +28,8 @@ final class MergePass: CrewWork {
 
     /// Pages of a batch: what one look-up takes.
     private static let batchPages = 1024
-    /// Of these a batch reads at once.
-    private static let readPages = 64
+    /// Of these a batch reads at once: few enough that they are still in the cache when they are hashed.
+    private static let readPages = 16
 
     private let memory: GuestMemory
     private let pages: MergedPages
