@@ -19,24 +19,25 @@ struct DebianPair {
     private static func bar(_ value: Double?) -> Bar {
         Bar("pages saved of two idle Debian guests, of what KSM saves", value, atLeast: 1, "times")
     }
-    private static let calm = 5
 
     func run(into report: inout Report) throws {
         var table = Table(
             title: "two idle Debian guests of \(mebibytes) MiB: pages; one run each",
-            columns: ["", "saved", "MiB", "zeros", "sharing", "kept once", "diverged", "settled after"])
+            columns: ["", "saved", "MiB", "zeros", "sharing", "kept once", "of these for one page", "diverged", "settled after"])
         let ours = try quire()
         table.row(
-            "Quire", "\(ours.saved)", "\(ours.saved / 256)", "\(ours.zero)", "\(ours.sharing)", "\(ours.slots)", "\(ours.diverged)",
+            "Quire", "\(ours.saved)", "\(ours.saved / 256)", "\(ours.zero)", "\(ours.sharing)", "\(ours.slots)", "\(ours.lonely)",
+            "\(ours.diverged)",
             Table.number(ours.seconds) + " s")
         let theirs = try ksm()
         table.row(
-            "KSM", "\(theirs.saved)", "\(theirs.saved / 256)", "\(theirs.zero)", "\(theirs.sharing)", "\(theirs.slots)", "",
+            "KSM", "\(theirs.saved)", "\(theirs.saved / 256)", "\(theirs.zero)", "\(theirs.sharing)", "\(theirs.slots)", "", "",
             Table.number(theirs.seconds) + " s")
         func json(_ pair: Pair) -> JSON {
             [
                 "saved_pages": .integer(pair.saved), "zero_pages": .integer(pair.zero), "sharing_pages": .integer(pair.sharing),
-                "kept_pages": .integer(pair.slots), "diverged_pages": .integer(pair.diverged), "seconds": .number(pair.seconds),
+                "kept_pages": .integer(pair.slots), "kept_for_one_page": .integer(pair.lonely),
+                "diverged_pages": .integer(pair.diverged), "seconds": .number(pair.seconds),
             ]
         }
         report.add("guests", ["mebibytes": .integer(mebibytes), "quire": json(ours), "ksm": json(theirs)], table: table)
@@ -44,7 +45,7 @@ struct DebianPair {
     }
 
     struct Pair {
-        var zero = 0, sharing = 0, slots = 0, diverged = 0
+        var zero = 0, sharing = 0, slots = 0, lonely = 0, diverged = 0
         var saved = 0
         var seconds = 0.0
     }
@@ -63,7 +64,7 @@ struct DebianPair {
         return options
     }
 
-    /// Calls `look` every second, until nothing is gained for ten.
+    /// Calls `look` every second, until nothing is gained for 15.
     private func settle(_ look: () throws -> Pair) throws -> Pair {
         let began = monotonicNanoseconds()
         var best = try look(), at = began
@@ -98,6 +99,7 @@ struct DebianPair {
                 pair.sharing += Int(report.merging.sharingPages)
             }
             pair.slots = Int(figures.sharedPages)
+            pair.lonely = Int(figures.histogram[0])
             pair.saved = pair.zero + pair.sharing - pair.diverged - pair.slots
             return pair
         }
@@ -110,12 +112,13 @@ struct DebianPair {
         try KernelMerging.set("pages_to_scan", 5_000)
         try KernelMerging.set("sleep_millisecs", 5)
         defer { try? KernelMerging.set("sleep_millisecs", 0) }
-        let first = try GuestMachine("pair-ksm-1", options(false), programs)
-        let second = try GuestMachine("pair-ksm-2", options(false), programs)
-        // Of others on this host.
-        let kept = KernelMerging.get("pages_shared")
+        // What ended before is counted until ksmd comes by. The rest is of others on this host.
         try KernelMerging.set("run", 1)
         defer { try? KernelMerging.set("run", 0) }
+        ProcessCalls.sleep(milliseconds: 5000)
+        let kept = KernelMerging.get("pages_shared")
+        let first = try GuestMachine("pair-ksm-1", options(false), programs)
+        let second = try GuestMachine("pair-ksm-2", options(false), programs)
         return try settle {
             var pair = Pair()
             for guest in [first, second] {

@@ -21,9 +21,17 @@ struct Dedup: ParsableCommand {
     @Option(help: ArgumentHelp("Only this part; repeatable.", valueName: "part"))
     var only: [String] = []
 
+    @Option(
+        name: .customLong("run"),
+        help: ArgumentHelp("In part merge only runs of so many pages; repeatable.", valueName: "pages"))
+    var runs: [Int] = []
+
     static let parts = ["unchanged", "merge", "write", "guests", "growth", "equal"]
 
     func validate() throws {
+        for run in runs where !MergeCost.runs.contains(run) {
+            throw ValidationError("--run \(run): choose of \(MergeCost.runs)")
+        }
         for name in only where !Self.parts.contains(name) {
             throw ValidationError("'\(name)' is no part: choose of \(Self.parts.joined(separator: ", "))")
         }
@@ -67,7 +75,7 @@ struct Dedup: ParsableCommand {
             try UnchangedMemory(pageCount: size, rounds: quick ? 3 : 7, kernel: kernel, programs: programs).run(into: &$0)
         }
         part("merge", bars: MergeCost.bars) {
-            try MergeCost(pageCount: size, rounds: quick ? 1 : 3, kernel: kernel, programs: programs).run(into: &$0)
+            try MergeCost(runs: runs.isEmpty ? MergeCost.runs : runs, pageCount: size, rounds: quick ? 1 : 3, kernel: kernel, programs: programs).run(into: &$0)
         }
         part("write", bars: CopyOnWrite.bars) {
             try CopyOnWrite(pageCount: size / 2, rounds: quick ? 3 : 7, kernel: kernel, programs: programs).run(into: &$0)

@@ -9,6 +9,7 @@ import Platform
 ///
 /// Merged is every page that is not kept on its own any more: for KSM ksm_merging_pages.
 struct MergeCost {
+    var runs = Self.runs
     let pageCount: Int
     let rounds: Int
     let kernel: KernelMerging
@@ -47,7 +48,7 @@ struct MergeCost {
             columns: ["runs of", "merged runs", "page map", "bitmaps", "ledger", "index and slots", "candidates", "mappings", "sum", "less 500 a run"])
         var results: [JSON] = []
         var worst = 0.0
-        for run in Self.runs {
+        for run in runs {
             var outcome = Outcome()
             for round in 1...rounds {
                 progress("merge: runs of \(run), round \(round) of \(rounds)")
