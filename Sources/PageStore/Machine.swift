@@ -11,10 +11,12 @@ import Synchronization
 /// what it is offered.
 package final class Machine: Sendable {
     /// A slot that has the content which was seen at `gfn` before. No reference: it may be gone when it is asked for, or
-    /// have another content. Whoever merges compares.
+    /// have another content, which its tag shows.
     private struct Offer {
         let gfn: UInt32
         let slot: UInt32
+        /// Of the content's hash.
+        let tag: UInt32
     }
 
     /// In the order in which they came.
@@ -56,7 +58,7 @@ package final class Machine: Sendable {
     private let seams: StoreSeams
 
     /// Offers that may wait for a VM, at least. A page that is offered is quiet and will not be looked up again, so what is
-    /// forgotten is not merged until it is written: there is room for one a page, eight bytes for a while.
+    /// forgotten is not merged until it is written: there is room for one a page, twelve bytes for a while.
     private static let minOffers = 4096
     /// Pages that a VM may have been given slots for without having said what became of them.
     private static let maxHeld = 1 << 16
@@ -165,7 +167,8 @@ package final class Machine: Sendable {
                 guard let slot else { continue }
                 slots[run.lowerBound + offset] = slot
                 machines(places[offset].machine)?.offer(
-                    Offer(gfn: UInt32(places[offset].gfn), slot: slot))
+                    Offer(
+                        gfn: UInt32(places[offset].gfn), slot: slot, tag: Share.tag(of: pages[run.lowerBound + offset])))
             }
         }
     }
@@ -220,7 +223,8 @@ package final class Machine: Sendable {
                 var given: [Offer] = []
                 for offer in offered[group] {
                     let gfn = UInt64(offer.gfn), index = Int(gfn - first)
-                    guard memory.contains(gfn..<gfn + 1), after[index].isNone, share.reference(offer.slot) else { continue }
+                    guard memory.contains(gfn..<gfn + 1), after[index].isNone, share.reference(offer.slot, tag: offer.tag)
+                    else { continue }
                     after[index] = .held(offer.slot)
                     given.append(offer)
                 }

@@ -103,6 +103,18 @@ final class Share: Sendable {
         }
     }
 
+    /// A part of a hash, for those who cannot keep all of it.
+    static func tag(of hash: PageHash) -> UInt32 { UInt32(truncatingIfNeeded: hash.high) }
+
+    /// References a slot, if its content still has this tag.
+    func reference(_ slot: UInt32, tag: UInt32) -> Bool {
+        guard reference(slot) else { return false }
+        // Now that it is referenced its content does not change.
+        if Self.tag(of: table.hash(of: slot)) == tag { return true }
+        release([slot])
+        return false
+    }
+
     /// The same where the content is expected in a certain slot: neighbours of equal pages tend to be equal.
     func reference(_ hash: PageHash, in slot: UInt32, after previous: UInt32) -> Bool {
         // Without memory for its hash it never had one.
