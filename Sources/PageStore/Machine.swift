@@ -339,12 +339,11 @@ package final class Machine: Sendable {
             // Then the ledger says nothing any more, and its references are gone.
             guard !state.hasEnded else { throw QuireError(.busy, "the VM '\(name)' has just ended") }
             // The pieces first: they are written while they are looked at.
-            var pieces: [UInt64] = []
+            var pieces: [Range<UInt64>] = []
             state.ledger.forEachPiece { (gfn, entries) in
-                if entries.contains(where: { !$0.isNone }) { pieces.append(gfn) }
+                if entries.contains(where: { !$0.isNone }) { pieces.append(gfn..<gfn + UInt64(entries.count)) }
             }
-            for first in pieces {
-                let gfns = first..<min(first + Ledger.pieceGFNs, StoreRequest.gfnLimit)
+            for gfns in pieces {
                 let entries = try state.ledger.read(gfns)
                 let mapped = try map.slots(gfns, store: share.node)
                 var after = entries
@@ -359,7 +358,7 @@ package final class Machine: Sendable {
                     }
                 }
                 guard after != entries else { continue }
-                try state.ledger.write(first, after[...])
+                try state.ledger.write(gfns.lowerBound, after[...])
                 share.release(gone)
                 dropped += UInt64(gone.count)
             }

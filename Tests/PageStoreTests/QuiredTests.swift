@@ -45,6 +45,27 @@ import Testing
         #expect(Files.list(quired.folder) == [])
     }
 
+    /// Pages far apart, with nothing in the ledger between them, are counted once by whoever connects next.
+    @Test func pagesFarApartAreCountedOnce() throws {
+        let quired = try RunningStore()
+        var a = try Backend(FakeVM("a", pages: 8192), path: quired.path)
+        let places: [UInt64] = [0, 3000, 6000]
+        for gfn in places {
+            try a.vm.write(gfn, page(7))
+            for run in try a.lookUp(gfn..<gfn + 1) { _ = try a.merge(run) }
+        }
+        for run in try a.client.offers() { _ = try a.merge(run) }
+        #expect(try a.client.report(places.map { .init(.merged, $0..<$0 + 1) }) == 3)
+        try a.reconnect(quired.path)
+        #expect(a.client.welcome.keptPages == 3 && a.client.welcome.unknownPages == 0)
+        #expect(try quired.figures().sharingPages == 3)
+        // Pages that nobody knows are not taken for those that were counted twice.
+        try a.vm.setShared(100, 4000)
+        try a.reconnect(quired.path)
+        #expect(a.client.welcome.keptPages == 3 && a.client.welcome.unknownPages == 1)
+        a.vm.end()
+    }
+
     @Test func folderAndSocketAreForTheOwnerAlone() throws {
         let quired = try RunningStore()
         var status = stat()
