@@ -230,6 +230,13 @@ public final class DedupEngine: Sendable {
         var hashedPosition: GFN = 0
         /// Equal pages in shorter ones, for the time when it is.
         var short = GFNSet()
+        /// What the store cannot do; empty if it can.
+        var remark = ""
+        /// One line; stands until the next pass has come to its end.
+        var whatIsLeftOut: String {
+            guard remark.isEmpty, shortestRun > 1, !short.isEmpty else { return remark }
+            return "mappings of QEMU get scarce (vm.max_map_count): equal pages are merged in runs of \(shortestRun) or more only"
+        }
     }
 
     private func coordinate() {
@@ -315,12 +322,7 @@ public final class DedupEngine: Sendable {
             $0.sharingPages += UInt64(result.merged)
             $0.zeroPages += UInt64(result.zeroed)
             $0.divergedPages = UInt64(diverged)
-            if let stopped = result.stopped {
-                $0.reason = stopped
-            } else if state.shortestRun > 1, !state.short.isEmpty, $0.reason.isEmpty {
-                $0.reason = "mappings of QEMU get scarce (vm.max_map_count): equal pages are merged in runs of "
-                    + "\(state.shortestRun) or more only"
-            }
+            $0.reason = result.stopped ?? state.whatIsLeftOut
         }
         if hasher != nil, result.failure == nil, !isInterrupted { try takeOffers(memory, &state) }
         // What others brought back: looked for now and then, since it costs a look at every merged page's entry.
@@ -411,14 +413,14 @@ public final class DedupEngine: Sendable {
     private func prepareStore(_ memory: GuestMemory, _ state: inout PassState) throws(QuireError) -> PageHasher? {
         switch store.prepare(memory) {
         case .absent(let reason):
-            statistics.withLock { $0.reason = "only pages of zeros are merged: \(reason)" }
+            state.remark = "only pages of zeros are merged: \(reason)"
             return nil
         case .ready(let hasher):
-            statistics.withLock { $0.reason = "" }
+            state.remark = ""
             try dropUnknown(memory, &state)
             return hasher
         case .connected(let hasher, let unknown):
-            statistics.withLock { $0.reason = "" }
+            state.remark = ""
             // First of all: what is brought back from here on has to be released.
             state.held = GFNSet()
             map.forEachMerged { gfns, kind in if case .shared = kind { state.held.insert(gfns) } }

@@ -439,6 +439,9 @@ extension BackendProcess {
             snapshot.groupSharingPages = figures.sharingPages
             snapshot.groupSavedBytes = figures.savedBytes
             snapshot.groupHistogram = figures.histogram
+            if snapshot.reason.isEmpty, figures.sharedPages >= figures.limitPages {
+                snapshot.reason = "the page store is full (quired --limit): no content is shared that it does not have"
+            }
         }
         page.setMerging(snapshot)
     }
