@@ -131,7 +131,10 @@ let package = Package(
         // Real guests: what `make guest` prepares has to be there.
         .testTarget(
             name: "IntegrationTests",
-            dependencies: ["Host", "Platform", "CPlatform", "CQuireLayout", "quire", "quire-backend", "TestSupport"],
+            dependencies: [
+                "Host", "Platform", "CPlatform", "CQuireLayout", "StoreProtocol", "quire", "quire-backend", "quired",
+                "TestSupport",
+            ],
             swiftSettings: settings),
     ]
 )

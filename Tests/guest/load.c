@@ -19,6 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -32,7 +33,7 @@ enum {
 };
 
 static struct {
-    bool full, thp;
+    bool full, thp, alternate;
     uint64_t seed;
     unsigned keep, threads;
     const char *directory;
@@ -427,15 +428,199 @@ static void churn(size_t pages, double seconds)
     printf("ok %zu pages\n", checked);
 }
 
+/*
+ * share: pages whose contents come from a small set, so that the same seed in another guest, and other pages of this one,
+ * have equals of nearly all of them. A round rewrites some, one way or another, and checks each before and after.
+ *
+ * Stretches of pages differ in how long they keep a content, for a host merges what stays: some are written in every
+ * round, some now and then, some never. What each page holds is known, so nothing is remembered but one number a page.
+ */
+
+enum { contents = 96, stretch = 32, zero_content = 0, own_content = 1 << 30 };
+
+struct sharer {
+    pthread_t thread;
+    unsigned number;
+    size_t first, pages; /* of the memory */
+    double end, longest;
+    size_t checked, written;
+    uint64_t chance, own;
+    uint64_t *buffer;
+    int fd;
+};
+
+static uint64_t *shared_memory;
+static uint32_t *shared_content; /* what each page holds */
+
+static uint64_t content_base(const struct sharer *s, uint32_t content, size_t index)
+{
+    return content >= own_content ? mix(s->own ^ index << 32 ^ content) : mix(mix(options.seed) ^ content);
+}
+
+static void make_content(const struct sharer *s, uint64_t *page, uint32_t content, size_t index)
+{
+    uint64_t base = content_base(s, content, index);
+    for (unsigned word = 0; word < words; word++)
+        page[word] = content == zero_content ? 0 : pattern(base, word);
+}
+
+static void check_content(struct sharer *s, const uint64_t *page, size_t index)
+{
+    uint32_t content = shared_content[index];
+    uint64_t base = content_base(s, content, index);
+    for (unsigned word = 0; word < words; word++) {
+        uint64_t want = content == zero_content ? 0 : pattern(base, word), got = ((volatile const uint64_t *)page)[word];
+        if (got != want)
+            wrong(page, index, word, got, want);
+    }
+    s->checked++;
+}
+
+/* The next content: in order, so that neighbours that are written together have neighbours' contents, as files do. */
+static uint32_t next_content(struct sharer *s, size_t index, uint32_t old)
+{
+    if (options.alternate)
+        return index % 2 ? own_content : 1 + index / 2 % (contents - 1);
+    switch (index / stretch % 8) {
+    case 0: return old == 2 ? 3 : 2; /* there and back again */
+    case 1: return own_content + (uint32_t)(next_random(&s->chance) % own_content);
+    case 2: return old ? zero_content : 4 + index % 8;
+    default: return 1 + (old + 1 + index % stretch) % (contents - 1);
+    }
+}
+
+static void rewrite_page(struct sharer *s, size_t index)
+{
+    uint64_t *page = shared_memory + index * words;
+    uint32_t old = shared_content[index], next = next_content(s, index, old);
+    off_t at = (off_t)(index % 4) * page_size;
+    check_content(s, page, index);
+    shared_content[index] = next;
+    switch (next_random(&s->chance) % 5) {
+    case 0: /* the program writes, from the front or from the back */
+        make_content(s, page, next, index);
+        break;
+    case 1:
+        make_content(s, s->buffer, next, index);
+        for (unsigned word = words; word-- > 0;)
+            ((volatile uint64_t *)page)[word] = s->buffer[word];
+        break;
+    case 2: /* the kernel writes: read(2) of a file into the page */
+        make_content(s, s->buffer, next, index);
+        if (pwrite(s->fd, s->buffer, page_size, at) != page_size || pread(s->fd, page, page_size, at) != page_size)
+            fail("a file in between");
+        break;
+    case 3: /* the kernel reads: write(2) of the page, and what arrives is checked */
+        if (pwrite(s->fd, page, page_size, at) != page_size || pread(s->fd, s->buffer, page_size, at) != page_size)
+            fail("a file in between");
+        shared_content[index] = old;
+        check_content(s, s->buffer, index);
+        shared_content[index] = next;
+        make_content(s, page, next, index);
+        break;
+    case 4: /* freed, and another page in its place */
+        if (madvise(page, page_size, MADV_DONTNEED))
+            fail("madvise");
+        if (next_random(&s->chance) % 2)
+            check_fresh_page(page, index);
+        make_content(s, page, next, index);
+        break;
+    }
+    check_content(s, page, index);
+    s->written++;
+}
+
+/* How many rounds a page stays as it is, on average; 0: for ever. */
+static unsigned rounds_between(size_t index)
+{
+    static const unsigned choice[] = {12, 1, 40, 8, 0, 24, 6, 60};
+    return options.alternate ? 0 : choice[index / stretch / 8 % 8];
+}
+
+static void *share_some(void *argument)
+{
+    struct sharer *s = argument;
+    double last = now();
+    while (last < s->end) {
+        for (size_t i = s->first; i < s->first + s->pages; i++) {
+            unsigned rounds = rounds_between(i);
+            if (rounds && next_random(&s->chance) % rounds == 0)
+                rewrite_page(s, i);
+            else if (next_random(&s->chance) % 4 == 0)
+                check_content(s, shared_memory + i * words, i);
+            else
+                continue;
+            double t = now();
+            if (t - last > s->longest)
+                s->longest = t - last;
+            last = t;
+        }
+        usleep(50000);
+        last = now();
+    }
+    for (size_t i = s->first; i < s->first + s->pages; i++)
+        check_content(s, shared_memory + i * words, i);
+    return NULL;
+}
+
+static void share(size_t pages, double seconds)
+{
+    struct sharer *sharers = calloc(options.threads, sizeof *sharers);
+    shared_memory = map_pages(pages);
+    shared_content = calloc(pages, sizeof *shared_content);
+    if (!sharers || !shared_content)
+        fail("calloc");
+    double end = now() + seconds;
+    for (unsigned i = 0; i < options.threads; i++) {
+        struct sharer *s = &sharers[i];
+        char path[4096];
+        *s = (struct sharer){.number = i, .first = pages * i / options.threads, .end = end, .buffer = map_pages(1)};
+        s->pages = pages * (i + 1) / options.threads - s->first;
+        s->chance = mix(options.seed + i) | 1;
+        if (getrandom(&s->own, sizeof s->own, 0) != sizeof s->own)
+            fail("getrandom");
+        snprintf(path, sizeof path, "%s/quire-load.%d.%u", options.directory ? options.directory : "/tmp", getpid(), i);
+        s->fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+        if (s->fd < 0 || unlink(path))
+            fail(path);
+        for (size_t j = s->first; j < s->first + s->pages; j++) {
+            shared_content[j] = next_content(s, j, (uint32_t)(j / stretch % contents));
+            make_content(s, shared_memory + j * words, shared_content[j], j);
+        }
+    }
+    /* A page that is never written again. */
+    size_t still = 0;
+    while (still + 1 < pages && (rounds_between(still) || still / stretch % 8 < 3 || still % 2))
+        still++;
+    printf("sharing, still page at pfn 0x%llx\n", (unsigned long long)frame_number(shared_memory + still * words));
+    fflush(stdout);
+    for (unsigned i = 0; i < options.threads; i++)
+        if ((errno = pthread_create(&sharers[i].thread, NULL, share_some, &sharers[i])))
+            fail("pthread_create");
+    size_t checked = 0, written = 0;
+    double longest = 0;
+    for (unsigned i = 0; i < options.threads; i++) {
+        pthread_join(sharers[i].thread, NULL);
+        checked += sharers[i].checked;
+        written += sharers[i].written;
+        if (sharers[i].longest > longest)
+            longest = sharers[i].longest;
+    }
+    printf("ok %zu pages, %zu written, longest %.0f ms\n", checked, written, longest * 1e3);
+}
+
 static int usage(void)
 {
     fputs("usage: quire-load hold MIB [SECONDS]\n"
           "       quire-load fragment MIB [SECONDS] [--keep PERCENT]\n"
           "       quire-load churn MIB SECONDS [--threads N] [--file DIR]\n"
           "       quire-load verify-zero MIB\n"
+          "       quire-load share MIB SECONDS [--threads N] [--file DIR]\n"
           "options: --seed N   another seed, other bytes (1)\n"
           "         --full     a pattern in every byte, instead of in 192 a page and zero elsewhere\n"
           "         --thp      with transparent huge pages\n"
+          "         --alternate  share: every second page is like no other, and none is rewritten\n"
+          "share rewrites and checks pages whose contents are few, the same for the same seed.\n"
           "hold says `peak` and fragment `fragmented FREED KEPT` (pages), then both wait for a line on stdin, or for\n"
           "SECONDS, and check. Each ends with `ok N pages` or a line that starts with WRONG.\n",
           stderr);
@@ -459,6 +644,7 @@ int main(int argc, char **argv)
 {
     static const struct option known[] = {
         {"full", no_argument, NULL, 'f'},        {"thp", no_argument, NULL, 't'},
+        {"alternate", no_argument, NULL, 'a'},
         {"seed", required_argument, NULL, 's'},  {"keep", required_argument, NULL, 'k'},
         {"threads", required_argument, NULL, 'n'}, {"file", required_argument, NULL, 'd'},
         {0},
@@ -467,6 +653,7 @@ int main(int argc, char **argv)
         switch (option) {
         case 'f': options.full = true; break;
         case 't': options.thp = true; break;
+        case 'a': options.alternate = true; break;
         case 's': options.seed = number(optarg, 0, UINT64_MAX); break;
         case 'k': options.keep = (unsigned)number(optarg, 1, 99); break;
         case 'n': options.threads = (unsigned)number(optarg, 1, 64); break;
@@ -488,6 +675,8 @@ int main(int argc, char **argv)
         fragment(pages, seconds);
     else if (!strcmp(command, "churn") && count == 3)
         churn(pages, seconds);
+    else if (!strcmp(command, "share") && count == 3)
+        share(pages, seconds);
     else if (!strcmp(command, "verify-zero") && count == 2)
         verify_zero(pages);
     else

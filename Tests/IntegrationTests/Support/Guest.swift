@@ -39,6 +39,8 @@ final class Guest {
     let view: HostView
     private var process: ChildProcess
     private let directory: RuntimeDirectory
+    /// Where `quire` finds it.
+    var runtime: RuntimeDirectory { directory }
     private let errors: String
 
     /// Short, so that a test sees many of them; what takes a period on a host takes this here.

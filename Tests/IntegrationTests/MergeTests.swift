@@ -1,0 +1,476 @@
+import Glibc
+import Host
+import Platform
+import Testing
+
+/// Two guests whose equal pages are kept once, and the quired that keeps them. Both run the same program with the same seed,
+/// so nearly every page of the one has equals in the other.
+final class Pair {
+    let store: Store
+    let guests: [Guest]
+    private let folder: Folder
+    private var loads: [Int] = []
+    private(set) var longest: [Int] = []
+
+    init(_ store: Store, _ machine: Machine = Machine(), options: [[String]] = [[], []]) throws {
+        self.store = store
+        let folder = try Folder()
+        self.folder = folder
+        guests = try zip(["one", "two"], options).map { name, options in
+            try Guest(
+                machine.with {
+                    $0.name = name
+                    $0.options += ["--store", store.path, "--merge-period", "100ms"] + options
+                    $0.boots = false
+                }, in: folder)
+        }
+        for guest in guests { try guest.watched { try guest.console.expectReady() } }
+    }
+
+    private func arguments(_ command: String, _ guest: Guest) -> [String] {
+        ["env", "QUIRE_RUNTIME_DIR=" + folder.path + "/run", Program.quire, command, guest.machine.name]
+    }
+    func quire(_ command: String, _ guest: Guest) throws { try host(arguments(command, guest)) }
+    /// The same, without waiting for its end.
+    func begin(_ command: String, _ guest: Guest) throws -> ChildProcess {
+        var options = ChildProcess.Options()
+        let null = try Descriptor.open("/dev/null", O_RDWR)
+        options.passing = [.init(from: null.raw, to: 1), .init(from: null.raw, to: 2)]
+        return try ChildProcess(arguments(command, guest), options)
+    }
+
+    /// Both begin to share.
+    func start(_ mebibytes: Int = 96, seconds: Int, _ more: String = "--threads 2") throws {
+        for guest in guests {
+            try guest.watched {
+                loads.append(try guest.console.start("quire-load share \(mebibytes) \(seconds) --seed 7 \(more)"))
+                try guest.console.expect("sharing, still page at pfn ", within: Guest.patience(for: 20))
+            }
+        }
+    }
+
+    func drain() throws {
+        for guest in guests { try guest.watched { try guest.console.drain() } }
+    }
+
+    /// Lets the guests run for some time; what they say of wrong bytes ends the test at once.
+    func pass(milliseconds: Int) throws {
+        let end = monotonicNanoseconds() + UInt64(milliseconds) * 1_000_000
+        while monotonicNanoseconds() < end {
+            try drain()
+            for guest in guests where guest.console.log.contains("WRONG") {
+                throw Guest.Failure(error: Trouble("wrong bytes in '\(guest.machine.name)'"), log: guest.report)
+            }
+            ProcessCalls.sleep(milliseconds: 20)
+        }
+    }
+
+    func wait(for what: String, within seconds: Double = Effort.patience, _ condition: () throws -> Bool) throws {
+        let deadline = monotonicNanoseconds() + UInt64(seconds * 1e9)
+        while try !condition() {
+            try pass(milliseconds: 20)
+            guard monotonicNanoseconds() < deadline else {
+                throw Trouble("waited \(Int(seconds)) s for \(what) in vain\n" + guests.map(\.report).joined() + store.errors)
+            }
+        }
+    }
+
+    /// Both end: not one byte was wrong. Notes how long a single page took at worst, in milliseconds.
+    func finish(within seconds: Double) throws {
+        for (guest, load) in zip(guests, loads) {
+            let (text, status) = try guest.watched { try guest.console.finish(load, within: seconds) }
+            guard status == 0, let line = text.split(separator: "\n").last, line.hasPrefix("ok ") else {
+                throw Guest.Failure(error: Trouble("the load in '\(guest.machine.name)': \(status): \(text)"), log: guest.report)
+            }
+            print("\(guest.machine.name): \(line)")
+            longest.append(Int(line.split(separator: " ").dropLast().last ?? "") ?? .max)
+        }
+        loads = []
+    }
+
+    /// What quired counts is what the page maps say, when nothing moves.
+    func expectExactCounts(sourceLocation: SourceLocation = #_sourceLocation) throws {
+        let views = try guests.map { try PageEntries($0) }
+        var last = ""
+        do {
+            try wait(for: "quired's figures to be those of the page maps") {
+                let merged = try views.map { try $0.merged() }
+                let figures = try store.figures()
+                let slots = merged.reduce(into: Set<UInt64>()) { $0.formUnion($1.slots) }
+                last = "quired: \(figures.sharedPages) shared, \(figures.sharingPages) sharing, \(figures.heldPages) held; page maps: \(slots.count), \(merged.map(\.sharing))"
+                return figures.sharingPages == UInt64(merged.reduce(0) { $0 + $1.sharing }) && figures.sharedPages == UInt64(slots.count)
+            }
+        } catch {
+            Issue.record("\(last)\n\(error)", sourceLocation: sourceLocation)
+        }
+        print(last)
+    }
+}
+
+extension Integration {
+    /// Equal pages of real guests are kept once, and no guest ever reads anything but what it wrote: whatever merges, folds and
+    /// un-merges meanwhile, and whoever dies.
+    @Suite(.serialized) struct Merge {
+        /// The guests rewrite and check their pages, in user space and in the kernel, while merging and folding go on as fast
+        /// as they can, and all is un-merged and merged again, now and then.
+        @Test func nothingIsWrong() throws {
+            let pair = try Pair(Store())
+            let seconds = Effort.scaled(18)
+            try pair.start(seconds: seconds)
+            let views = try pair.guests.map { try PageEntries($0) }
+            let end = monotonicNanoseconds() + UInt64(seconds) * 1_000_000_000
+            var unmerged: [Int] = []
+            while monotonicNanoseconds() < end {
+                try pair.pass(milliseconds: 4000)
+                let number = unmerged.count % 2
+                let before = try views[number].merged()
+                try pair.quire("unmerge", pair.guests[number])
+                let after = try views[number].merged()
+                #expect(after.sharing == 0 && after.zero == 0)
+                unmerged.append(before.sharing + before.zero)
+                try pair.pass(milliseconds: 200)
+                try pair.quire("merge", pair.guests[number])
+            }
+            try pair.finish(within: Guest.patience(for: seconds))
+            for guest in pair.guests {
+                let merging = guest.status.merging
+                print("\(guest.machine.name): merged \(merging.mergedTotalPages), folded \(merging.foldedTotalPages), hashed \(merging.hashedTotalPages), mappings \(merging.mappings)")
+                #expect(merging.mergedTotalPages > 5000, "\(guest.report)")
+                #expect(merging.foldedTotalPages > 2000, "\(guest.report)")
+                #expect(guest.status.restarts == 0, "\(guest.stderr)")
+                try guest.expectQuietLog()
+            }
+            print("un-merged: \(unmerged)")
+            #expect(unmerged.reduce(0, +) > 5000)
+            try pair.expectExactCounts()
+        }
+
+        /// The control: a merged page that somebody else writes is seen.
+        @Test func aWrongByteIsSeen() throws {
+            let store = try Store()
+            let guest = try Guest(Machine(options: ["--store", store.path, "--merge-period", "100ms"]))
+            try guest.watched {
+                let load = try guest.console.start("quire-load share 32 60")
+                try guest.console.expect("sharing, still page at pfn 0x", within: Guest.patience(for: 20))
+                let text = try guest.console.expect("\n", within: 10)
+                guard let pfn = UInt64(text, radix: 16) else { throw Trouble("no page: \(text)") }
+                let pages = try PageEntries(guest)
+                try guest.wait(for: "the page to be merged") {
+                    if case .shared = try pages.kinds()[Int(pfn)] { true } else { false }
+                }
+                let byte = try pages.read(pfn, count: 1)
+                try pages.write(pfn, at: 0, [byte[0] ^ 1])
+                let (said, status) = try guest.console.finish(load, within: Guest.patience(for: 60))
+                #expect(status == 1)
+                #expect(said.contains("WRONG page") && said.contains("offset 0 got"), "\(said)")
+            }
+        }
+
+        // MARK: Deaths
+
+        /// The backend of one guest, quired, or both: killed, or frozen for a while, at any moment. Nobody sees a wrong
+        /// byte, nobody waits for long, and quired counts what is there.
+        @Test func deaths() throws {
+            let pair = try Pair(Store())
+            let seconds = Effort.scaled(24)
+            try pair.start(seconds: seconds)
+            try pair.wait(for: "merged pages") { pair.guests.allSatisfy { $0.status.merging.sharingPages > 1000 } }
+            let end = monotonicNanoseconds() + UInt64(seconds - 4) * 1_000_000_000
+            var round = 0
+            while monotonicNanoseconds() < end {
+                let guest = pair.guests[round / 2 % 2]
+                let backend = guest.backendPID, quired = pair.store.worker
+                if round % 5 == 4 {
+                    // In the middle of an un-merge.
+                    var command = try pair.begin("unmerge", guest)
+                    ProcessCalls.sleep(milliseconds: UInt32.random(in: 0...400))
+                    ProcessCalls.signal(backend, SIGKILL)
+                    command.wait()
+                    try guest.wait(for: "another backend") { guest.backendPID != backend && guest.backendPID != 0 }
+                    try pair.wait(for: "the agent to come back") { (try? pair.quire("merge", guest)) != nil }
+                } else {
+                    let signal = round % 2 == 0 ? SIGKILL : SIGSTOP
+                    let victims = [[backend], [quired], [backend, quired]][round % 3]
+                    for pid in victims { ProcessCalls.signal(pid, signal) }
+                    try pair.pass(milliseconds: Int.random(in: 50...1500))
+                    for pid in victims where signal == SIGSTOP { ProcessCalls.signal(pid, SIGCONT) }
+                    try pair.pass(milliseconds: Int.random(in: 500...2500))
+                }
+                round += 1
+            }
+            try pair.finish(within: Guest.patience(for: seconds))
+            print("\(round) rounds, restarts \(pair.guests.map(\.status.restarts)), longest \(pair.longest) ms")
+            for guest in pair.guests { try guest.expectQuietLog() }
+            try pair.store.waitForService()
+            try pair.wait(for: "merging to go on") { pair.guests.allSatisfy { $0.status.merging.state == .active } }
+            try pair.expectExactCounts()
+            for guest in pair.guests { try pair.quire("unmerge", guest) }
+            try pair.expectExactCounts()
+            #expect(try pair.store.figures().sharedPages == 0)
+        }
+
+        // MARK: Pins
+
+        /// A disk with cache=none and aio=threads leaves the gate open: its transfers hold the range lock. What is read by DMA
+        /// into pages that are merged before and after is right. So it is with a disk that QEMU buffers. With native AIO the
+        /// gate closes before the first transfer, and opens when no file is left that is open with O_DIRECT.
+        @Test func pinnedPages() throws {
+            let store = try Store()
+            let folder = try Folder()
+            let images = try ["direct", "buffered", "native"].map { try Self.patternedImage(folder, $0) }
+            let guest = try Guest(
+                Machine(
+                    arguments: [
+                        "-drive", "file=\(images[0]),if=none,id=d,format=raw,cache=none,aio=threads,file.locking=off",
+                        "-device", "virtio-blk-pci,drive=d,id=dd,serial=direct",
+                        "-drive", "file=\(images[1]),if=none,id=b,format=raw,cache=writeback,file.locking=off",
+                        "-device", "virtio-blk-pci,drive=b,serial=buffered",
+                    ], options: ["--store", store.path, "--merge-period", "100ms"]), in: folder)
+            try guest.watched {
+                try guest.wait(for: "an open gate") { guest.status.merging.state == .active }
+                try guest.sh("quire-load share 64 \(Effort.scaled(20)) --seed 7 --threads 2 >/tmp/share 2>&1 &")
+                for name in ["direct", "buffered"] {
+                    let text = try guest.sh(Self.readAgain(name, like: images[0], seconds: Effort.scaled(8)), within: Guest.patience(for: 40))
+                    print("\(name): \(text.filter { !$0.isNewline })")
+                }
+                let merging = guest.status.merging
+                print("merged \(merging.mergedTotalPages), folded \(merging.foldedTotalPages): \(merging.state) \(merging.reason)")
+                #expect(merging.state == .active, "\(merging.reason)")
+                #expect(merging.mergedTotalPages > 5000)
+
+                try guest.qmp.command(
+                    "blockdev-add",
+                    [
+                        "driver": .string("raw"), "node-name": .string("n"),
+                        "file": .object([
+                            "driver": .string("file"), "filename": .string(images[2]), "aio": .string("native"),
+                            "cache": .object(["direct": .bool(true)]),
+                        ]),
+                    ])
+                try guest.qmp.command(
+                    "device_add",
+                    ["driver": .string("virtio-blk-pci"), "drive": .string("n"), "id": .string("nd"), "serial": .string("native")])
+                _ = try guest.sh(Self.readAgain("native", like: images[2], seconds: 3), within: Guest.patience(for: 20))
+                try guest.wait(for: "a closed gate") { guest.status.merging.reason.contains("native AIO") }
+                #expect(guest.status.merging.state == .paused)
+                let merged = guest.status.merging.mergedTotalPages
+                ProcessCalls.sleep(milliseconds: 1000)
+                #expect(guest.status.merging.mergedTotalPages == merged)
+
+                try guest.qmp.command("device_del", ["id": .string("nd")])
+                try guest.wait(for: "QEMU to let the disk go") { (try? guest.qmp.command("blockdev-del", ["node-name": .string("n")])) != nil }
+                // Native AIO may come back as long as there is a file for it.
+                try guest.qmp.command("device_del", ["id": .string("dd")])
+                try guest.wait(for: "the gate to open") { guest.status.merging.state == .active }
+                let text = try guest.sh("wait; cat /tmp/share", within: Guest.patience(for: 40))
+                #expect(text.contains("\nok "), "\(text)")
+                try guest.expectQuietLog()
+            }
+        }
+
+        // MARK: Memory that comes and goes
+
+        /// Half of a DIMM is merged when it is unplugged: what the page map said of it is forgotten, un-merging works, and the
+        /// DIMM that comes in its place is merged like the first.
+        @Test func memoryThatIsUnplugged() throws {
+            let store = try Store()
+            let guest = try Guest(
+                Machine(memory: "512M,slots=2,maxmem=2G", options: ["--store", store.path, "--merge-period", "100ms"]))
+            let gfns = 0x100000..<0x120000
+            try guest.watched {
+                for _ in 0..<2 {
+                    let dimm = try guest.plugDIMM()
+                    let load = try guest.console.start("quire-load share 500 \(Effort.scaled(8)) --seed 7 --threads 2")
+                    try guest.wait(for: "merged pages in the DIMM") { try PageEntries(guest).mergedCount(gfns) > 5000 }
+                    let (text, status) = try guest.console.finish(load, within: Guest.patience(for: 60))
+                    #expect(status == 0, "\(text)")
+                    try guest.takeOffline(dimm)
+                    #expect(try PageEntries(guest).mergedCount(gfns) > 1000)
+                    try guest.unplug(dimm)
+                    try guest.wait(for: "the page map to forget the DIMM") { try PageEntries(guest).mergedCount(gfns) == 0 }
+                    try guest.wait(for: "quire unmerge") {
+                        (try? CommandSocket.ask("unmerge", of: guest.machine.name, in: guest.runtime)) != nil
+                    }
+                    #expect(try store.figures().sharingPages == 0)
+                    try CommandSocket.ask("merge", of: guest.machine.name, in: guest.runtime)
+                }
+                try guest.expectQuietLog()
+            }
+        }
+
+        /// Reset while merged, now and then with the backend dead at that moment: the next kernel finds its memory, registers
+        /// for recycling, and pages are recycled and merged side by side.
+        @Test func resetAndRecycling() throws {
+            let store = try Store()
+            let guest = try Guest(Machine(options: ["--store", store.path, "--merge-period", "100ms"]))
+            try guest.watched {
+                for round in 0..<Effort.scaled(2) {
+                    try guest.loadModule()
+                    try guest.wait(for: "the registration") { guest.status.state == .active || guest.status.state == .paused }
+                    try guest.startChurn(100, grabbing: 50)
+                    try guest.sh("quire-load share 64 \(Effort.scaled(6)) --seed 7 --threads 2", within: Guest.patience(for: 30))
+                    try guest.expectChurnGoesOn()
+                    try guest.stopChurn()
+                    #expect(guest.status.merging.mergedTotalPages > 1000)
+                    print("recycled \(guest.status.recycledTotalPages), \(guest.status.state) \(guest.status.reason)")
+                    let backend = guest.backendPID
+                    if round % 2 == 0 { ProcessCalls.signal(backend, SIGKILL) }
+                    try guest.qmp.command("system_reset")
+                    try guest.console.expectReady()
+                }
+                try guest.sh("quire-load share 64 4 --seed 7 --threads 2", within: Guest.patience(for: 20))
+                try guest.expectQuietLog()
+            }
+        }
+
+        /// Saved and loaded in place, then saved to a file and restored by another QEMU, all of it merged: right bytes.
+        @Test func savedAndRestored() throws {
+            let store = try Store()
+            let folder = try Folder()
+            let file = folder.path + "/saved"
+            var machine = Machine(
+                arguments: try Pause.disk(in: folder), options: ["--store", store.path, "--merge-period", "100ms"])
+            let seconds = Effort.scaled(20)
+            var load = 0
+            do {
+                let guest = try Guest(machine, in: folder)
+                try guest.watched {
+                    load = try guest.console.start("quire-load share 64 \(seconds) --seed 7 --threads 2")
+                    func waitForMerging() throws {
+                        let before = guest.status.merging.mergedTotalPages
+                        try guest.wait(for: "pages to be merged") { guest.status.merging.mergedTotalPages > before + 2000 }
+                    }
+                    try waitForMerging()
+                    try guest.qmp.human("savevm one", within: Guest.patience(for: 60))
+                    try waitForMerging()
+                    try guest.qmp.human("loadvm one", within: Guest.patience(for: 60))
+                    try waitForMerging()
+                    try guest.qmp.command("migrate-set-parameters", ["max-bandwidth": .number(Double(1 << 30))])
+                    try guest.qmp.command("migrate", ["uri": .string("exec:cat > \(file)")])
+                    try guest.wait(for: "the guest to be saved", within: Guest.patience(for: 60)) {
+                        try guest.qmp.command("query-migrate")["status"]?.text == "completed"
+                    }
+                    let merging = guest.status.merging
+                    #expect(merging.sharingPages > 1000)
+                    try guest.qmp.command("quit")
+                    #expect(try guest.waitForEnd() == 0)
+                }
+            }
+            machine.boots = false
+            machine.arguments += ["-incoming", "exec:cat \(file)"]
+            let guest = try Guest(machine, in: folder)
+            try guest.watched {
+                let (text, status) = try guest.console.finish(load, within: Guest.patience(for: seconds))
+                #expect(status == 0 && text.contains("ok "), "\(text)")
+                #expect(guest.status.merging.mergedTotalPages > 1000)
+                try guest.expectQuietLog()
+            }
+        }
+
+        // MARK: Groups, and what is wrong
+
+        /// Two guests that hold the same, in two groups: no page of the store is in both.
+        @Test func groupsShareNothing() throws {
+            let pair = try Pair(
+                Store(["--keep", "--group", "red=0", "--group", "blue=0"]), options: [["--group", "red"], ["--group", "blue"]])
+            try pair.start(48, seconds: 8, "--alternate")
+            try pair.finish(within: Guest.patience(for: 20))
+            try pair.wait(for: "merged pages") { pair.guests.allSatisfy { $0.status.merging.sharingPages > 500 } }
+            try pair.pass(milliseconds: 1500)
+            var stores: [Set<Substring>] = []
+            var slots = 0
+            for guest in pair.guests {
+                let maps = try Files.read("/proc/\(guest.qemuPID)/maps", limit: 1 << 26).split(separator: "\n")
+                stores.append(Set(maps.filter { $0.contains("/memfd:quire-store") }.map { $0.split(separator: " ")[4] }))
+                let merged = try PageEntries(guest).merged()
+                slots += merged.slots.count
+                try guest.wait(for: "the group's figures to be its guest's alone") {
+                    let now = try PageEntries(guest).merged(), merging = guest.status.merging
+                    return merging.groupSharingPages == UInt64(now.sharing) && merging.groupSharedPages == UInt64(now.slots.count)
+                }
+            }
+            #expect(stores.allSatisfy { $0.count == 1 } && stores[0].isDisjoint(with: stores[1]), "\(stores)")
+            #expect(slots > 500)
+        }
+
+        /// Each has one line that says so, and the VM runs on: no quired; a group that quired does not know. A store that is
+        /// full shares what it has.
+        @Test func whatIsWrongIsSaid() throws {
+            let store = try Store(["--keep", "--limit", "4M"])
+            for (options, said) in [
+                (["--store", "/nonexistent/store.sock"], "no quired listens at /nonexistent/store.sock"),
+                (["--store", store.path, "--group", "nosuch"], "there is no share group 'nosuch'"),
+                (["--store", store.path], "the page store is full"),
+            ] {
+                let guest = try Guest(Machine(options: options + ["--merge-period", "100ms"]))
+                try guest.watched {
+                    try guest.sh("quire-load share 64 5 --seed 7 --threads 2", within: Guest.patience(for: 20))
+                    try guest.wait(for: "merging") { guest.status.merging.zeroPages > 500 }
+                    try guest.wait(for: "the line '\(said)'") { guest.status.merging.reason.contains(said) }
+                    let merging = guest.status.merging
+                    #expect(merging.state == .active, "\(merging)")
+                    if options.count == 2, options[1] == store.path {
+                        #expect(merging.sharingPages > 500)
+                        #expect(try store.figures().sharedPages <= 1024)
+                        #expect(try store.figures().full > 0)
+                    } else {
+                        #expect(merging.sharingPages == 0)
+                    }
+                    try CommandSocket.ask("unmerge", of: guest.machine.name, in: guest.runtime)
+                    #expect(try PageEntries(guest).merged().zero == 0)
+                }
+            }
+        }
+
+        /// Every second page is like no other, so every page that is shared costs QEMU two mappings: merging stays below the
+        /// limit, says why it leaves pages alone, and un-merging works.
+        @Test func mappingsGetScarce() throws {
+            let setting = "/proc/sys/vm/max_map_count", usual = 65530
+            let before = Int(try Files.read(setting).filter(\.isNumber)) ?? 0
+            // The host's is put back, whatever happens here.
+            if before > usual { try Descriptor.open(setting, O_WRONLY).writeBytes(at: 0, Array("\(usual)".utf8)) }
+            defer { if before > usual { try? Descriptor.open(setting, O_WRONLY).writeBytes(at: 0, Array("\(before)".utf8)) } }
+            let store = try Store()
+            let guest = try Guest(Machine(memory: "640M", options: ["--store", store.path, "--merge-period", "100ms"]))
+            try guest.watched {
+                let load = try guest.console.start("quire-load share 400 \(Effort.scaled(20)) --alternate --threads 2")
+                try guest.wait(for: "scarce mappings") { guest.status.merging.reason.contains("vm.max_map_count") }
+                let merging = guest.status.merging
+                print("\(merging.sharingPages) sharing, \(merging.mappings) of \(merging.mappingLimit): \(merging.reason)")
+                #expect(merging.sharingPages > 5000)
+                try CommandSocket.ask("unmerge", of: guest.machine.name, in: guest.runtime)
+                let merged = try PageEntries(guest).merged()
+                #expect(merged.sharing == 0 && merged.zero == 0)
+                try CommandSocket.ask("merge", of: guest.machine.name, in: guest.runtime)
+                let (text, status) = try guest.console.finish(load, within: Guest.patience(for: 60))
+                #expect(status == 0, "\(text)")
+            }
+        }
+
+        /// 16 MiB: blocks that are equal to others of it, and zeros; and some that are like no other.
+        static func patternedImage(_ folder: Folder, _ name: String) throws -> String {
+            let path = folder.path + "/" + name
+            let file = try Descriptor.open(path, O_RDWR | O_CREAT)
+            for block in 0..<4096 {
+                let value: UInt8 = block % 8 == 7 ? 0 : UInt8(1 + block / 8 % 16)
+                var bytes = [UInt8](repeating: value, count: 4096)
+                if block % 8 == 5 { bytes.replaceSubrange(0..<8, with: (0..<8).map { UInt8(truncatingIfNeeded: block >> ($0 * 4)) }) }
+                guard unsafe pwrite(file.raw, bytes, 4096, off_t(block * 4096)) == 4096 else { throw Trouble("cannot write \(path)") }
+            }
+            return path
+        }
+
+        /// Reads a disk again and again, past the guest's cache: always the file's bytes.
+        static func readAgain(_ serial: String, like image: String, seconds: Int) throws -> String {
+            let sum = try host("md5sum", image).split(separator: " ")[0]
+            return """
+                d=; for n in 1 2 3 4 5 6 7 8 9 10; do \
+                for s in /sys/block/vd*; do [ "$(cat $s/serial)" = \(serial) ] && d=/dev/${s##*/}; done; \
+                [ -n "$d" ] && break; sleep 1; done; rounds=0; end=$(($(date +%s) + \(seconds))); \
+                while [ $(date +%s) -lt $end ]; do echo 1 >/proc/sys/vm/drop_caches; \
+                now=$(md5sum <$d); [ "${now%% *}" = \(sum) ] || { echo WRONG $now; break; }; \
+                rounds=$((rounds+1)); sleep 0.3; done; echo $rounds rounds; [ "${now%% *}" = \(sum) ]
+                """
+        }
+    }
+}
