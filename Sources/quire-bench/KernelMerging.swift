@@ -12,7 +12,7 @@ final class KernelMerging {
 
     /// `run` first and last: nothing is scanned while the rest changes.
     static let settings =
-        ["advisor_mode", "pages_to_scan", "sleep_millisecs", "smart_scan", "use_zero_pages", "run"].map { folder + $0 }
+        ["sleep_millisecs", "advisor_mode", "pages_to_scan", "smart_scan", "use_zero_pages", "run"].map { folder + $0 }
         + [mappingLimit, hugePages]
     private static let hugePages = "/sys/kernel/mm/transparent_hugepage/enabled"
 
@@ -35,7 +35,7 @@ final class KernelMerging {
         from.closeWriter()
         hold = to.takeWriter()
         let ready = from.takeReader()
-        guard (try? ready.readAll(limit: 1))?.count == 1 else { throw QuireError(.system, "settings cannot be kept") }
+        guard (try? ready.readAll(limit: 1))?.count == 1 else { throw QuireError(.busy, "another benchmark has changed KSM's settings") }
         guard Self.get("run") == 0 else {
             throw QuireError(.busy, "KSM is at work for others on this host: that cannot be told from what is measured")
         }
@@ -133,6 +133,10 @@ struct KeepSettings: ParsableCommand {
 
     func run() throws {
         for number in [SIGINT, SIGTERM, SIGHUP, SIGPIPE] { _ = signal(number, SIG_IGN) }
+        // Only one at a time: a second one would take the first one's settings for the host's.
+        let lock = try Descriptor.open(KernelMerging.settings[0], O_RDONLY)
+        guard flock(lock.raw, LOCK_EX | LOCK_NB) == 0 else { return }
+        defer { withExtendedLifetime(lock.raw) {} }
         let before = KernelMerging.settings.map { ($0, KernelMerging.text($0)) }
         var byte: UInt8 = 1
         guard unsafe write(1, &byte, 1) == 1 else { return }
