@@ -8,6 +8,7 @@ public enum CommandSocket {
 
     /// Serves requests until it is ended.
     public final class Server: Sendable {
+        private let path: String
         private let listener: UnixSocket
         private let stop: EventDescriptor
         private let thread = Monitor<JoinableThread?>(nil)
@@ -15,6 +16,7 @@ public enum CommandSocket {
         public init(
             path: String, logger: Logger, _ handle: @escaping @Sendable (String) throws(QuireError) -> Void
         ) throws(QuireError) {
+            self.path = path
             listener = try UnixSocket.listen(at: path, kind: .messages)
             try Descriptor.makeNonblocking(listener.descriptor.raw)
             stop = try EventDescriptor()
@@ -54,6 +56,7 @@ public enum CommandSocket {
                 started?.join()
                 started = nil
             }
+            Files.remove(path)
         }
     }
 

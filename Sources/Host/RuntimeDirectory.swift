@@ -163,6 +163,7 @@ public struct RuntimeDirectory: Sendable, Equatable {
             Files.remove(statusPath)
             Files.remove(controlSocketPath)
             Files.remove(agentSocketPath)
+            Files.remove(directory.commandPath(name))
             // The lock's file goes last, while it is still locked: whoever opened it meanwhile sees that it is gone.
             Files.remove(directory.lockPath(name))
             Files.removeDirectory(directory.folder(name))

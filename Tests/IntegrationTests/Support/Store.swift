@@ -2,6 +2,7 @@ import Glibc
 import Host
 import Platform
 import StoreProtocol
+import TestSupport
 
 /// quired in a folder of its own, with a keeper unless told otherwise. Its end ends all of it, by number.
 final class Store {
@@ -15,7 +16,7 @@ final class Store {
         let log = try Descriptor.open(folder.path + "/errors", O_RDWR | O_CREAT | O_APPEND)
         child.passing = [.init(from: log.raw, to: 1), .init(from: log.raw, to: 2)]
         process = try ChildProcess(
-            [Program.products + "quired", "--directory", folder.path + "/store", "--limit", "1G", "--candidates", "4M"]
+            [products + "quired", "--directory", folder.path + "/store", "--limit", "1G", "--candidates", "4M"]
                 + options, child)
         do { try waitForService() } catch {
             end()
