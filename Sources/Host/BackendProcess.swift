@@ -3,6 +3,7 @@ import Glibc
 import GuestMemory
 import Logging
 import Platform
+import StoreProtocol
 import Synchronization
 import VhostBackend
 
@@ -367,11 +368,12 @@ public final class BackendProcess: Sendable {
             let period = max(UInt64(options.engine.periodMilliseconds) * 1_000_000, 1_000_000_000)
             var rate = RateWindow(nanoseconds: period)
             var merged = RateWindow(nanoseconds: period), folded = RateWindow(nanoseconds: period)
+            var fullness = StoreFullness()
             // Every second; with a shorter period, every period.
             let interval = UInt64(min(1000, max(100, options.engine.periodMilliseconds))) * 1_000_000
             while !isEnding.read({ $0 }) {
                 update(page, &rate)
-                if dedup != nil { updateMerging(page, &merged, &folded) }
+                if dedup != nil { updateMerging(page, &merged, &folded, &fullness) }
                 page.beat()
                 _ = isEnding.wait(until: monotonicNanoseconds() + interval) { $0 ? () : nil }
             }
@@ -409,9 +411,25 @@ public final class BackendProcess: Sendable {
     }
 }
 
+/// Whether the page store has no room: that is said for a minute after the last page that found none, since people look
+/// seldom.
+struct StoreFullness: Sendable {
+    private static let saidFor: UInt64 = 60_000_000_000
+    private var refused: UInt64?
+    private var lastAt: UInt64?
+
+    mutating func isFull(_ figures: StoreFigures, _ now: UInt64) -> Bool {
+        // Those from before our time are nobody's news.
+        if figures.sharedPages >= figures.limitPages || figures.full > refused ?? figures.full { lastAt = now }
+        refused = figures.full
+        return lastAt.map { now - $0 < Self.saidFor } ?? false
+    }
+}
+
 extension BackendProcess {
     private func updateMerging(
-        _ page: borrowing StatusPage.Writer, _ mergedRate: inout RateWindow, _ foldedRate: inout RateWindow
+        _ page: borrowing StatusPage.Writer, _ mergedRate: inout RateWindow, _ foldedRate: inout RateWindow,
+        _ fullness: inout StoreFullness
     ) {
         guard let statistics = dedup?.snapshot, let merging = options.merging else { return }
         let now = monotonicNanoseconds()
@@ -439,7 +457,7 @@ extension BackendProcess {
             snapshot.groupSharingPages = figures.sharingPages
             snapshot.groupSavedBytes = figures.savedBytes
             snapshot.groupHistogram = figures.histogram
-            if snapshot.reason.isEmpty, figures.sharedPages >= figures.limitPages {
+            if snapshot.reason.isEmpty, fullness.isFull(figures, now) {
                 snapshot.reason = "the page store is full (quired --limit): no content is shared that it does not have"
             }
         }

@@ -351,7 +351,7 @@ extension Integration {
                         try guest.qmp.command("query-migrate")["status"]?.text == "completed"
                     }
                     let merging = guest.status.merging
-                    #expect(merging.sharingPages > 1000)
+                    #expect(merging.sharingPages + merging.zeroPages > 1000, "\(merging)")
                     try guest.qmp.command("quit")
                     #expect(try guest.waitForEnd() == 0)
                 }
@@ -390,7 +390,8 @@ extension Integration {
                 }
             }
             #expect(stores.allSatisfy { $0.count == 1 } && stores[0].isDisjoint(with: stores[1]), "\(stores)")
-            #expect(slots > 500)
+            // Some pages share a slot.
+            #expect(slots > 200)
         }
 
         /// Each has one line that says so, and the VM runs on: no quired; a group that quired does not know. A store that is
