@@ -186,8 +186,9 @@ final class Pass: CrewWork {
             }
             return done
         }
-        found.recycled += try ask(gathered.due, .due(age: dueAge))
+        // In this order: what is recycled now lies among what had memory when it was looked for.
         found.refilled += try ask(gathered.again, .again)
+        found.recycled += try ask(gathered.due, .due(age: dueAge))
         if isOurs { isAgentGone.store(true, ordering: .releasing) }
         for page in gathered.pages {
             guard let states = table.states(page) else { continue }
