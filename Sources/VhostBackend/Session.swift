@@ -368,9 +368,7 @@ public final class Session {
         try reader.end()
         var table: [MemoryRegion] = []
         for region in described { table.append(try makeRegion(region, &descriptors)) }
-        let memory = try GuestMemory(table, log: tracker, pages: pages)
-        pages?.use(memory)
-        try reconfigure { regions = table }
+        try exchangeRegions(for: table)
     }
 
     private func makeRegion(
@@ -402,6 +400,11 @@ public final class Session {
             throw QuireError(.invalid, "more than \(Message.maxMemorySlots) memory regions")
         }
         let table = regions + [try makeRegion(described, &descriptors)]
+        try exchangeRegions(for: table)
+    }
+
+    /// A region that is gone must be told of, too: whoever keeps pages apart from us would ask for it for ever.
+    private func exchangeRegions(for table: [MemoryRegion]) throws(QuireError) {
         let memory = try GuestMemory(table, log: tracker, pages: pages)
         pages?.use(memory)
         try reconfigure { regions = table }
@@ -417,7 +420,9 @@ public final class Session {
                     && $0.userAddress == described.userAddress
             })
         else { throw QuireError(.invalid, "no such memory region") }
-        try reconfigure { _ = regions.remove(at: index) }
+        var table = regions
+        table.remove(at: index)
+        try exchangeRegions(for: table)
     }
 
     private func setLogBase(

@@ -112,12 +112,14 @@ final class TestServer {
     private let thread: JoinableThread
     private static let counter = Atomic<Int>(0)
 
-    init(_ device: any VhostUserDevice, logger: Logger = TestServer.quiet) throws {
+    init(
+        _ device: any VhostUserDevice, logger: Logger = TestServer.quiet, pages: (any GuestPages)? = nil
+    ) throws {
         let number = Self.counter.add(1, ordering: .relaxed).newValue
         path = "/tmp/quire-unit-\(getpid())-\(number).sock"
         let socket = try UnixSocket.listen(at: path)
         listener = try socket.descriptor.duplicate()
-        let server = try Server(socket: socket, device: device, logger: logger)
+        let server = try Server(socket: socket, device: device, logger: logger, pages: pages)
         self.server = server
         thread = try JoinableThread("test-server") { server.run() }
     }
