@@ -244,21 +244,21 @@ public final class DedupEngine: Sendable {
         var state = PassState()
         var nextPass: UInt64 = 0
         while true {
-            let work = control.wait(until: nextPass == 0 ? nil : nextPass) { control -> (GuestMemory, isUnmerged: Bool, isFresh: Bool)?? in
+            let work = control.wait(until: nextPass == 0 ? nil : nextPass) { control -> (GuestMemory, isUnmerged: Bool)?? in
                 if control.isEnding { return .some(nil) }
                 guard let memory = control.memory, control.pause.isEmpty, !self.isInterrupted,
                     control.isFresh || monotonicNanoseconds() >= nextPass
                 else { return nil }
                 control.isBusy = true
-                defer { control.isFresh = false }
-                return (memory, control.isUnmerged, control.isFresh)
+                control.isFresh = false
+                return (memory, control.isUnmerged)
             }
             guard let work else {
                 // The period is over, and there is nothing to do: wait for a change.
                 if nextPass != 0, monotonicNanoseconds() >= nextPass { nextPass = 0 }
                 continue
             }
-            guard let (memory, isUnmerged, _) = work else { return }
+            guard let (memory, isUnmerged) = work else { return }
             var failure: QuireError?
             if merger.obstacle == nil {
                 do throws(QuireError) {
@@ -269,7 +269,7 @@ public final class DedupEngine: Sendable {
             } else if isUnmerged, map.hasMerged {
                 failure = QuireError(.busy, merger.obstacle ?? "the agent has just come")
             }
-            note(failure, isUnmerged: isUnmerged)
+            note(failure)
             // Where nothing changes, looking comes seldom: up to four periods apart.
             let calm = UInt64(min(state.calmPasses / 4, 3))
             nextPass = monotonicNanoseconds() + period * (isUnmerged ? 1 : 1 + calm)
@@ -283,7 +283,7 @@ public final class DedupEngine: Sendable {
         }
     }
 
-    private func note(_ failure: QuireError?, isUnmerged: Bool) {
+    private func note(_ failure: QuireError?) {
         statistics.withLock {
             $0.phase = .active
             // A connection that ended in the middle tells its own story.

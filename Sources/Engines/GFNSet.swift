@@ -17,11 +17,10 @@ package struct GFNSet: Sendable {
 
     package mutating func remove(_ gfns: Range<GFN>) {
         for (word, bits) in Self.words(of: gfns) {
-            pieces[word / Self.wordsPerPiece]?[Int(word % Self.wordsPerPiece)] &= ~bits
-        }
-        for piece in Set([gfns.lowerBound / 4096, (max(gfns.upperBound, 1) - 1) / 4096])
-        where pieces[piece]?.allSatisfy({ $0 == 0 }) == true {
-            pieces[piece] = nil
+            let piece = word / Self.wordsPerPiece
+            pieces[piece]?[Int(word % Self.wordsPerPiece)] &= ~bits
+            let isLast = (word + 1) % Self.wordsPerPiece == 0 || (word + 1) * 64 >= gfns.upperBound
+            if isLast, pieces[piece]?.allSatisfy({ $0 == 0 }) == true { pieces[piece] = nil }
         }
     }
 
