@@ -208,6 +208,7 @@ public final class BackendProcess: Sendable {
             store = StoreLink(
                 path: merging.store, name: options.name, group: merging.group, map: map, link: link!, logger: logger)
             dedup = try DedupEngine(merging.engine, pages: pages, merger: link!, store: store!)
+            engine.setRecycler(link)
         } else {
             link = nil
             store = nil
