@@ -75,6 +75,18 @@ public struct GuestMemory: Sendable {
         return nil
     }
 
+    /// The memory files of regions, each once (raw descriptors), and for each region which of them is its own: how
+    /// somebody is told of them who is passed the files.
+    public static func files(of regions: [MemoryRegion]) -> (files: [Int32], indices: [Int]) {
+        var files: [(identity: FileStatus.Identity, raw: Int32)] = []
+        let indices = regions.map { region in
+            let index = files.firstIndex { $0.identity == region.file } ?? files.count
+            if index == files.count { files.append((region.file, region.descriptor.raw)) }
+            return index
+        }
+        return (files.map(\.raw), indices)
+    }
+
     /// A buffer of no bytes, to be added to.
     public var emptyBuffer: GuestBuffer { GuestBuffer(log: log, pages: pages) }
 

@@ -81,7 +81,6 @@ public final class AgentLink: PageMerger, PageRecycler {
         /// CLOCK_MONOTONIC; of an attach that was refused for now.
         var attachAgainAt: UInt64?
         var stores: [Shared] = []
-        var storesSent = 0
         var lastID: UInt64 = 0
         /// A command was sent, and it may still be at work or have yet to begin.
         var isUnsettled = false
@@ -198,22 +197,8 @@ public final class AgentLink: PageMerger, PageRecycler {
         monitor.update { $0.peers = Array(peers.sorted().prefix(AgentMessage.maxPeers)) }
     }
 
-    /// Another store, sealed against shrinking; returns the number that `PageRun.store` calls it by.
-    public func addStore(_ store: consuming Descriptor) throws(QuireError) -> UInt8 {
-        let shared = Shared(store)
-        let index = try monitor.update { state throws(QuireError) in
-            guard state.stores.count < Int(QUIRE_AGENT_MAX_STORES) else {
-                throw QuireError(.unsupported, "more than \(QUIRE_AGENT_MAX_STORES) stores")
-            }
-            state.stores.append(shared)
-            return state.stores.count - 1
-        }
-        wakeup.signal()
-        return UInt8(index)
-    }
-
-    /// The store whose number is `number` in page-map entries, in place of all that there were. It is passed on with
-    /// the next attach: no command that was given before maps another store's slots.
+    /// The store, sealed against shrinking, that page-map entries and `PageRun.store` call `number`, in place of all that
+    /// there were. It is passed on with the next attach: no command that was given before maps another store's slots.
     public func setStore(_ store: consuming Descriptor, number: UInt8) throws(QuireError) {
         guard number < QUIRE_AGENT_MAX_STORES else { throw QuireError(.unsupported, "a store with the number \(number)") }
         let shared = Shared(store)
@@ -293,9 +278,7 @@ public final class AgentLink: PageMerger, PageRecycler {
             guard let connection = state.connection, state.phase == .attached || state.phase == .attaching else {
                 return .some(nil)
             }
-            guard state.phase == .attached, !state.isAttachWanted, !state.isUnsettled,
-                state.storesSent == state.stores.count
-            else { return nil }
+            guard state.phase == .attached, !state.isAttachWanted, !state.isUnsettled else { return nil }
             // In one step with `isUnsettled`: see `MergedPages.keepPrivate`.
             let isAsked = isAsked()
             state.lastID += 1
@@ -432,7 +415,6 @@ public final class AgentLink: PageMerger, PageRecycler {
             state.connection = connection
             state.phase = .greeting
             state.gate = nil
-            state.storesSent = 0
             // The agent has one connection at a time: what came over the last one is over.
             state.isUnsettled = false
             // Another QEMU's memory is not what the page map describes.
@@ -534,7 +516,7 @@ public final class AgentLink: PageMerger, PageRecycler {
         }
     }
 
-    /// Attaches, or passes stores on, when there is reason to and no command is at work.
+    /// Attaches, when there is reason to and no command is at work.
     private func sendWhatIsDue() {
         let now = monotonicNanoseconds()
         let connection = monitor.read { $0.connection }
@@ -552,14 +534,6 @@ public final class AgentLink: PageMerger, PageRecycler {
                 return memory
             }
             if let memory { try attach(memory, connection) }
-            let new = monitor.update { state -> [Shared] in
-                guard state.phase == .attached, state.storesSent < state.stores.count else { return [] }
-                defer { state.storesSent = state.stores.count }
-                return Array(state.stores[state.storesSent...])
-            }
-            if !new.isEmpty {
-                try connection.socket.send(AgentMessage.stores(new.count), passing: new.map { $0.descriptor.raw })
-            }
         } catch {
             drop("the agent cannot be told: \(error)", of: connection)
         }
@@ -569,12 +543,9 @@ public final class AgentLink: PageMerger, PageRecycler {
     private static let maxFiles = 64 - 2 - Int(QUIRE_AGENT_MAX_STORES)
 
     private func attach(_ memory: GuestMemory, _ connection: Connection) throws(QuireError) {
-        var files: [(identity: FileStatus.Identity, raw: Int32)] = []
-        var regions: [AgentMessage.Region] = []
-        for region in memory.regions {
-            let index = files.firstIndex { $0.identity == region.file } ?? files.count
-            if index == files.count { files.append((region.file, region.descriptor.raw)) }
-            regions.append(AgentMessage.Region(gfns: region.gfns, file: index, fileOffset: region.fileOffset))
+        let (files, indices) = GuestMemory.files(of: memory.regions)
+        let regions = zip(memory.regions, indices).map { region, file in
+            AgentMessage.Region(gfns: region.gfns, file: file, fileOffset: region.fileOffset)
         }
         guard regions.count <= Int(QUIRE_AGENT_MAX_REGIONS), files.count <= Self.maxFiles else {
             monitor.update { $0.phase = .idle }
@@ -582,14 +553,11 @@ public final class AgentLink: PageMerger, PageRecycler {
                 "\(regions.count) regions of guest RAM in \(files.count) files are more than the agent takes: "
                     + "nothing is merged")
         }
-        let stores = monitor.update { state in
-            state.storesSent = state.stores.count
-            return state.stores
-        }
+        let stores = monitor.read { $0.stores }
         try connection.socket.send(
             AgentMessage.attach(regions, files: files.count, stores: stores.count,
                 peers: monitor.read { $0.peers }, hasUserfault: userfault != nil),
-            passing: [pages.map.descriptor.raw] + files.map(\.raw) + stores.map { $0.descriptor.raw }
+            passing: [pages.map.descriptor.raw] + files + stores.map { $0.descriptor.raw }
                 + (userfault.map { [$0.descriptor.raw] } ?? []))
     }
 

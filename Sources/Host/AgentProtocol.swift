@@ -157,10 +157,6 @@ enum AgentMessage {
         return encode(QUIRE_AGENT_ATTACH, body)
     }
 
-    static func stores(_ count: Int) -> [UInt8] {
-        encode(QUIRE_AGENT_STORES, littleEndianBytes(UInt32(count)) + littleEndianBytes(UInt32(0)))
-    }
-
     /// At most `maxRuns`; each of 1 to `PageRun.maxPages` pages.
     static func command(_ id: UInt64, _ operation: AgentOperation, _ runs: [PageRun]) -> [UInt8] {
         let isMerge = operation == .merge

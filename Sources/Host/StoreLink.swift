@@ -13,7 +13,6 @@ public final class StoreLink: ContentStore {
         /// Taken out while it is used: one request at a time.
         var client: ClientBox?
         var figures: StoreFigures?
-        var storeID: UInt64 = 0
         var regions: [Range<GFN>] = []
         var trouble = ""
         var retryAt: UInt64 = 0
@@ -97,16 +96,12 @@ public final class StoreLink: ContentStore {
     private func tellMemory(_ memory: GuestMemory, _ box: ClientBox) throws(QuireError) {
         let regions = memory.regions.filter { $0.kind == .shmem }
         guard state.withLock({ $0.regions }) != regions.map(\.gfns) else { return }
-        var files: [(identity: FileStatus.Identity, raw: Int32)] = []
-        var described: [StoreRequest.Region] = []
-        for region in regions {
-            let index = files.firstIndex { $0.identity == region.file } ?? files.count
-            if index == files.count { files.append((region.file, region.descriptor.raw)) }
-            described.append(
-                StoreRequest.Region(
-                    gfn: region.gfns.lowerBound, pages: UInt64(region.gfns.count), offset: region.fileOffset, file: index))
+        let (files, indices) = GuestMemory.files(of: regions)
+        let described = zip(regions, indices).map { region, file in
+            StoreRequest.Region(
+                gfn: region.gfns.lowerBound, pages: UInt64(region.gfns.count), offset: region.fileOffset, file: file)
         }
-        try box.client.withLock { client throws(QuireError) in try client.setMemory(described, files: files.map(\.raw)) }
+        try box.client.withLock { client throws(QuireError) in try client.setMemory(described, files: files) }
         state.withLock { $0.regions = regions.map(\.gfns) }
     }
 

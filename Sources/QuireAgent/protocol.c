@@ -17,7 +17,6 @@
 union message {
 	struct quire_agent_head head;
 	struct quire_agent_attach attach;
-	struct quire_agent_stores stores;
 	struct quire_agent_command command;
 };
 
@@ -297,15 +296,6 @@ static bool serve_command(struct connection *connection, const struct quire_agen
 	       && connection_tell_gate(connection);
 }
 
-static bool serve_stores(const struct quire_agent_stores *s, long bytes, struct passed *passed)
-{
-	char text[256];
-	if (bytes != (long)sizeof *s || s->store_count != passed->count) return false;
-	for (unsigned i = 0; i < s->store_count; i++)
-		if (!add_store(take(passed), text)) return false;
-	return true;
-}
-
 bool connection_serve(struct connection *connection)
 {
 	static union message message;
@@ -316,9 +306,6 @@ bool connection_serve(struct connection *connection)
 	switch (message.head.type) {
 	case QUIRE_AGENT_ATTACH:
 		good = serve_attach(connection, &message.attach, bytes, &passed);
-		break;
-	case QUIRE_AGENT_STORES:
-		good = connection->attached && serve_stores(&message.stores, bytes, &passed);
 		break;
 	case QUIRE_AGENT_COMMAND:
 		good = connection->attached && serve_command(connection, &message.command, bytes, &passed);

@@ -70,7 +70,7 @@ final class Backend: Sendable {
             path: Given.socket, pages: pages,
             logger: Logger(label: "backend") { StreamLogHandler.standardError(label: $0) }
         ) { Given.peer }
-        _ = try link.addStore(Descriptor(owning: 6))
+        try link.setStore(Descriptor(owning: 6), number: 0)
         link.setMemory(memory)
     }
 

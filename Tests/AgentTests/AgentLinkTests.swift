@@ -47,7 +47,7 @@ import Testing
                 path: rig.folder + "/link", pages: pages,
                 logger: Logger(label: "link") { _ in Handler(sink: { line in said.lines.withLock { $0.append(line) } }) }
             ) { box.peer.withLock { $0 } }
-            _ = try link.addStore(rig.store.duplicate())
+            try link.setStore(rig.store.duplicate(), number: 0)
             link.setMemory(memory)
             #expect(try rig.tell("start \(rig.folder)/link") == 0)
         }

@@ -121,16 +121,13 @@ import Testing
         #expect(try rig.attach(regions: [moved]).status == QUIRE_AGENT_OK.rawValue)
     }
 
-    @Test func storesMayFollow() throws {
+    @Test func anotherAttachBringsStores() throws {
         let rig = try Rig(pages: 64)
         try rig.begin()
         _ = try rig.tell("fill 0 5")
         let run = Run(gfn: rig.gfn(0), slot: 5 * 64, store: 1)
         #expect(try rig.connection.run(.merge, [run])[0].reason == .invalid)
-        var body = Fields()
-        body.add(UInt32(1))
-        body.add(UInt32(0))
-        try rig.connection.send(QUIRE_AGENT_STORES.rawValue, body.bytes, passing: [rig.store.raw])
+        #expect(try rig.attach(stores: 2).status == QUIRE_AGENT_OK.rawValue)
         #expect(try rig.connection.run(.merge, [run])[0].reason == .done)
         #expect(rig.map.state(of: rig.gfn(0)) == .shared(store: 1, slot: 5 * 64))
     }
@@ -149,7 +146,7 @@ import Testing
         for (type, body) in [
             (UInt32(0), []), (99, [1, 2, 3]), (QUIRE_AGENT_ATTACH.rawValue, []), (QUIRE_AGENT_ATTACH.rawValue, attach.bytes),
             (QUIRE_AGENT_COMMAND.rawValue, []), (QUIRE_AGENT_COMMAND.rawValue, command.bytes),
-            (QUIRE_AGENT_STORES.rawValue, [1, 0, 0, 0, 0, 0, 0, 0]), (QUIRE_AGENT_HELLO.rawValue, command.bytes),
+            (QUIRE_AGENT_HELLO.rawValue, command.bytes),
         ] as [(UInt32, [UInt8])] {
             try rig.begin()
             try rig.connection.send(type, body)

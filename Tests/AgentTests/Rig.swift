@@ -100,10 +100,12 @@ final class Rig {
 
     func accept() throws { connection = try Connection(listener) }
 
-    func attach(version: UInt32 = QUIRE_AGENT_VERSION, userfault: Int32? = nil, regions: [Region]? = nil) throws -> Ready {
+    func attach(
+        version: UInt32 = QUIRE_AGENT_VERSION, userfault: Int32? = nil, regions: [Region]? = nil, stores: Int = 1
+    ) throws -> Ready {
         try connection.attach(
             version: version, regions: regions ?? [Region(gfn: Self.firstGFN, pages: UInt64(pages))], map: mapFile.raw,
-            files: [ram.raw], stores: [store.raw], userfault: userfault)
+            files: [ram.raw], stores: Array(repeating: store.raw, count: stores), userfault: userfault)
     }
 
     /// Connects and attaches; an error if the agent refuses. The gate stays closed until calls that began before are

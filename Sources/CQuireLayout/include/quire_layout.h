@@ -319,7 +319,6 @@ enum quire_merge_state {
  *                               QUIRE_AGENT_HAS_USERFAULTFD, /dev/userfaultfd. Once a connection, and again whenever
  *                               the regions change; a region that is missing in a later attach is no longer touched
  *    agent -> backend  ready    whether it took them, and why not
- *    backend -> agent  stores   with descriptors: stores that follow those the agent has
  *    backend -> agent  command  answered by exactly one result, in order. With RECYCLE come up to 2 descriptors, which
  *                               the agent has open until it is done, and does nothing with: see below
  *    agent -> backend  result
@@ -341,10 +340,9 @@ enum quire_agent_type {
 	QUIRE_AGENT_HELLO = 1,
 	QUIRE_AGENT_ATTACH = 2,
 	QUIRE_AGENT_READY = 3,
-	QUIRE_AGENT_STORES = 4,
-	QUIRE_AGENT_COMMAND = 5,
-	QUIRE_AGENT_RESULT = 6,
-	QUIRE_AGENT_GATE = 7,
+	QUIRE_AGENT_COMMAND = 4,
+	QUIRE_AGENT_RESULT = 5,
+	QUIRE_AGENT_GATE = 6,
 };
 
 struct quire_agent_head {
@@ -409,12 +407,6 @@ struct quire_agent_ready {
 	quire_u8  text[256];         /*  16 one line for a person, zero-padded */
 	quire_u64 capabilities;      /* 272 enum quire_agent_capability: with what it was given */
 	quire_u64 addresses[QUIRE_AGENT_MAX_REGIONS]; /* 280 of each region in QEMU */
-};
-
-struct quire_agent_stores {
-	struct quire_agent_head head;
-	quire_u32 store_count;       /*  8 that come with this message */
-	quire_u32 reserved;          /* 12 0 */
 };
 
 enum quire_agent_operation {
@@ -700,7 +692,6 @@ QUIRE_ASSERT(offsetof(struct quire_agent_attach, peers) == 32);
 QUIRE_ASSERT(offsetof(struct quire_agent_attach, regions) == 64);
 QUIRE_ASSERT(sizeof(struct quire_agent_region) == 32);
 QUIRE_ASSERT(offsetof(struct quire_agent_ready, addresses) == 280);
-QUIRE_ASSERT(sizeof(struct quire_agent_stores) == 16);
 QUIRE_ASSERT(sizeof(struct quire_agent_run) == 24);
 QUIRE_ASSERT(offsetof(struct quire_agent_command, runs) == 40);
 QUIRE_ASSERT(sizeof(struct quire_agent_outcome) == 12);
