@@ -10,6 +10,11 @@ public protocol ContentStore: AnyObject, Sendable {
     /// Before each pass, while nothing that maps or unmaps slots is under way for the engine: gets the store ready.
     func prepare(_ memory: GuestMemory) -> ContentStoreState
 
+    /// Why nothing more is to be merged now, with zeros neither, though it could be: the host would not have the memory if
+    /// guests wrote what is merged. Nil: go on. `zeroPages`: pages of zeros that the VM has merged; nil: as far as is known
+    /// without asking anybody.
+    func shortage(zeroPages: UInt64?) -> String?
+
     /// Slots for pages that are quiet: runs, and the hashes of all their pages in order. Pages that are in none of the
     /// answer's runs have no slot yet.
     func lookUp(_ runs: [Range<GFN>], _ hashes: [PageHash]) throws(QuireError) -> [SlotRun]
@@ -29,6 +34,7 @@ public enum ContentStoreState: Sendable {
     case absent(String)
     /// As at the last call.
     case ready(PageHasher)
-    /// Connected anew. `unknownPages` of those that the VM has merged are nobody's any more: bring them back.
-    case connected(PageHasher, unknownPages: UInt64)
+    /// Connected anew. `held`: pages that were merged just before, and that the store may count as ours. `unknownPages` of
+    /// them have slots that are nobody's any more: bring them back.
+    case connected(PageHasher, held: [Range<GFN>], unknownPages: UInt64)
 }

@@ -19,7 +19,8 @@ import Synchronization
 ///    brings pages back (a ring that starts, QEMU's balloon, a reset) shows in the page map, which is looked through from
 ///    time to time (`settleAccounts`).
 /// 3. *It gets out of the way.* Whoever changes control waits for one batch, of at most 1024 pages, never for a pass.
-/// 4. *A guest that works against it costs little.* A page that was merged and written again has to be quiet for twice as
+/// 4. *The host can always give back what was saved*, or merging has stopped before (`ContentStore.shortage`).
+/// 5. *A guest that works against it costs little.* A page that was merged and written again has to be quiet for twice as
 ///    long. When mappings get scarce, runs that are short are left alone, and at last all of them.
 ///
 /// # Threads
@@ -306,6 +307,9 @@ public final class DedupEngine: Sendable {
         let diverged = try foldDiverged(memory, tracker, tables, &state)
         adaptToMappings(&state)
 
+        let zeroPages = statistics.withLock { $0.zeroPages }
+        // Asked once a pass, and only if there is anything to merge; what the answer was holds for its batches.
+        if state.regions.contains(where: \.isWaiting) { _ = store.shortage(zeroPages: zeroPages) }
         let merging = MergePass(
             state.regions, memory: memory, pages: pages, merger: merger, store: hasher == nil ? nil : store,
             hasher: hasher, shortestRun: state.shortestRun, cancelled: { self.isInterrupted })
@@ -324,7 +328,7 @@ public final class DedupEngine: Sendable {
             $0.divergedPages = UInt64(diverged)
             $0.reason = result.stopped ?? state.whatIsLeftOut
         }
-        if hasher != nil, result.failure == nil, !isInterrupted { try takeOffers(memory, &state) }
+        if hasher != nil, result.failure == nil, result.stopped == nil, !isInterrupted { try takeOffers(memory, &state) }
         // What others brought back: looked for now and then, since it costs a look at every merged page's entry.
         let now = monotonicNanoseconds()
         if now - state.accountedAt > Self.accountingNanoseconds {
@@ -419,11 +423,10 @@ public final class DedupEngine: Sendable {
             state.remark = ""
             try dropUnknown(memory, &state)
             return hasher
-        case .connected(let hasher, let unknown):
+        case .connected(let hasher, let held, let unknown):
             state.remark = ""
-            // First of all: what is brought back from here on has to be released.
             state.held = GFNSet()
-            map.forEachMerged { gfns, kind in if case .shared = kind { state.held.insert(gfns) } }
+            for gfns in held { state.held.insert(gfns) }
             state.hasUnknown = unknown > 0
             try dropUnknown(memory, &state)
             settleAccounts(&state)

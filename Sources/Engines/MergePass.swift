@@ -62,6 +62,13 @@ final class MergePass: CrewWork {
         while !cancelled(), let batch = takeBatch() {
             batches += 1
             if batches == 2 { helpWanted() }
+            if let store, let shortage = store.shortage(zeroPages: nil) {
+                shared.withLock {
+                    $0.stopped = shortage
+                    for gfns in batch { $0.noteRipe(gfns) }
+                }
+                return
+            }
             do throws(QuireError) { try deal(with: batch, hasher, buffer) } catch {
                 shared.withLock {
                     if $0.failure == nil { $0.failure = error }

@@ -368,13 +368,12 @@ public final class BackendProcess: Sendable {
             page.setPeriod(milliseconds: options.engine.periodMilliseconds)
             let period = max(UInt64(options.engine.periodMilliseconds) * 1_000_000, 1_000_000_000)
             var rate = RateWindow(nanoseconds: period)
-            var merged = RateWindow(nanoseconds: period), folded = RateWindow(nanoseconds: period)
-            var fullness = StoreFullness()
+            var merging = MergeReport(rateNanoseconds: period)
             // Every second; with a shorter period, every period.
             let interval = UInt64(min(1000, max(100, options.engine.periodMilliseconds))) * 1_000_000
             while !isEnding.read({ $0 }) {
                 update(page, &rate)
-                if dedup != nil { updateMerging(page, &merged, &folded, &fullness) }
+                if dedup != nil { updateMerging(page, &merging) }
                 page.beat()
                 _ = isEnding.wait(until: monotonicNanoseconds() + interval) { $0 ? () : nil }
             }
@@ -427,11 +426,32 @@ struct StoreFullness: Sendable {
     }
 }
 
+/// What is kept from one report of merging to the next.
+struct MergeReport: Sendable {
+    var merged: RateWindow
+    var folded: RateWindow
+    var fullness = StoreFullness()
+    private var askedAt: UInt64 = 0
+    private var movedPages: UInt64 = 0
+
+    init(rateNanoseconds: UInt64) {
+        merged = RateWindow(nanoseconds: rateNanoseconds)
+        folded = RateWindow(nanoseconds: rateNanoseconds)
+    }
+
+    /// Whether quired is to be asked for the group's figures: at once where pages came or went here, and otherwise so seldom
+    /// that hundreds of quiet VMs cost it nothing.
+    mutating func isFiguresDue(_ statistics: DedupEngine.Statistics, _ now: UInt64) -> Bool {
+        let moved = statistics.mergedPages + statistics.foldedPages
+        guard moved != movedPages || now - askedAt > Self.quietNanoseconds else { return false }
+        (movedPages, askedAt) = (moved, now)
+        return true
+    }
+    private static let quietNanoseconds: UInt64 = 10_000_000_000
+}
+
 extension BackendProcess {
-    private func updateMerging(
-        _ page: borrowing StatusPage.Writer, _ mergedRate: inout RateWindow, _ foldedRate: inout RateWindow,
-        _ fullness: inout StoreFullness
-    ) {
+    private func updateMerging(_ page: borrowing StatusPage.Writer, _ report: inout MergeReport) {
         guard let statistics = dedup?.snapshot, let merging = options.merging else { return }
         let now = monotonicNanoseconds()
         var snapshot = MergeSnapshot()
@@ -449,16 +469,17 @@ extension BackendProcess {
         snapshot.hashedTotalPages = statistics.hashedPages
         snapshot.mergedTotalPages = statistics.mergedPages
         snapshot.foldedTotalPages = statistics.foldedPages
-        snapshot.mergedRateMillipages = mergedRate.add(statistics.mergedPages, at: now)
-        snapshot.foldedRateMillipages = foldedRate.add(statistics.foldedPages, at: now)
+        snapshot.mergedRateMillipages = report.merged.add(statistics.mergedPages, at: now)
+        snapshot.foldedRateMillipages = report.folded.add(statistics.foldedPages, at: now)
         snapshot.mappings = statistics.mappings
         snapshot.mappingLimit = statistics.mappingLimit
-        if statistics.sharingPages > 0, let figures = store?.figures() {
+        if report.isFiguresDue(statistics, now) { store?.askForFigures(zeroPages: statistics.zeroPages) }
+        if statistics.sharingPages > 0, let figures = store?.figures {
             snapshot.groupSharedPages = figures.sharedPages
             snapshot.groupSharingPages = figures.sharingPages
             snapshot.groupSavedBytes = figures.savedBytes
             snapshot.groupHistogram = figures.histogram
-            if snapshot.reason.isEmpty, fullness.isFull(figures, now) {
+            if snapshot.reason.isEmpty, report.fullness.isFull(figures, now) {
                 snapshot.reason = "the page store is full (quired --limit): no content is shared that it does not have"
             }
         }

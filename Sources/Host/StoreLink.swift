@@ -14,6 +14,8 @@ public final class StoreLink: ContentStore {
         var client: ClientBox?
         var figures: StoreFigures?
         var regions: [Range<GFN>] = []
+        /// As of the last answer.
+        var lackingBytes: UInt64 = 0
         var trouble = ""
         var retryAt: UInt64 = 0
     }
@@ -74,6 +76,9 @@ public final class StoreLink: ContentStore {
         // Nothing that maps or unmaps may be on its way (quire_layout.h, HELLO).
         try link.settle(until: monotonicNanoseconds() + 100_000_000)
         let life = try ProcessCalls.descriptor(of: qemu)
+        // Before quired counts them: what QEMU brings back by itself from here on has to be released.
+        var held: [Range<GFN>] = []
+        map.forEachMerged { gfns, kind in if case .shared = kind { held.append(gfns) } }
         let client = try StoreClient.connect(
             to: path, StoreRequest.Hello(name: name, group: group), pageMap: map.descriptor.raw, life: life.raw,
             patienceMilliseconds: Self.patienceMilliseconds)
@@ -89,7 +94,7 @@ public final class StoreLink: ContentStore {
         }
         try tellMemory(memory, box)
         logger.info("connected to quired at \(path): \(welcome.keptPages) pages are merged, \(welcome.unknownPages) of unknown slots")
-        return .connected(hasher, unknownPages: welcome.unknownPages)
+        return .connected(hasher, held: held, unknownPages: welcome.unknownPages)
     }
 
     /// Says where the VM's pages are, where that has changed.
@@ -106,6 +111,14 @@ public final class StoreLink: ContentStore {
     }
 
     // MARK: - Requests
+
+    public func shortage(zeroPages: UInt64?) -> String? {
+        if let zeroPages { askForFigures(zeroPages: zeroPages) }
+        let lacking = state.withLock { $0.client == nil ? 0 : $0.lackingBytes }
+        guard lacking > 0 else { return nil }
+        return "the host is \(Size.text(lacking)) short of what merged pages would need if guests wrote them all: nothing more "
+            + "is merged (quired --reserve)"
+    }
 
     public func lookUp(_ runs: [Range<GFN>], _ hashes: [PageHash]) throws(QuireError) -> [SlotRun] {
         var lookup = StoreRequest.Lookup()
@@ -130,20 +143,26 @@ public final class StoreLink: ContentStore {
 
     public func lose() { fail(QuireError(.closed, "the agent in QEMU went away in the middle of a merge")) }
 
-    /// Figures of the share group, as of now; the last ones where quired cannot be asked.
-    public func figures() -> StoreFigures? {
-        guard state.withLock({ $0.client }) != nil else { return nil }
-        if let figures = try? request({ client throws(QuireError) in try client.figures() }) {
-            state.withLock { $0.figures = figures }
-        }
-        return state.withLock { $0.figures }
+    /// Figures of the share group, as of the last time that quired was asked for them.
+    public var figures: StoreFigures? { state.withLock { $0.figures } }
+
+    /// Asks quired for them, if there is one. `zeroPages`: how many pages of zeros the VM has merged.
+    public func askForFigures(zeroPages: UInt64) {
+        guard state.withLock({ $0.client }) != nil else { return }
+        guard let figures = try? request({ client throws(QuireError) in try client.figures(zeroPages: zeroPages) }) else { return }
+        state.withLock { $0.figures = figures }
     }
 
     private func request<R>(_ body: (inout StoreClient) throws(QuireError) -> R) throws(QuireError) -> R {
         guard let box = state.withLock({ $0.client }) else { throw QuireError(.closed, "quired is not connected") }
         do throws(QuireError) {
             return try box.client.withLock { client throws(QuireError) in
-                do throws(QuireError) { return try body(&client) } catch {
+                do throws(QuireError) {
+                    let result = try body(&client)
+                    let lacking = client.lackingBytes
+                    state.withLock { $0.lackingBytes = lacking }
+                    return result
+                } catch {
                     // Before another thread takes a reply that comes late for its own.
                     client.close()
                     throw error

@@ -56,6 +56,7 @@ package final class Machine: Sendable {
     private let ram = Mutex<GuestRAM?>(nil)
     private let offers = Mutex(Offers())
     private let seams: StoreSeams
+    private let zeroPages = Atomic<UInt32>(0)
 
     /// Offers that may wait for a VM, at least. A page that is offered is quiet and will not be looked up again, so what is
     /// forgotten is not merged until it is written: there is room for one a page, twelve bytes for a while.
@@ -82,6 +83,11 @@ package final class Machine: Sendable {
     var figures: (held: Int, merged: Int, ledgerBytes: UInt64) {
         state.withLock { ($0.held, $0.merged, $0.ledger.allocatedBytes) }
     }
+
+    /// As the VM says; what it says counts for the host's reserve only.
+    package func noteZeroPages(_ count: UInt32) { zeroPages.store(count, ordering: .relaxed) }
+    /// Pages that would need memory of their own if the guest wrote them all.
+    var lentPages: UInt64 { UInt64(zeroPages.load(ordering: .relaxed)) + UInt64(figures.merged) }
 
     package var waitingOffers: Int { offers.withLock { $0.count } }
 

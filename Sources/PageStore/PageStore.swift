@@ -21,6 +21,8 @@ public final class PageStore: Sendable {
         public var maxMachinesPerUser = 256
         /// Share groups besides the owners' own, and the users that may put VMs there. Root may always.
         public var groups: [String: Set<UInt32>] = [:]
+        /// See `Reserve`.
+        public var reservePercent = 100
 
         public init(limitPages: Int, candidateBytes: Int) throws(QuireError) {
             guard limitPages > 0, limitPages < Int(QUIRE_STORE_SLOT_LIMIT) else {
@@ -44,6 +46,7 @@ public final class PageStore: Sendable {
     private let logger: Logger
     private let seams: StoreSeams
     private let budget: SlotBudget
+    private let reserve: Reserve
     private let counters = StoreCounters()
     private let candidates: Candidates
     private let registry = Mutex(Registry())
@@ -69,6 +72,7 @@ public final class PageStore: Sendable {
         self.logger = logger
         self.seams = seams
         budget = SlotBudget(configuration.limitPages)
+        reserve = Reserve(percent: configuration.reservePercent, available: seams.availableBytes)
         candidates = try Candidates(byteCount: configuration.candidateBytes)
         restore(parked)
     }
@@ -327,6 +331,13 @@ public final class PageStore: Sendable {
         try machine.share.store.descriptor.reopenedReadOnly()
     }
 
+    /// See `Reserve`.
+    package var lackingBytes: UInt64 {
+        reserve.lackingBytes {
+            registry.withLock { Array($0.machines.values) }.reduce(0) { $0 + $1.lentPages }
+        }
+    }
+
     // MARK: - Figures
 
     /// How many ledger entries of all VMs in the machine's share have a slot.
@@ -359,12 +370,13 @@ public final class PageStore: Sendable {
         let saved = figures.sharingPages > figures.sharedPages ? figures.sharingPages - figures.sharedPages : 0
         figures.savedBytes = saved * UInt64(StoreFile.slotBytes)
         figures.limitPages = UInt64(budget.limit)
+        figures.full = counters.full.load(ordering: .relaxed)
+        figures.lackingBytes = lackingBytes
         guard machine == nil else { return figures }
         figures.candidateBytes = UInt64(candidates.byteCount)
         figures.promotions = counters.promotions.load(ordering: .relaxed)
         figures.hits = counters.hits.load(ordering: .relaxed)
         figures.stale = counters.stale.load(ordering: .relaxed)
-        figures.full = counters.full.load(ordering: .relaxed)
         return figures
     }
 }

@@ -33,6 +33,8 @@ package struct StoreSeams: Sendable {
     package typealias CopyHash = @Sendable (_ claimed: PageHash, _ ofCopy: () -> PageHash) -> PageHash
     /// What the hash of a copied page is taken to be.
     package var copyHash: CopyHash = { (_, ofCopy) in ofCopy() }
+    /// What the host has left.
+    package var availableBytes: @Sendable () -> UInt64? = HostMemory.availableBytes
     /// Whether a slot is noted in the ledger before the VM is told of it.
     package var notesInLedger = true
     /// Which share a group's pages go to.

@@ -224,7 +224,7 @@ public final class StoreServer: Sendable {
             watch(machine)
             let slots = try PageStore.readOnlyStore(of: machine)
             try connection.socket.sendMessage(StoreReply.welcome(welcome).encoded(), passing: [slots.raw])
-        case (.status, nil):
+        case (.status(_), nil):
             guard connection.uid == 0 || connection.uid == ProcessCalls.ownUID else {
                 throw QuireError(.invalid, "figures of the whole host are for root and quired's own user")
             }
@@ -238,13 +238,15 @@ public final class StoreServer: Sendable {
             try reply(connection, .done(pages: regions.reduce(0) { $0 + $1.pages }))
         case (.lookup(let lookup), let machine?):
             let runs = try store.lookUp(machine, lookup, scratch: scratch)
-            try reply(connection, .slots(runs, offers: UInt64(machine.waitingOffers)))
+            try reply(connection, .slots(runs, offers: UInt64(machine.waitingOffers), lacking: store.lackingBytes))
         case (.offers(let most), let machine?):
             let runs = try machine.takeOffers(most)
-            try reply(connection, .slots(runs, offers: UInt64(machine.waitingOffers)))
+            try reply(connection, .slots(runs, offers: UInt64(machine.waitingOffers), lacking: store.lackingBytes))
         case (.report(let reports), let machine?):
             try reply(connection, .done(pages: try machine.report(reports)))
-        case (.status, let machine?): try reply(connection, .figures(store.figures(of: machine)))
+        case (.status(let zeroPages), let machine?):
+            machine.noteZeroPages(zeroPages)
+            try reply(connection, .figures(store.figures(of: machine)))
         }
     }
 

@@ -11,7 +11,8 @@ public enum StoreRequest: Equatable, Sendable {
     /// At most so many pages.
     case offers(Int)
     case report([Report])
-    case status
+    /// How many pages of zeros the VM has merged, which quired hears of in no other way.
+    case status(zeroPages: UInt32)
 
     public struct Hello: Equatable, Sendable {
         public var version = UInt32(QUIRE_STORE_VERSION)
@@ -120,7 +121,7 @@ public enum StoreRequest: Equatable, Sendable {
                 out.word32(UInt32(report.gfns.count))
                 out.word32(report.what.rawValue)
             }
-        case .status: header(QUIRE_STORE_STATUS, 0)
+        case .status(let zeroPages): header(QUIRE_STORE_STATUS, Int(zeroPages))
         }
         return out.bytes
     }
@@ -203,7 +204,7 @@ public enum StoreRequest: Equatable, Sendable {
             self = .report(reports)
         case QUIRE_STORE_STATUS:
             try input.end()
-            self = .status
+            self = .status(zeroPages: UInt32(count))
         default: throw ProtocolViolation("there is no request \(kind)")
         }
     }
@@ -222,7 +223,8 @@ public enum StoreRequest: Equatable, Sendable {
 public enum StoreReply: Equatable, Sendable {
     case welcome(Welcome)
     case done(pages: UInt64)
-    case slots([SlotRun], offers: UInt64)
+    /// `lacking`: as `StoreFigures.lackingBytes`.
+    case slots([SlotRun], offers: UInt64, lacking: UInt64)
     case figures(StoreFigures)
     /// One line for a person; and whether the same request may do better in a moment.
     case error(String, isBusy: Bool = false)
@@ -263,9 +265,10 @@ public enum StoreReply: Equatable, Sendable {
         case .done(let pages):
             header(QUIRE_STORE_DONE, 0)
             out.word64(pages)
-        case .slots(let runs, let offers):
+        case .slots(let runs, let offers, let lacking):
             header(QUIRE_STORE_SLOTS, runs.count)
             out.word64(offers)
+            out.word64(lacking)
             for run in runs {
                 out.word64(run.gfn)
                 out.word64(UInt64(run.slot))
@@ -301,7 +304,7 @@ public enum StoreReply: Equatable, Sendable {
             self = .welcome(welcome)
         case QUIRE_STORE_DONE: self = .done(pages: try input.word64())
         case QUIRE_STORE_SLOTS:
-            let offers = try input.word64()
+            let offers = try input.word64(), lacking = try input.word64()
             var runs: [SlotRun] = []
             for _ in 0..<count {
                 let gfn = try input.word64(), slot = try input.word64(), pages = try input.word32()
@@ -309,7 +312,7 @@ public enum StoreReply: Equatable, Sendable {
                 guard slot > 0, slot < UInt64(QUIRE_STORE_SLOT_LIMIT) else { throw ProtocolViolation("a slot \(slot)") }
                 runs.append(SlotRun(gfn: gfn, slot: UInt32(slot), pages: pages, store: store))
             }
-            self = .slots(runs, offers: offers)
+            self = .slots(runs, offers: offers, lacking: lacking)
         case QUIRE_STORE_FIGURES:
             var figures = StoreFigures()
             for field in StoreFigures.order { figures[keyPath: field] = try input.word64() }
@@ -341,6 +344,8 @@ public struct StoreFigures: Equatable, Sendable {
     public var hits: UInt64 = 0
     public var stale: UInt64 = 0
     public var full: UInt64 = 0
+    /// Memory that the host is short of to give every merged page of all VMs its own; 0: more may be merged.
+    public var lackingBytes: UInt64 = 0
     /// Slots that are used 2^i ..< 2^(i+1) times.
     public var histogram = [UInt64](repeating: 0, count: 32)
     public init() {}
@@ -349,7 +354,7 @@ public struct StoreFigures: Equatable, Sendable {
     static var order: [WritableKeyPath<StoreFigures, UInt64>] {
         [
             \.machines, \.sharedPages, \.sharingPages, \.heldPages, \.savedBytes, \.storeBytes, \.indexBytes,
-            \.candidateBytes, \.ledgerBytes, \.limitPages, \.promotions, \.hits, \.stale, \.full,
+            \.candidateBytes, \.ledgerBytes, \.limitPages, \.promotions, \.hits, \.stale, \.full, \.lackingBytes,
         ]
     }
     var fields: [UInt64] { Self.order.map { self[keyPath: $0] } }

@@ -16,6 +16,9 @@ public struct StoreClient: ~Copyable, Sendable {
     public let hasher: PageHasher
     /// Pages that were looked up in vain and have a slot now: ask for `offers`.
     public private(set) var waitingOffers: UInt64 = 0
+    /// Memory that the host is short of, as of the last answer to a look-up or for figures: while there is any, nothing
+    /// more is to be merged.
+    public private(set) var lackingBytes: UInt64 = 0
 
     private init(
         _ socket: consuming UnixSocket, _ patience: Int32, _ welcome: StoreReply.Welcome, _ store: consuming Descriptor
@@ -96,16 +99,17 @@ public struct StoreClient: ~Copyable, Sendable {
         return total
     }
 
-    /// Figures of this VM's share group.
-    public mutating func figures() throws(QuireError) -> StoreFigures {
-        guard case .figures(let figures) = try exchange(.status) else { throw Self.unexpected }
+    /// Figures of this VM's share group. `zeroPages`: how many pages of zeros the VM has merged.
+    public mutating func figures(zeroPages: UInt64 = 0) throws(QuireError) -> StoreFigures {
+        guard case .figures(let figures) = try exchange(.status(zeroPages: UInt32(clamping: zeroPages))) else { throw Self.unexpected }
+        lackingBytes = figures.lackingBytes
         return figures
     }
 
     /// Figures of the host, for root and the user of quired.
     public static func figures(path: String, patienceMilliseconds: Int32 = 30_000) throws(QuireError) -> StoreFigures {
         let socket = try UnixSocket.connect(to: path, kind: .messages)
-        try socket.sendMessage(StoreRequest.status.encoded())
+        try socket.sendMessage(StoreRequest.status(zeroPages: 0).encoded())
         var none = UnixSocket.PassedDescriptors()
         guard case .figures(let figures) = try receive(socket, patienceMilliseconds, &none) else { throw unexpected }
         return figures
@@ -121,8 +125,9 @@ public struct StoreClient: ~Copyable, Sendable {
     }
 
     private mutating func slots(_ request: StoreRequest) throws(QuireError) -> [SlotRun] {
-        guard case .slots(let runs, let offers) = try exchange(request) else { throw Self.unexpected }
+        guard case .slots(let runs, let offers, let lacking) = try exchange(request) else { throw Self.unexpected }
         waitingOffers = offers
+        lackingBytes = lacking
         return runs
     }
 

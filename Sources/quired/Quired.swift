@@ -28,6 +28,12 @@ struct Quired: ParsableCommand {
     @Option(help: ArgumentHelp("A share group, and the users whose VMs may be in it. Repeatable.", valueName: "name=uid,…"))
     var group: [String] = []
 
+    @Option(
+        help: ArgumentHelp(
+            "Merge nothing more while the host has less memory left than so many percent of what merged pages would need if all guests wrote them at once.",
+            valueName: "percent"))
+    var reserve = 100
+
     @Option(help: "Threads that answer.")
     var workers: Int?
 
@@ -121,6 +127,8 @@ struct Quired: ParsableCommand {
         var configuration = try PageStore.Configuration(
             limitPages: bytes(limit, "limit", ProcessCalls.memoryBytes / 2) / 4096,
             candidateBytes: bytes(candidates, "candidates", ProcessCalls.memoryBytes / 2048))
+        guard (0...100_000).contains(reserve) else { throw QuireError(.invalid, "--reserve \(reserve): give a percentage, such as 50") }
+        configuration.reservePercent = reserve
         for text in group {
             let parts = text.split(separator: "=", omittingEmptySubsequences: false)
             let users = parts.count == 2 ? parts[1].split(separator: ",").map { UInt32($0) } : []

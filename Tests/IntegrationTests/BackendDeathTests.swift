@@ -7,10 +7,13 @@ extension Integration {
     /// The backend may die or freeze at any instant. The guest must not lose a byte, and a vCPU that waits for a page in
     /// the middle of being discarded must go on as soon as there is a backend again.
     @Suite(.serialized) struct BackendDeath {
+        /// Where there is no agent in QEMU the backend claims.
+        private static let claims = Machine(options: ["--no-merge"])
+
         /// Killed in the middle of a claim, again and again: the guest goes on, those who waited too; restarts are counted;
         /// recycling goes on under the same registration.
         @Test func killedInTheMiddleOfAClaim() throws {
-            let guest = try Guest()
+            let guest = try Guest(Self.claims)
             try guest.watched {
                 try guest.loadModule()
                 try guest.waitForActive()
@@ -36,7 +39,7 @@ extension Integration {
 
         /// Frozen, in a claim and outside of one: the supervisor notices by itself, kills it and starts another.
         @Test func frozen() throws {
-            let guest = try Guest()
+            let guest = try Guest(Self.claims)
             try guest.watched {
                 try guest.loadModule()
                 try guest.waitForActive()
@@ -60,7 +63,7 @@ extension Integration {
         /// finds claims in the journal which are not this kernel's, and must leave its memory alone.
         @Test(arguments: [QEMU.distribution, .ten])
         func killedInAClaimThenReset(_ qemu: QEMU) throws {
-            let guest = try Guest(Machine(qemu: qemu))
+            let guest = try Guest(Self.claims.with { $0.qemu = qemu })
             try guest.watched {
                 try guest.loadModule()
                 try guest.waitForActive()
@@ -76,6 +79,45 @@ extension Integration {
                 guest.signal(SIGCONT)
                 try guest.console.expectReady()
                 #expect(guest.view.openClaims.isEmpty)
+                #expect(guest.view.registeredTable == nil)
+                try guest.churn(250, seconds: 2)
+                try expectService(guest)
+                try guest.expectQuietLog()
+            }
+        }
+
+        /// Where there is an agent it claims: nothing is in the journal, ever. The backend is killed and frozen in the middle of
+        /// its passes, and the guest is reset before another is there: no byte is lost, nobody waits, recycling goes on.
+        @Test(arguments: [QEMU.distribution, .ten])
+        func endedWhileTheAgentRecycles(_ qemu: QEMU) throws {
+            let guest = try Guest(Machine(qemu: qemu))
+            try guest.watched {
+                try guest.loadModule()
+                try guest.waitForActive()
+                try guest.startChurn()
+                for (number, signal) in [SIGKILL, SIGSTOP, SIGKILL].enumerated() {
+                    try guest.waitForRecycling()
+                    let pid = guest.backendPID
+                    let end = monotonicNanoseconds() + UInt64.random(in: 1_000_000...400_000_000)
+                    while monotonicNanoseconds() < end { #expect(guest.view.openClaims.isEmpty) }
+                    ProcessCalls.signal(pid, signal)
+                    try guest.waitForSuccessor(of: pid)
+                    #expect(guest.status.restarts == UInt64(number + 1), "\(guest.stderr)")
+                    try guest.waitForRecycling()
+                    try guest.expectChurnGoesOn()
+                }
+                // No vCPU has to wait for another backend: who claims is in QEMU, and finishes.
+                let waited = try guest.figure("longest_wait_ns")
+                print("waits \(try guest.figure("waits")), longest \(waited / 1_000) us")
+
+                try guest.waitForRecycling()
+                let pid = guest.backendPID
+                guest.signal(SIGSTOP)
+                ProcessCalls.signal(pid, SIGKILL)
+                try guest.qmp.command("system_reset")
+                ProcessCalls.sleep(milliseconds: 300)
+                guest.signal(SIGCONT)
+                try guest.console.expectReady()
                 #expect(guest.view.registeredTable == nil)
                 try guest.churn(250, seconds: 2)
                 try expectService(guest)

@@ -318,7 +318,7 @@ import Testing
                     offset: UInt64.random(in: 0 ... .max, using: &random), file: Int.random(in: 0..<70, using: &random))
             }).encoded()
         case 5: bytes = StoreRequest.hello(.init(name: "x", group: "../..", node: .random(in: 0...9, using: &random))).encoded()
-        default: bytes = StoreRequest.status.encoded() + [UInt8](repeating: 0, count: Int.random(in: 0...70_000, using: &random))
+        default: bytes = StoreRequest.status(zeroPages: 0).encoded() + [UInt8](repeating: 0, count: Int.random(in: 0...70_000, using: &random))
         }
         // A few bits turned over, or the end cut off.
         for _ in 0..<Int.random(in: 0...3, using: &random) where !bytes.isEmpty {
@@ -335,7 +335,7 @@ import Testing
         lookup.append(1 << 29, [PageHash(low: 3, high: 4)])
         let requests: [StoreRequest] = [
             .hello(.init(name: "a", group: "b", node: 3)), .memory([.init(gfn: 1, pages: 2, offset: 4096, file: 7)]),
-            .memory([]), .lookup(lookup), .offers(12), .report([.init(.merged, 3..<9), .init(.released, 0..<1)]), .status,
+            .memory([]), .lookup(lookup), .offers(12), .report([.init(.merged, 3..<9), .init(.released, 0..<1)]), .status(zeroPages: 7),
         ]
         for request in requests {
             let bytes = request.encoded()
@@ -353,7 +353,7 @@ import Testing
         figures.machines = 9
         figures.histogram[31] = 4
         let replies: [StoreReply] = [
-            .welcome(welcome), .done(pages: 5), .slots([SlotRun(gfn: 1, slot: 2, pages: 3, store: 0)], offers: 8),
+            .welcome(welcome), .done(pages: 5), .slots([SlotRun(gfn: 1, slot: 2, pages: 3, store: 0)], offers: 8, lacking: 9),
             .figures(figures), .error("no"), .error("later", isBusy: true),
         ]
         for reply in replies { #expect(try StoreReply(reply.encoded()) == reply) }

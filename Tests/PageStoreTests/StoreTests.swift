@@ -49,6 +49,37 @@ struct StoreTests {
         #expect(store.figures(of: nil).sharedPages == 0 && a.machine.waitingOffers == 0)
     }
 
+    /// Every merged page of every VM has to be backed by what the host has left.
+    @Test func theReserveCountsAllThatIsLent() throws {
+        let left = Monitor<UInt64>(100 * 4096)
+        var seams = StoreSeams()
+        seams.availableBytes = { left.read { $0 } }
+        let store = try Self.makeStore(seams: seams)
+        let a = try Guest(FakeVM("a"), in: store), b = try Guest(FakeVM("b"), in: store)
+        for gfn in UInt64(10)..<70 {
+            try a.vm.write(gfn, page(gfn))
+            try b.vm.write(gfn, page(gfn))
+        }
+        _ = try a.lookUp([10..<70])
+        for (guest, runs) in [(b, try b.lookUp([10..<70])), (a, try a.machine.takeOffers(1000))] {
+            for run in runs {
+                for offset in 0..<run.pages { #expect(try guest.merge(run.gfn + UInt64(offset), run.slot + offset)) }
+            }
+        }
+        func lacking() -> UInt64 {
+            // An answer is good for a while.
+            ProcessCalls.sleep(milliseconds: 250)
+            return store.figures(of: a.machine).lackingBytes
+        }
+        #expect(lacking() == 20 * 4096)
+        a.machine.noteZeroPages(30)
+        #expect(lacking() == 50 * 4096)
+        left.update { $0 = 150 * 4096 }
+        #expect(lacking() == 0)
+        #expect(HostMemory.availableBytes(in: "MemTotal: 9 kB\nMemAvailable:     12 kB\nSwapFree: 3 kB\n") == 15 * 1024)
+        #expect(HostMemory.availableBytes(in: "MemTotal: 9 kB\n") == nil && HostMemory.availableBytes() != nil)
+    }
+
     /// A content that changes all the time is seen twice again and again, and gets nothing: what was seen is gone.
     @Test func flippingContentsGetNoSlot() throws {
         let store = try Self.makeStore()

@@ -501,7 +501,8 @@ struct quire_agent_gate {
  *     LOOKUP    -                     SLOTS     pages with these hashes are quiet: which slots hold the same?
  *     OFFERS    -                     SLOTS     pages that I looked up in vain earlier: which of them have a slot now?
  *     REPORT    -                     DONE      merged, or released: I map these slots, or do not map them (any more)
- *     STATUS    -                     STATUS    figures: of my group after HELLO; of the host for root and quired's user
+ *     STATUS    -                     STATUS    figures: of my group after HELLO; of the host for root and quired's user.
+ *                                               count: pages of zeros that I have merged
  *
  *     `life` becomes readable or hangs up when no process maps slots for this VM any more: a pidfd of QEMU. Everything
  *     that the VM holds is given back then, and only then: not when a backend dies.
@@ -587,7 +588,8 @@ enum quire_store_report { QUIRE_STORE_MERGED = 1, QUIRE_STORE_RELEASED = 2 };
 /* SLOTS: `count` runs follow: gfn + i has slot + i. Pages that are in none have no slot yet. */
 struct quire_store_slots {
 	struct quire_store_header header;
-	quire_u64 offers;            /* 8 pages that wait to be asked for with OFFERS */
+	quire_u64 offers;            /*  8 pages that wait to be asked for with OFFERS */
+	quire_u64 lacking_bytes;     /* 16 as in the figures */
 };
 
 struct quire_store_run {
@@ -619,7 +621,8 @@ struct quire_store_figures {
 	quire_u64 hits;              /*  96 pages that were given a slot that was there */
 	quire_u64 stale;             /* 104 promotions given up, since a page had changed */
 	quire_u64 full;              /* 112 pages without a slot because the limit was reached */
-	quire_u64 histogram[32];     /* 120 slots that are used 2^i ..< 2^(i+1) times */
+	quire_u64 lacking_bytes;     /* 120 memory that the host is short of to give every merged page its own; 0: merge on */
+	quire_u64 histogram[32];     /* 128 slots that are used 2^i ..< 2^(i+1) times */
 };
 
 struct quire_store_error {
@@ -702,11 +705,11 @@ QUIRE_ASSERT(sizeof(struct quire_store_hello) == 168);
 QUIRE_ASSERT(sizeof(struct quire_store_welcome) == 248);
 QUIRE_ASSERT(sizeof(struct quire_store_region) == 32);
 QUIRE_ASSERT(sizeof(struct quire_store_pages) == 16);
-QUIRE_ASSERT(sizeof(struct quire_store_slots) == 16);
+QUIRE_ASSERT(sizeof(struct quire_store_slots) == 24);
 QUIRE_ASSERT(sizeof(struct quire_store_run) == 24);
 QUIRE_ASSERT(sizeof(struct quire_store_done) == 16);
-QUIRE_ASSERT(sizeof(struct quire_store_figures) == 376);
-QUIRE_ASSERT(offsetof(struct quire_store_figures, histogram) == 120);
+QUIRE_ASSERT(sizeof(struct quire_store_figures) == 384);
+QUIRE_ASSERT(offsetof(struct quire_store_figures, histogram) == 128);
 QUIRE_ASSERT(sizeof(struct quire_store_error) == 512);
 QUIRE_ASSERT(sizeof(struct quire_slot_table_header) == QUIRE_PAGE_BYTES);
 QUIRE_ASSERT(sizeof(struct quire_ledger_header) == QUIRE_PAGE_BYTES);

@@ -13,6 +13,8 @@ struct Machine {
     var arguments: [String] = []
     /// Of `quire run`.
     var options: [String] = []
+    /// What runs `quire run`, with it as arguments; empty: nobody.
+    var wrapper: [String] = []
     var commandLine = "panic=1 quiet"
     /// The kernel is started as a boot loader would. A kernel that was started by its PVH entry does not wake from suspend.
     var startsPacked = false
@@ -71,7 +73,7 @@ final class Guest {
         // If the tests are killed, SIGTERM ends quire run, and that its children.
         options.parentDeathSignal = SIGTERM
         var process = try ChildProcess(
-            ["env", "QUIRE_RUNTIME_DIR=" + base, Program.quire, "run", "--name", machine.name, "--period", Self.period]
+            ["env", "QUIRE_RUNTIME_DIR=" + base] + machine.wrapper + [Program.quire, "run", "--name", machine.name, "--period", Self.period]
                 + machine.options + ["--", machine.qemu.program] + machine.qemu.acceleration(for: machine.kernel, patchingCode: machine.patchesCodeUnderLoad)
                 + ["-m", machine.memory, "-smp", "2", "-display", "none", "-monitor", "none", "-serial", "stdio"]
                 // Their firmware takes its time at every boot, and no guest here looks at them.
