@@ -456,6 +456,47 @@ extension Integration {
             return path
         }
 
+        /// A guest that waits until its pages are merged and writes all of them at once, again and again: it sees its own bytes,
+        /// its pages have to be quiet for longer each time, and others are merged meanwhile.
+        @Test func aGuestThatWritesWhateverIsMerged() throws {
+            let pair = try Pair(Store())
+            let seconds = Effort.scaled(15)
+            let storm = try pair.guests[0].console.start("quire-load share 48 \(seconds) --seed 7 --threads 2 --storm")
+            let calm = try pair.guests[1].console.start("quire-load share 48 \(seconds) --seed 7 --threads 2")
+            for (guest, load) in zip(pair.guests, [storm, calm]) {
+                let (text, status) = try guest.watched { try guest.console.finish(load, within: Guest.patience(for: seconds)) }
+                #expect(status == 0 && text.contains("ok "), "\(text)")
+                let merging = guest.status.merging
+                print("\(guest.machine.name): merged \(merging.mergedTotalPages), folded \(merging.foldedTotalPages), hashed \(merging.hashedTotalPages)")
+                #expect(merging.mergedTotalPages > 2000, "\(merging)")
+            }
+            #expect(pair.guests[0].status.merging.foldedTotalPages > 1000)
+            try pair.quire("unmerge", pair.guests[0])
+            try pair.expectExactCounts()
+        }
+
+        /// Nodes of NUMA in the guest: pages of each are merged, wherever its memory is.
+        @Test func nodesInTheGuest() throws {
+            let store = try Store()
+            let half = 256 << 20, nodes = ["a", "b"]
+            let guest = try Guest(
+                Machine(
+                    arguments: nodes.flatMap { ["-object", "memory-backend-ram,id=\($0),size=\(half)"] }
+                        + nodes.enumerated().flatMap { ["-numa", "node,memdev=\($1),cpus=\($0)"] },
+                    options: ["--store", store.path, "--merge-period", "100ms"]))
+            try guest.watched {
+                let load = try guest.console.start("quire-load share 320 \(Effort.scaled(15)) --seed 7 --threads 2")
+                let map = try PageEntries(guest), pages = half / 4096
+                try guest.wait(for: "merged pages in both nodes") {
+                    try map.mergedCount(0..<pages) > 1000 && map.mergedCount(pages..<2 * pages) > 1000
+                }
+                let (text, status) = try guest.console.finish(load, within: Guest.patience(for: 60))
+                #expect(status == 0 && text.contains("ok "), "\(text)")
+                try CommandSocket.ask("unmerge", of: guest.machine.name, in: guest.runtime)
+                #expect(try map.mergedCount(0..<2 * pages) == 0)
+            }
+        }
+
         /// A store without room shares what it has, and says that there is no more.
         @Test func aFullStoreIsSaid() throws {
             let store = try Store(["--keep", "--limit", "256K"])

@@ -33,7 +33,7 @@ enum {
 };
 
 static struct {
-    bool full, thp, alternate;
+    bool full, thp, alternate, storm;
     uint64_t seed;
     unsigned keep, threads;
     const char *directory;
@@ -534,7 +534,7 @@ static void rewrite_page(struct sharer *s, size_t index)
 static unsigned rounds_between(size_t index)
 {
     static const unsigned choice[] = {12, 1, 40, 8, 0, 24, 6, 60};
-    return options.alternate ? 0 : choice[index / stretch / 8 % 8];
+    return options.storm ? 1 : options.alternate ? 0 : choice[index / stretch / 8 % 8];
 }
 
 static void *share_some(void *argument)
@@ -555,7 +555,8 @@ static void *share_some(void *argument)
                 s->longest = t - last;
             last = t;
         }
-        usleep(50000);
+        /* Time to be merged, before everything is written once more. */
+        usleep(options.storm ? 800000 : 50000);
         last = now();
     }
     for (size_t i = s->first; i < s->first + s->pages; i++)
@@ -620,6 +621,7 @@ static int usage(void)
           "         --full     a pattern in every byte, instead of in 192 a page and zero elsewhere\n"
           "         --thp      with transparent huge pages\n"
           "         --alternate  share: every second page is like no other, and none is rewritten\n"
+          "         --storm    share: all pages are rewritten at once, again and again\n"
           "share rewrites and checks pages whose contents are few, the same for the same seed.\n"
           "hold says `peak` and fragment `fragmented FREED KEPT` (pages), then both wait for a line on stdin, or for\n"
           "SECONDS, and check. Each ends with `ok N pages` or a line that starts with WRONG.\n",
@@ -645,6 +647,7 @@ int main(int argc, char **argv)
     static const struct option known[] = {
         {"full", no_argument, NULL, 'f'},        {"thp", no_argument, NULL, 't'},
         {"alternate", no_argument, NULL, 'a'},
+        {"storm", no_argument, NULL, 'm'},
         {"seed", required_argument, NULL, 's'},  {"keep", required_argument, NULL, 'k'},
         {"threads", required_argument, NULL, 'n'}, {"file", required_argument, NULL, 'd'},
         {0},
@@ -654,6 +657,7 @@ int main(int argc, char **argv)
         case 'f': options.full = true; break;
         case 't': options.thp = true; break;
         case 'a': options.alternate = true; break;
+        case 'm': options.storm = true; break;
         case 's': options.seed = number(optarg, 0, UINT64_MAX); break;
         case 'k': options.keep = (unsigned)number(optarg, 1, 99); break;
         case 'n': options.threads = (unsigned)number(optarg, 1, 64); break;
