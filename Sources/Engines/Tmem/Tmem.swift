@@ -1,0 +1,80 @@
+import Platform
+
+/// A store of transcendent memory: pools of pages in one sparse memory file. Thread-safe.
+public final class Tmem: Sendable {
+    public enum Compression: Sendable, Equatable {
+        case lz4
+        /// Levels as zstd's own: 1 to 19.
+        case zstd(level: Int32)
+    }
+
+    public struct Configuration: Sendable, Equatable {
+        public var compression = Compression.lz4
+        /// What the store may use of the host's memory at most, in bytes; nil: no limit.
+        public var cap: UInt64?
+        /// What persistent pools may be promised together, in multiples of the cap. With 1 every promise can be kept even
+        /// if no page can be compressed.
+        public var overcommit = 1.0
+        public init(compression: Compression = .lz4, cap: UInt64? = nil, overcommit: Double = 1) {
+            self.compression = compression
+            self.cap = cap
+            self.overcommit = overcommit
+        }
+    }
+
+    /// A new store's file: a sparse memfd. Whoever must outlive us keeps a duplicate of it (parks it).
+    public static func makeFile(name: String) throws(QuireError) -> Descriptor { fatalError() }
+
+    /// Opens a store: a new file, or one that an earlier process left at any instant, killed or not. Everything that was put
+    /// into it is found again, settings of pools and clients included. Only one process may have it open: `.busy`
+    /// otherwise (which a process that was killed isn't any more).
+    /// Throws `.invalid` when the file is none of ours, or of another version.
+    public init(_ file: consuming Descriptor, _ configuration: Configuration = .init()) throws(QuireError) { fatalError() }
+
+    /// Throws `.invalid` (names), `.busy` (a pool of that name is there), `.noSpace` (the promise cannot be kept, the pool
+    /// table is full).
+    public func createPool(_ attributes: TmemPool.Attributes) throws(QuireError) -> TmemPool { fatalError() }
+    public var pools: [TmemPool] { fatalError() }
+    public func pool(named name: String) -> TmemPool? { fatalError() }
+
+    /// Refuses new pages in ephemeral pools: puts throw `.noSpace`. What is there stays.
+    public func freeze() { fatalError() }
+    public func thaw() { fatalError() }
+    public var isFrozen: Bool { fatalError() }
+
+    /// Gives memory back to the host by evicting ephemeral pages, the least recently used of the client who has most by
+    /// weight first: `bytes` of it, or all there is. Returns by how much the store has shrunk.
+    @discardableResult public func evict(bytes: UInt64) -> UInt64 { fatalError() }
+
+    public var usage: TmemUsage { fatalError() }
+
+    public var cap: UInt64? { fatalError() }
+    /// Evicts ephemeral pages as far as needed. Throws `.busy`, and changes nothing, when persistent pages use more, or
+    /// when promises would not be covered.
+    public func setCap(_ bytes: UInt64?) throws(QuireError) { fatalError() }
+}
+
+/// What a store uses. Bytes, where a name doesn't say otherwise.
+public struct TmemUsage: Sendable, Equatable {
+    /// Host memory of the store: what its file has allocated and the tables beside it.
+    public var usedBytes: UInt64 = 0
+    /// Of that, what is not contents of pages: leaves, content entries, hash tables, lists.
+    public var metadataBytes: UInt64 = 0
+    /// Of `usedBytes`, memory of slabs that holds no content.
+    public var wasteBytes: UInt64 = 0
+    /// Contents as they are stored, compressed.
+    public var contentBytes: UInt64 = 0
+    /// Keys that have a page.
+    public var pages: UInt64 = 0
+    /// Keys of ephemeral pools that have one.
+    public var ephemeralPages: UInt64 = 0
+    /// Different contents stored, without same-filled ones.
+    public var contents: UInt64 = 0
+    /// Keys whose page is one word repeated.
+    public var sameFilledPages: UInt64 = 0
+    /// Pages promised to persistent pools.
+    public var promisedPages: UInt64 = 0
+    public init() {}
+    /// Apparent over used size; nil for an empty store.
+    public var ratio: Double? { usedBytes == 0 ? nil : Double(pages * 4096) / Double(usedBytes) }
+}
