@@ -113,6 +113,15 @@ import CPlatform
         }
     }
 
+    /// The same, into bytes that are there.
+    public borrowing func copyOut(_ offset: Int, count: Int, to bytes: inout [UInt8], at position: Int) {
+        precondition(position >= 0 && count <= bytes.count - position)
+        let source = unsafe at(offset, count)
+        unsafe bytes.withUnsafeMutableBytes { target in
+            if count > 0 { unsafe memcpy(target.baseAddress! + position, source, count) }
+        }
+    }
+
     public borrowing func copyIn(_ offset: Int, _ bytes: some Collection<UInt8>) {
         let target = unsafe UnsafeMutableRawBufferPointer(start: at(offset, bytes.count), count: bytes.count)
         unsafe target.copyBytes(from: bytes)
