@@ -62,13 +62,13 @@ let package = Package(
         .target(
             name: "PageStore",
             dependencies: [
-                "CQuireLayout", "CIndex", "CPlatform", "PageContent", "Platform", "StoreProtocol",
+                "CQuireLayout", "CIndex", "CPlatform", "Engines", "PageContent", "Platform", "StoreProtocol",
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: settings),
         .executableTarget(
             name: "quired",
-            dependencies: ["PageStore", "Host", .product(name: "ArgumentParser", package: "swift-argument-parser")],
+            dependencies: ["PageStore", "Host", "StoreProtocol", .product(name: "ArgumentParser", package: "swift-argument-parser")],
             swiftSettings: settings),
         .executableTarget(
             name: "quire-backend",
@@ -79,7 +79,7 @@ let package = Package(
         .executableTarget(
             name: "quire",
             dependencies: [
-                "Host", .product(name: "ArgumentParser", package: "swift-argument-parser"),
+                "Host", "StoreProtocol", .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             swiftSettings: settings),
         // Benchmarks: what they have in common, and the program. Nothing depends on them.
