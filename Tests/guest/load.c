@@ -609,12 +609,83 @@ static void share(size_t pages, double seconds)
     printf("ok %zu pages, %zu written, longest %.0f ms\n", checked, written, longest * 1e3);
 }
 
+/*
+ * sweep: holds more than fits into memory, and goes over it for a while: stretches of pages are checked and, half of them,
+ * written anew. What each page holds follows from how often it was written. At the end every page is checked.
+ */
+
+static uint64_t *swept_memory;
+static uint8_t *swept_serial; /* of each page: how often it was written, wrapping around */
+
+struct sweeper {
+    pthread_t thread;
+    size_t first, pages;
+    size_t checked, written;
+    uint64_t chance;
+    double end;
+};
+
+static uint64_t swept_seed(size_t page)
+{
+    return options.seed + 1000003ULL * swept_serial[page];
+}
+
+static void *sweep_some(void *argument)
+{
+    struct sweeper *s = argument;
+    for (size_t i = s->first; i < s->first + s->pages; i++)
+        fill_page(swept_memory + i * words, i, swept_seed(i));
+    while (now() < s->end) {
+        size_t count = 1 + next_random(&s->chance) % 32, at = s->first + next_random(&s->chance) % s->pages;
+        bool rewrite = next_random(&s->chance) % 2;
+        for (size_t i = at; i < at + count && i < s->first + s->pages; i++) {
+            check_page(swept_memory + i * words, i, swept_seed(i));
+            s->checked++;
+            if (!rewrite)
+                continue;
+            swept_serial[i]++;
+            memset(swept_memory + i * words, 0, page_size);
+            fill_page(swept_memory + i * words, i, swept_seed(i));
+            s->written++;
+        }
+    }
+    for (size_t i = s->first; i < s->first + s->pages; i++)
+        check_page(swept_memory + i * words, i, swept_seed(i));
+    s->checked += s->pages;
+    return NULL;
+}
+
+static void sweep(size_t pages, double seconds)
+{
+    struct sweeper *sweepers = calloc(options.threads, sizeof *sweepers);
+    swept_serial = calloc(pages, 1);
+    if (!sweepers || !swept_serial)
+        fail("calloc");
+    swept_memory = map_pages(pages);
+    double end = now() + seconds;
+    for (unsigned i = 0; i < options.threads; i++) {
+        struct sweeper *s = &sweepers[i];
+        *s = (struct sweeper){.first = pages * i / options.threads, .end = end, .chance = mix(options.seed + i) | 1};
+        s->pages = pages * (i + 1) / options.threads - s->first;
+        if ((errno = pthread_create(&s->thread, NULL, sweep_some, s)))
+            fail("pthread_create");
+    }
+    size_t checked = 0, written = 0;
+    for (unsigned i = 0; i < options.threads; i++) {
+        pthread_join(sweepers[i].thread, NULL);
+        checked += sweepers[i].checked;
+        written += sweepers[i].written;
+    }
+    printf("ok %zu pages, %zu written anew\n", checked, written);
+}
+
 static int usage(void)
 {
     fputs("usage: quire-load hold MIB [SECONDS]\n"
           "       quire-load fragment MIB [SECONDS] [--keep PERCENT]\n"
           "       quire-load churn MIB SECONDS [--threads N] [--file DIR]\n"
           "       quire-load verify-zero MIB\n"
+          "       quire-load sweep MIB SECONDS [--threads N]\n"
           "       quire-load share MIB SECONDS [--threads N] [--file DIR]\n"
           "options: --seed N   another seed, other bytes (1)\n"
           "         --full     a pattern in every byte, instead of in 192 a page and zero elsewhere\n"
@@ -675,6 +746,8 @@ int main(int argc, char **argv)
         fragment(pages, seconds);
     else if (!strcmp(command, "churn") && count == 3)
         churn(pages, seconds);
+    else if (!strcmp(command, "sweep") && count == 3)
+        sweep(pages, seconds);
     else if (!strcmp(command, "share") && count == 3)
         share(pages, seconds);
     else if (!strcmp(command, "verify-zero") && count == 2)
