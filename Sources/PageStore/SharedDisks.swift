@@ -106,12 +106,16 @@ public final class SharedDisks: Sendable {
 
     /// Takes over what an earlier process parked, and makes what is not there yet. `store`: knows the groups.
     public init(_ wanted: [Disk], store: PageStore, keeper: KeeperLink?, logger: Logger) throws(QuireError) {
-        var disks: [String: Shared] = [:]
-        for disk in wanted {
-            guard disks[disk.name] == nil else { throw QuireError(.invalid, "the shared disk '\(disk.name)' is given twice") }
+        for (index, disk) in wanted.enumerated() {
+            guard !wanted[..<index].contains(where: { $0.name == disk.name }) else {
+                throw QuireError(.invalid, "the shared disk '\(disk.name)' is given twice")
+            }
             guard store.knows(group: disk.group) else {
                 throw QuireError(.invalid, "the shared disk '\(disk.name)' is for the group '\(disk.group)', which there is not: name it with --group")
             }
+        }
+        var disks: [String: Shared] = [:]
+        for disk in wanted {
             let item = Self.prefix + disk.name
             let file: Descriptor
             if let parked = keeper?.takeParked(item) { file = parked } else {

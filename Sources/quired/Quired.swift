@@ -82,9 +82,6 @@ struct Quired: ParsableCommand {
                 try PageStore(configuration, logger: logger)
             }
         let path = try socketPath()
-        let server = try StoreServer(
-            store, listener: listener(path, link, Self.listenerItem),
-            workers: workers ?? min(4, ProcessCalls.processorCount), logger: logger)
         let diskPath = SharedDiskClient.path(besideStore: path)
         let wanted = try sharedDisk.map { text throws(QuireError) in
             try SharedDisks.Disk(parsing: text, ownGroup: PageStore.ownGroup(ProcessCalls.ownUID), size: Size.parse)
@@ -92,6 +89,9 @@ struct Quired: ParsableCommand {
         let disks = try SharedDisks(wanted, store: store, keeper: link, logger: logger)
         let diskServer: SharedDiskServer? =
             disks.isEmpty ? nil : try SharedDiskServer(disks, listener: listener(diskPath, link, Self.diskListenerItem), logger: logger)
+        let server = try StoreServer(
+            store, listener: listener(path, link, Self.listenerItem),
+            workers: workers ?? min(4, ProcessCalls.processorCount), logger: logger)
         logger.notice("listening on \(path), at most \(Size.exact(UInt64(configuration.limitPages) * 4096)) for shared pages")
         link?.ready()
         _ = waitReadable([signals.descriptor.raw])

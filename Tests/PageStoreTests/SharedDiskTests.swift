@@ -26,6 +26,14 @@ import Testing
         }
     }
 
+    private static func stands(_ pid: Int32) -> Bool {
+        (Files.list("/proc/\(pid)/task") ?? []).allSatisfy { thread in
+            guard let text = try? Files.read("/proc/\(pid)/task/\(thread)/stat", limit: 1024), let end = text.lastIndex(of: ")")
+            else { return false }
+            return text[end...].dropFirst(2).first == "T"
+        }
+    }
+
     private static func pages(_ seed: UInt64, _ count: Int) -> [UInt8] {
         var state = seed | 1
         return (0..<count * 4096).map { _ in
@@ -111,6 +119,8 @@ import Testing
         try client.put(5, Self.pages(1, 1))
         let worker = store.worker
         ProcessCalls.signal(worker, SIGSTOP)
+        // It stands when all of its threads do.
+        #expect(eventually { Self.stands(worker) })
         let began = monotonicNanoseconds()
         do throws(QuireError) {
             try client.put(5, Self.pages(2, 1))

@@ -20,6 +20,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -679,6 +680,69 @@ static void sweep(size_t pages, double seconds)
     printf("ok %zu pages, %zu written anew\n", checked, written);
 }
 
+/*
+ * swapin: what it costs to bring pages back that the kernel has swapped out. More than memory holds is written; half of each
+ * page can be compressed. Then pages are read in random order, those that were a major fault are timed, and then all of
+ * them in order.
+ */
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static long major_faults(void)
+{
+    struct rusage usage;
+    if (getrusage(RUSAGE_SELF, &usage))
+        fail("getrusage");
+    return usage.ru_majflt;
+}
+
+static void check_half(const uint64_t *page, size_t index)
+{
+    for (unsigned word = 0; word < words; word++) {
+        uint64_t want = word < words / 2 ? pattern(page_base(options.seed, index), word) : 0;
+        if (page[word] != want)
+            wrong(page, index, word, page[word], want);
+    }
+}
+
+static void swap_in(size_t pages)
+{
+    uint64_t *memory = map_pages(pages), chance = mix(options.seed) | 1;
+    size_t samples = 4000, count = 0;
+    double *times = calloc(samples, sizeof *times), start = now();
+    if (!times)
+        fail("calloc");
+    for (size_t i = 0; i < pages; i++)
+        for (unsigned word = 0; word < words / 2; word++)
+            memory[i * words + word] = pattern(page_base(options.seed, i), word);
+    double filled = now() - start;
+    for (size_t tries = 0; count < samples && tries < 20 * samples; tries++) {
+        size_t page = next_random(&chance) % pages;
+        long before = major_faults();
+        double begin = now();
+        (void)*(volatile uint64_t *)(memory + page * words);
+        double took = now() - begin;
+        if (major_faults() > before)
+            times[count++] = took;
+        check_half(memory + page * words, page);
+    }
+    if (!count) {
+        printf("nothing was swapped\n");
+        exit(2);
+    }
+    qsort(times, count, sizeof *times, by_value);
+    long before = major_faults();
+    start = now();
+    for (size_t i = 0; i < pages; i++)
+        check_half(memory + i * words, i);
+    printf("ok %zu pages, out %.3f s, random %zu median %.1f us p99 %.1f us, in order %.3f s with %ld faults\n", pages, filled, count,
+           times[count / 2] * 1e6, times[count * 99 / 100] * 1e6, now() - start, major_faults() - before);
+}
+
 static int usage(void)
 {
     fputs("usage: quire-load hold MIB [SECONDS]\n"
@@ -686,6 +750,7 @@ static int usage(void)
           "       quire-load churn MIB SECONDS [--threads N] [--file DIR]\n"
           "       quire-load verify-zero MIB\n"
           "       quire-load sweep MIB SECONDS [--threads N]\n"
+          "       quire-load swapin MIB\n"
           "       quire-load share MIB SECONDS [--threads N] [--file DIR]\n"
           "options: --seed N   another seed, other bytes (1)\n"
           "         --full     a pattern in every byte, instead of in 192 a page and zero elsewhere\n"
@@ -750,6 +815,8 @@ int main(int argc, char **argv)
         sweep(pages, seconds);
     else if (!strcmp(command, "share") && count == 3)
         share(pages, seconds);
+    else if (!strcmp(command, "swapin") && count == 2)
+        swap_in(pages);
     else if (!strcmp(command, "verify-zero") && count == 2)
         verify_zero(pages);
     else
