@@ -64,48 +64,97 @@ public final class TmemPool: Sendable {
     /// Indices are below this.
     public static let indexLimit = UInt32.max
 
-    public let attributes: Attributes
-    public var name: String { attributes.name }
+    let store: TmemStore
+    let record: PoolRecord
 
-    init(attributes: Attributes) { self.attributes = attributes }
+    init(_ store: TmemStore, _ record: PoolRecord) {
+        self.store = store
+        self.record = record
+    }
+
+    public var attributes: Attributes { record.attributes }
+    public var name: String { record.attributes.name }
+
+    private static func check(_ index: UInt32, _ byteCount: Int) throws(QuireError) {
+        guard index < indexLimit else { throw QuireError(.invalid, "index \(index) is beyond the last one, \(indexLimit - 1)") }
+        guard byteCount == pageBytes else { throw QuireError(.invalid, "a page has \(pageBytes) bytes, not \(byteCount)") }
+    }
 
     /// Puts a page of 4096 bytes. A page that the key had is replaced, for a crash too: old or new, whole. When this
     /// returns, a persistent page outlives this process.
-    /// Throws `.noSpace` when there is no room (`.invalid`: not 4096 bytes, an index beyond `indexLimit`; `.closed`: the
-    /// pool was destroyed): the key has no page then, not even the old one.
-    public func put(_ object: UInt64, _ index: UInt32, _ page: RawSpan) throws(QuireError) { fatalError() }
+    /// Throws `.noSpace` when there is no room and `.closed` when the pool was destroyed: the key has no page then, not even
+    /// the old one. Throws `.invalid` for what is no key or no page.
+    public func put(_ object: UInt64, _ index: UInt32, _ page: RawSpan) throws(QuireError) {
+        try Self.check(index, page.byteCount)
+        try store.put(record, object, index, page)
+    }
 
     /// Copies the page of a key to `page`, of 4096 bytes; false and `page` unchanged when there is none.
     public func get(_ object: UInt64, _ index: UInt32, into page: inout MutableRawSpan) throws(QuireError) -> Bool {
-        fatalError()
+        try Self.check(index, page.byteCount)
+        // The pointer is used within the call.
+        return try unsafe page.withUnsafeMutableBytes { (bytes) throws(QuireError) -> Bool in
+            try unsafe store.get(record, object, index, bytes.baseAddress!)
+        }
     }
 
     /// True if there was a page.
-    @discardableResult public func flush(_ object: UInt64, _ index: UInt32) -> Bool { fatalError() }
-    /// Flushes a range of an object's pages; how many there were. Cheap where there are none, however long the range is.
-    @discardableResult public func flush(_ object: UInt64, pages: Range<UInt32>) -> Int { fatalError() }
-    /// Flushes all pages of an object; how many there were.
-    @discardableResult public func flush(object: UInt64) -> Int { fatalError() }
+    @discardableResult public func flush(_ object: UInt64, _ index: UInt32) -> Bool { store.flush(record, object, index) }
+    /// Flushes a range of an object's pages; how many there were. However long the range is, it costs no more than a look at
+    /// all leaves of the store.
+    @discardableResult public func flush(_ object: UInt64, pages: Range<UInt32>) -> Int {
+        store.flush(record, object, pages: pages)
+    }
+    /// Flushes all pages of an object; how many there were. Looks at all leaves of the store: 16 bytes to 16 pages.
+    @discardableResult public func flush(object: UInt64) -> Int { store.flush(record, object: object) }
     /// Flushes everything; how many pages there were.
-    @discardableResult public func flushAll() -> Int { fatalError() }
+    @discardableResult public func flushAll() -> Int { store.flush(record, object: nil) }
 
     /// Ends the pool: nothing of it is left when this returns, whoever puts meanwhile.
-    public func destroy() { fatalError() }
+    public func destroy() { store.destroy(record) }
 
-    public var statistics: Statistics { fatalError() }
+    public var statistics: Statistics {
+        var statistics = Statistics()
+        statistics.pages = UInt64(max(0, record.pages.load(ordering: .relaxed)))
+        if record.isLive.load(ordering: .relaxed) { statistics.storedBytes = UInt64(store.contents.charged(record.number)) }
+        statistics.sameFilled = record.total(.sameFilled)
+        statistics.puts = record.total(.puts)
+        statistics.putsFailed = record.total(.putsFailed)
+        statistics.putsShared = record.total(.putsShared)
+        // Read in this order, there are no more hits than gets.
+        statistics.hits = record.total(.hits)
+        statistics.gets = record.total(.gets)
+        statistics.flushes = record.total(.flushes)
+        statistics.evictions = record.total(.evictions)
+        return statistics
+    }
 
     /// Calls `body` with each key that has a page, in order of object and index. What is put or flushed meanwhile may be
-    /// among them or not. Expensive: sorts the pool's keys, 16 to an entry.
-    public func forEachPage<E: Error>(_ body: (_ object: UInt64, _ index: UInt32) throws(E) -> Void) throws(E) { fatalError() }
+    /// among them or not. Expensive: sorts the pool's leaves, one to 16 neighbouring pages.
+    public func forEachPage<E: Error>(_ body: (_ object: UInt64, _ index: UInt32) throws(E) -> Void) throws(E) {
+        let leaves = store.leaves
+        var found = leaves.leaves(of: record.number, object: nil).map { (key: leaves.key($0), leaf: $0) }
+        found.sort { ($0.key.object, $0.key.base) < ($1.key.object, $1.key.base) }
+        for (key, leaf) in found {
+            // Another pool's by now, or an object's that comes later.
+            guard key.pool == record.number, leaves.key(leaf) == key else { continue }
+            for slot in 0..<Leaves.pages where leaves.content(leaf, slot) != 0 {
+                try body(key.object, key.base * UInt32(Leaves.pages) + UInt32(slot))
+            }
+        }
+    }
 
     /// The client's weight, from 1; 100 unless set. Memory of ephemeral pages is taken from the client who has most of it
     /// by weight. It is the client's: all its pools have the same.
-    public var weight: UInt32 { fatalError() }
-    public func setWeight(_ weight: UInt32) throws(QuireError) { fatalError() }
+    public var weight: UInt32 { record.client.weight.load(ordering: .relaxed) }
+    public func setWeight(_ weight: UInt32) throws(QuireError) { try store.setWeight(record.client, weight) }
 
     /// What the client may use at most, in bytes of `storedBytes` over all its pools; nil: no limit.
-    public var cap: UInt64? { fatalError() }
+    public var cap: UInt64? {
+        let cap = record.client.cap.load(ordering: .relaxed)
+        return cap == .max ? nil : UInt64(cap)
+    }
     /// Evicts the client's ephemeral pages as far as needed. Throws `.busy`, and changes nothing, when its persistent pages
     /// alone use more.
-    public func setCap(_ bytes: UInt64?) throws(QuireError) { fatalError() }
+    public func setCap(_ bytes: UInt64?) throws(QuireError) { try store.setCap(record.client, bytes) }
 }
