@@ -9,7 +9,7 @@ struct TmemBench: ParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "tmem",
         abstract: "The transcendent memory engine, beside the host's zram.",
-        discussion: "Parts: pages (as root: makes a zram device and removes it), churn, restart, capacity (boots guests).")
+        discussion: "Parts: pages (as root: makes a zram device and removes it), churn, restart, capacity and guest (boot guests).")
 
     @Flag(help: "Fewer repetitions and less memory: for a look, not for figures to quote.")
     var quick = false
@@ -20,7 +20,7 @@ struct TmemBench: ParsableCommand {
     @Option(help: ArgumentHelp("Only this part; repeatable.", valueName: "part"))
     var only: [String] = []
 
-    static let parts = ["pages", "churn", "restart", "capacity"]
+    static let parts = ["pages", "churn", "restart", "capacity", "guest"]
 
     func validate() throws {
         for name in only where !Self.parts.contains(name) {
@@ -55,6 +55,10 @@ struct TmemBench: ParsableCommand {
         part("capacity", bars: TmemCapacity.bars) {
             guard let programs else { throw QuireError(.invalid, "there are no programs and guests: run make build guest") }
             try TmemCapacity(mebibytes: 512, programs: programs).run(into: &$0)
+        }
+        part("guest", bars: []) {
+            guard let programs else { throw QuireError(.invalid, "there are no programs and guests: run make build guest") }
+            try TmemGuest(programs: programs, quick: quick).run(into: &$0)
         }
         report.machine.append(("load_after", .text(Machine.load)))
         Recycle.show(report.conclusion)

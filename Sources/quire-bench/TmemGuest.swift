@@ -9,7 +9,6 @@ import Platform
 /// What is measured is what a program in the guest waits for: the time of a read that is a major fault, page by page in
 /// random order (no read-ahead), and how fast all pages come back in order (read-ahead of 8). Half of each page can be compressed.
 struct TmemGuest {
-    let accelerator: [String]
     let programs: Programs
     let quick: Bool
 
@@ -29,7 +28,10 @@ struct TmemGuest {
         let file = try Descriptor.open(image, O_RDWR | O_CREAT)
         defer { Files.remove(image) }
         try file.truncate(to: 1 << 30)
-        var options = GuestMachine.Options(accelerator: accelerator)
+        let runtime = try Recycle.makeRuntimeDirectory()
+        defer { Files.removeDirectory(runtime) }
+        let accelerator = programs.hasKVM ? ["-accel", "kvm", "-cpu", "host"] : ["-accel", "tcg,thread=multi"]
+        var options = GuestMachine.Options(accelerator: accelerator + ["-smp", "2"])
         options.mebibytes = Self.mebibytes
         options.period = "10s"
         options.run = ["--swap", "1G"]

@@ -103,7 +103,7 @@ extension Quire {
                 abstract: "Sets how much of the host's memory pools may use.",
                 discussion: """
                     Without --pool: of the VM's whole store. Below what persistent pages use already it is refused, and \
-                    nothing changes. Not kept over a restart of the VM.
+                    nothing changes. A pool's limit is kept when a backend is replaced, the store's is set anew by quire run.
                     """)
             @Argument(help: ArgumentHelp("The VM.", valueName: "name")) var name: String
             @Argument(help: ArgumentHelp("512M, or none.", valueName: "size"), transform: { $0 == "none" ? nil : try Tmem.bytes($0) })
