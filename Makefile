@@ -6,6 +6,7 @@
 #   make soak            the same tests for longer (FACTOR=20)
 #   make bench-recycle   the recycle engine and the guest module against their bars (BENCH=--quick: a shorter run)
 #   make bench-dedup     merging beside the kernel's own (KSM), as root; needs 8 GiB free (BENCH=--quick: a shorter run)
+#   make bench-tmem      transcendent memory beside the host's zram, as root (BENCH=--quick: a shorter run)
 #   make build           the programs, in .build/release; the agent, in build/agent
 #   make guest           what test guests boot, in build/guest
 #   make install         into DESTDIR/PREFIX
@@ -23,7 +24,7 @@ AGENT := build/agent/libquire-agent.so
 AGENT_CFLAGS := -O2 -g -Wall -Wextra -fPIC -fvisibility=hidden -ISources/QuireAgent/include -ISources/CQuireLayout/include \
 	-ISources/CPlatform/include
 
-.PHONY: build agent guest assets prerequisites demo test tests soak bench-recycle bench-dedup install clean
+.PHONY: build agent guest assets prerequisites demo test tests soak bench-recycle bench-dedup bench-tmem install clean
 
 build: prerequisites agent
 	$(BUILD) --product quire
@@ -69,6 +70,10 @@ bench-recycle: build guest
 bench-dedup: build guest
 	$(BUILD) --product quire-bench
 	@$(BIN)/quire-bench dedup --guests build/guest $(BENCH)
+
+bench-tmem: build guest
+	$(BUILD) --product quire-bench
+	@$(BIN)/quire-bench tmem --guests build/guest $(BENCH)
 
 install: build
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/qemu/vhost-user

@@ -34,6 +34,8 @@ let package = Package(
                 "Engines", "GuestMemory", "Host", "Platform", .product(name: "Logging", package: "swift-log"),
             ],
             path: "Tests/AgentBackend", swiftSettings: settings),
+        .executableTarget(
+            name: "tmem-putter", dependencies: ["CPlatform", "Engines", "Platform"], path: "Tests/TmemPutter"),
         .target(name: "Platform", dependencies: ["CPlatform"], swiftSettings: settings),
         .target(name: "GuestMemory", dependencies: ["Platform"], swiftSettings: settings),
         .target(
@@ -43,8 +45,9 @@ let package = Package(
         // The bytes of pages by their hashes: what the dedup engine and the page store both speak of.
         .target(name: "CHash", linkerSettings: [.linkedLibrary("xxhash")]),
         .target(name: "PageContent", dependencies: ["CQuireLayout", "CHash", "Platform"], swiftSettings: settings),
+        .target(name: "CCompress", linkerSettings: [.linkedLibrary("lz4"), .linkedLibrary("zstd")]),
         .target(
-            name: "Engines", dependencies: ["CQuireLayout", "Platform", "GuestMemory", "PageContent"],
+            name: "Engines", dependencies: ["CCompress", "CQuireLayout", "Platform", "GuestMemory", "PageContent"],
             swiftSettings: settings),
         .target(
             name: "Host",
@@ -62,13 +65,13 @@ let package = Package(
         .target(
             name: "PageStore",
             dependencies: [
-                "CQuireLayout", "CIndex", "CPlatform", "PageContent", "Platform", "StoreProtocol",
+                "CQuireLayout", "CIndex", "CPlatform", "Engines", "PageContent", "Platform", "StoreProtocol",
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: settings),
         .executableTarget(
             name: "quired",
-            dependencies: ["PageStore", "Host", .product(name: "ArgumentParser", package: "swift-argument-parser")],
+            dependencies: ["PageStore", "Host", "StoreProtocol", .product(name: "ArgumentParser", package: "swift-argument-parser")],
             swiftSettings: settings),
         .executableTarget(
             name: "quire-backend",
@@ -79,7 +82,7 @@ let package = Package(
         .executableTarget(
             name: "quire",
             dependencies: [
-                "Host", .product(name: "ArgumentParser", package: "swift-argument-parser"),
+                "Host", "StoreProtocol", .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             swiftSettings: settings),
         // Benchmarks: what they have in common, and the program. Nothing depends on them.
@@ -111,7 +114,8 @@ let package = Package(
             ],
             swiftSettings: settings),
         .testTarget(
-            name: "EnginesTests", dependencies: ["CPlatform", "CQuireLayout", "Platform", "GuestMemory", "Engines"],
+            name: "EnginesTests",
+            dependencies: ["CPlatform", "CQuireLayout", "Platform", "GuestMemory", "PageContent", "Engines", "TestSupport"],
             swiftSettings: settings),
         // The stand-in must be built, but not linked: a dependency would do both.
         .testTarget(

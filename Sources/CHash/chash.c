@@ -9,6 +9,11 @@ struct ch_hash ch_hash(const void *data, size_t length, const void *secret, size
 	return (struct ch_hash){ hash.low64, hash.high64 };
 }
 
+uint64_t ch_hash64(const void *data, size_t length, uint64_t seed)
+{
+	return XXH3_64bits_withSeed(data, length, seed);
+}
+
 int ch_random(void *buffer, size_t length)
 {
 	/* Up to 256 bytes come whole or not at all: getrandom(2). */

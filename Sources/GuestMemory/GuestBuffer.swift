@@ -16,8 +16,8 @@ public struct GuestBuffer: Sendable {
     public private(set) var segments: [Segment] = []
     /// Bytes in all segments.
     public private(set) var count = 0
-    private let log: DirtyTracker
-    private let pages: (any GuestPages)?
+    let log: DirtyTracker
+    let pages: (any GuestPages)?
 
     init(log: DirtyTracker, pages: (any GuestPages)?) {
         self.log = log
@@ -145,7 +145,7 @@ public struct GuestBuffer: Sendable {
         guard done == count else { throw QuireError(.system, "short write to the file", errno: EIO) }
     }
 
-    private func markDirty() {
+    func markDirty() {
         for segment in segments {
             log.markDirty(guestAddress: segment.place.guestAddress, byteCount: UInt64(segment.count))
             pages?.noteWritten(segment.gfns)

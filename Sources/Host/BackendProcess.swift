@@ -14,6 +14,9 @@ public final class BackendProcess: Sendable {
         public enum Kind: Sendable, Equatable {
             case control
             case file(path: String, isReadOnly: Bool, queueCount: Int, serial: String, blockBytes: UInt32)
+            /// `store`: an inherited descriptor of the store's file; nil: one that ends with this process.
+            case swap(SwapDisk.Options, store: Int32?)
+            case shared(SharedDisk.Options)
         }
         public enum Endpoint: Sendable, Equatable {
             case path(String)
@@ -71,7 +74,38 @@ public final class BackendProcess: Sendable {
                 kind = .file(
                     path: path, isReadOnly: readOnly == "on", queueCount: try number("queues", in: 1...64, or: 1),
                     serial: take("serial") ?? "quire-file", blockBytes: UInt32(block))
-            default: throw QuireError(.invalid, "--device \(text): unknown type '\(parts[0])', choose control or file")
+            case "swap":
+                guard let size = take("size") else { throw QuireError(.invalid, "--device \(text): size=SIZE is missing") }
+                var swap = SwapDisk.Options(byteCount: try SwapDisk.checkSize(Size.parse(size), "--device: size=\(size)"))
+                swap.queueCount = try number("queues", in: 1...64, or: 1)
+                if let factor = take("overcommit") {
+                    swap.overcommit = try SwapDisk.checkOvercommit(Double(factor), "--device: overcommit=\(factor)")
+                }
+                if let name = take("compression") { swap.compression = try SwapDisk.compression(name) }
+                let awaits = take("awaits-restore") ?? "off"
+                guard awaits == "on" || awaits == "off" else {
+                    throw QuireError(.invalid, "--device: awaits-restore=\(awaits): choose on or off")
+                }
+                swap.awaitsRestore = awaits == "on"
+                let fd = take("tmem-fd")
+                let raw = fd.flatMap { Int32($0) }
+                guard fd == nil || raw ?? -1 >= 0 else { throw QuireError(.invalid, "--device: tmem-fd=\(fd!) is no descriptor") }
+                kind = .swap(swap, store: raw)
+            case "shared":
+                guard let name = take("name") else { throw QuireError(.invalid, "--device \(text): name=DISK is missing") }
+                var shared = SharedDisk.Options(
+                    name: name, path: take("quired") ?? SharedDiskClient.path(besideStore: StoreLink.standardPath()))
+                shared.group = take("group") ?? ""
+                shared.queueCount = try number("queues", in: 1...64, or: 1)
+                if let pages = take("pages"), let id = take("id") {
+                    guard let pages = UInt64(pages), let id = UInt64(id, radix: 16), pages > 0, pages <= 1 << 31 else {
+                        throw QuireError(.invalid, "--device \(text): pages and id are what quire run was told")
+                    }
+                    shared.identity = SharedDiskMessage.Welcome(pages: pages, id: id)
+                }
+                if let token = take("token") { shared.token = UInt64(token, radix: 16) ?? 0 }
+                kind = .shared(shared)
+            default: throw QuireError(.invalid, "--device \(text): unknown type '\(parts[0])', choose control, file, swap or shared")
             }
             if let unknown = options.keys.sorted().first {
                 throw QuireError(.invalid, "--device \(text): unknown option '\(unknown)'")
@@ -152,6 +186,7 @@ public final class BackendProcess: Sendable {
     private let dedup: DedupEngine?
     private let engine: RecycleEngine
     private let disk: ControlDisk
+    private let swap: SwapDisk?
     private let servers: [Server]
     private let links: [String]
     /// Keeps owned RAM alive and its descriptors open.
@@ -169,6 +204,9 @@ public final class BackendProcess: Sendable {
     public init(_ options: Options, logger: Logger) throws(QuireError) {
         guard options.devices.count(where: { $0.kind == .control }) <= 1 else {
             throw QuireError(.invalid, "a VM has one control disk: give --device control once")
+        }
+        guard options.devices.count(where: { if case .swap = $0.kind { true } else { false } }) <= 1 else {
+            throw QuireError(.invalid, "a VM has one swap disk: give --device swap once")
         }
         var files: [OwnedFile] = []
         var links: [String] = []
@@ -215,6 +253,7 @@ public final class BackendProcess: Sendable {
             dedup = nil
         }
         disk = ControlDisk(engine: engine, dedup: dedup, map: map, logger: logger)
+        var swap: SwapDisk?
         var servers: [Server] = []
         for device in options.devices {
             var logger = logger
@@ -228,6 +267,21 @@ public final class BackendProcess: Sendable {
                 let storage = try FileStorage(
                     path: path, isReadOnly: isReadOnly, serial: serial, logicalBlockBytes: blockBytes)
                 block = VirtioBlock(storage: storage, queueCount: queueCount, logger: logger)
+            case .swap(let chosen, let raw):
+                logger[metadataKey: "device"] = "swap"
+                let file: Descriptor
+                if let raw { file = try Self.inherit(raw, "tmem-fd=\(raw)") } else {
+                    file = try Tmem.makeFile(name: "quire-swap")
+                    logger.warning("what the guest swaps dies with this process, and the guest's memory with it: pass tmem-fd=N, as quire run does")
+                }
+                let storage = try SwapDisk(chosen, store: Tmem(file, chosen.store), client: options.name, logger: logger)
+                block = VirtioBlock(storage: storage, queueCount: chosen.queueCount, lifecycle: storage, logger: logger)
+                swap = storage
+            case .shared(let chosen):
+                logger[metadataKey: "device"] = "\(chosen.name)"
+                let log = logger
+                let storage = try SharedDisk(chosen) { log.warning("\($0)") }
+                block = VirtioBlock(storage: storage, queueCount: chosen.queueCount, logger: logger)
             }
             let socket: UnixSocket
             switch device.endpoint {
@@ -240,6 +294,7 @@ public final class BackendProcess: Sendable {
                     features: options.offersMemorySlots ? .supported : .supportedWithoutMemorySlots, pages: lookedUp))
         }
         self.servers = servers
+        self.swap = swap
         frontEnds.set(servers)
         link?.setPeers(Set(servers.compactMap(\.owner)))
         self.links = links
@@ -273,7 +328,7 @@ public final class BackendProcess: Sendable {
         let commands: CommandSocket.Server? =
             if let path = options.commandPath {
                 try CommandSocket.Server(path: path, logger: logger) { [self] request throws(QuireError) in
-                    try carryOut(request)
+                    try carryOut(&request)
                 }
             } else { nil }
         let heart = try JoinableThread("heartbeat") { [self] in beat() }
@@ -316,12 +371,19 @@ public final class BackendProcess: Sendable {
     /// What `quire unmerge` waits for.
     private static let unmergeNanoseconds: UInt64 = 55_000_000_000
 
-    private func carryOut(_ request: String) throws(QuireError) {
-        guard let dedup else { throw QuireError(.unsupported, "nothing is merged: QEMU was started without the agent") }
-        switch request {
-        case "unmerge": try dedup.unmerge(until: monotonicNanoseconds() + Self.unmergeNanoseconds)
-        case "merge": dedup.resume()
-        default: throw QuireError(.unsupported, "this backend does not know the command '\(request)'")
+    private func carryOut(_ request: inout CommandSocket.Request) throws(QuireError) -> String {
+        let words = request.text.split(separator: " ").map(String.init)
+        switch words.first {
+        case "unmerge", "merge":
+            guard let dedup else { throw QuireError(.unsupported, "nothing is merged: QEMU was started without the agent") }
+            if words[0] == "merge" { dedup.resume() } else {
+                try dedup.unmerge(until: monotonicNanoseconds() + Self.unmergeNanoseconds)
+            }
+            return ""
+        case "tmem":
+            guard let swap else { throw QuireError(.unsupported, "it has no transcendent memory: start it with quire run --swap SIZE") }
+            return try TmemCommand(parsing: words.dropFirst()).carryOut(on: swap, &request)
+        default: throw QuireError(.unsupported, "this backend does not know the command '\(request.text)'")
         }
     }
 
@@ -373,6 +435,7 @@ public final class BackendProcess: Sendable {
             let interval = UInt64(min(1000, max(100, options.engine.periodMilliseconds))) * 1_000_000
             while !isEnding.read({ $0 }) {
                 update(page, &rate)
+                if let swap { page.setTmem(swap.snapshot) }
                 if dedup != nil { updateMerging(page, &merging) }
                 page.beat()
                 _ = isEnding.wait(until: monotonicNanoseconds() + interval) { $0 ? () : nil }

@@ -18,9 +18,10 @@ public struct BackendWatch: Sendable {
     public static let calmTick: UInt64 = 400_000_000
     /// A look that comes so much later than it should.
     public static let lateBy: UInt64 = 150_000_000
-    /// For a backend that has not beaten yet.
+    /// For a backend that has not beaten yet, unless it has much to read first.
     public static let startTime: UInt64 = 5_000_000_000
 
+    private let startTime: UInt64
     private let started: UInt64
     private var lastTick: UInt64
     /// Nothing from before counts.
@@ -28,7 +29,8 @@ public struct BackendWatch: Sendable {
     private var lastHeartbeat: UInt64 = 0
     private var changed: UInt64
 
-    public init(startedAt now: UInt64) {
+    public init(startedAt now: UInt64, startTime: UInt64 = Self.startTime) {
+        self.startTime = startTime
         started = now
         lastTick = now
         floor = now
@@ -65,7 +67,7 @@ public struct BackendWatch: Sendable {
         }
         if beat == 0 {
             let waited = now - max(started, floor)
-            return waited >= Self.startTime ? "was not ready after \(waited / 1_000_000) ms" : nil
+            return waited >= startTime ? "was not ready after \(waited / 1_000_000) ms" : nil
         }
         if now - changed >= (claims.isEmpty ? Self.stuckWithoutClaims : Self.stuckAfter) { return "stood still for \((now - changed) / 1_000_000) ms" }
         if let oldest = claims.filter({ $0 >= started && $0 <= now }).min(), now - max(oldest, floor) >= Self.stuckAfter {

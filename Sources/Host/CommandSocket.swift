@@ -2,9 +2,26 @@ import Logging
 import Platform
 
 /// Where `quire` asks the back end of a VM for something: a socket in the VM's folder, which its owner alone can enter. One
-/// message a request, a word; one a reply: nothing if it is done, or one line that says why not.
+/// message a request: words, and descriptors with some. One a reply: `=` and the answer, mostly none, or `!` and one line
+/// that says why not.
 public enum CommandSocket {
     private static let limit = 4096
+    private static let answerLimit = 1 << 17
+    private static let maxDescriptors = 1
+
+    /// What was asked, for the thread that serves it.
+    public struct Request: ~Copyable {
+        public let text: String
+        fileprivate var descriptors = UnixSocket.PassedDescriptors()
+        /// Becomes readable when the server shall end: what takes long gives up then.
+        public let cancel: Int32
+
+        /// The file that came with it.
+        public mutating func takeFile() throws(QuireError) -> Descriptor {
+            guard let file = descriptors.next() else { throw QuireError(.invalid, "'\(text)' comes with a file") }
+            return file
+        }
+    }
 
     /// Serves requests until it is ended.
     public final class Server: Sendable {
@@ -14,7 +31,7 @@ public enum CommandSocket {
         private let thread = Monitor<JoinableThread?>(nil)
 
         public init(
-            path: String, logger: Logger, _ handle: @escaping @Sendable (String) throws(QuireError) -> Void
+            path: String, logger: Logger, _ handle: @escaping @Sendable (inout Request) throws(QuireError) -> String
         ) throws(QuireError) {
             self.path = path
             listener = try UnixSocket.listen(at: path, kind: .messages)
@@ -30,24 +47,26 @@ public enum CommandSocket {
         }
 
         private func serve(
-            _ connection: borrowing UnixSocket, _ logger: Logger, _ handle: (String) throws(QuireError) -> Void
+            _ connection: borrowing UnixSocket, _ logger: Logger, _ handle: (inout Request) throws(QuireError) -> String
         ) {
             // Who says nothing holds up others for a second only.
             guard !waitReadable([connection.descriptor.raw], timeoutMilliseconds: 1000).isEmpty else { return }
-            var none = UnixSocket.PassedDescriptors()
-            guard let bytes = try? connection.receiveMessage(limit: CommandSocket.limit, maxDescriptors: 0, into: &none)
+            var descriptors = UnixSocket.PassedDescriptors()
+            guard
+                let bytes = try? connection.receiveMessage(
+                    limit: CommandSocket.limit, maxDescriptors: CommandSocket.maxDescriptors, into: &descriptors)
             else { return }
-            let request = String(decoding: bytes, as: UTF8.self)
-            var answer = ""
+            var request = Request(
+                text: String(decoding: bytes, as: UTF8.self), descriptors: descriptors, cancel: stop.descriptor.raw)
+            var answer: String
             do throws(QuireError) {
-                try handle(request)
-                logger.info("command \(request): done")
+                answer = "=" + (try handle(&request))
+                logger.info("command \(request.text): done")
             } catch {
-                answer = "\(error)"
-                logger.info("command \(request): \(error)")
+                answer = "!\(error)"
+                logger.info("command \(request.text): \(error)")
             }
-            // A message of no bytes would look like the end of the connection.
-            try? connection.sendMessage(Array("=\(answer)".utf8))
+            try? connection.sendMessage(Array(answer.utf8))
         }
 
         public func end() {
@@ -60,10 +79,12 @@ public enum CommandSocket {
         }
     }
 
-    /// Has a running VM's back end carry out a request; throws what it says.
-    public static func ask(
-        _ request: String, of name: String, in directory: RuntimeDirectory, patienceMilliseconds: Int32 = 60_000
-    ) throws(QuireError) {
+    /// Has a running VM's back end carry out a request; returns its answer, throws what it says. `passing`: a file for it,
+    /// borrowed. `patienceMilliseconds`: -1 is for as long as it takes.
+    @discardableResult public static func ask(
+        _ request: String, of name: String, in directory: RuntimeDirectory, passing: [Int32] = [],
+        patienceMilliseconds: Int32 = 60_000
+    ) throws(QuireError) -> String {
         guard directory.isRunning(name) else {
             throw QuireError(.invalid, "no VM '\(name)' is running: quire status lists those that are")
         }
@@ -71,14 +92,16 @@ public enum CommandSocket {
         do throws(QuireError) { socket = try UnixSocket.connect(to: directory.commandPath(name), kind: .messages) } catch {
             throw QuireError(.busy, "the backend of '\(name)' cannot be reached: try again in a moment", cause: error)
         }
-        try socket.sendMessage(Array(request.utf8))
+        try socket.sendMessage(Array(request.utf8), passing: passing)
         guard !waitReadable([socket.descriptor.raw], timeoutMilliseconds: patienceMilliseconds).isEmpty else {
             throw QuireError(.busy, "the backend of '\(name)' has not answered within \(patienceMilliseconds / 1000) s")
         }
         var none = UnixSocket.PassedDescriptors()
-        guard let bytes = try socket.receiveMessage(limit: limit, maxDescriptors: 0, into: &none), bytes.first == 61 else {
+        guard let bytes = try socket.receiveMessage(limit: answerLimit, maxDescriptors: 0, into: &none), let mark = bytes.first else {
             throw QuireError(.closed, "the backend of '\(name)' went away: try again")
         }
-        guard bytes.count == 1 else { throw QuireError(.busy, "\(name): " + String(decoding: bytes.dropFirst(), as: UTF8.self)) }
+        let text = String(decoding: bytes.dropFirst(), as: UTF8.self)
+        guard mark == UInt8(ascii: "=") else { throw QuireError(.busy, "\(name): \(text)") }
+        return text
     }
 }

@@ -64,6 +64,24 @@ public struct QEMUCommandLine: Sendable, Equatable {
     /// else in its process could notice (accel/tcg: CF_PARALLEL is set for several threads with several CPUs).
     public let isSingleThreadedTCG: Bool
 
+    /// The guest's memory comes from elsewhere (-incoming, -loadvm): what else belongs to it has to, too.
+    public let bringsMemory: Bool
+
+    /// A disk that the backend serves besides the control disk.
+    public struct Disk: Sendable, Equatable {
+        /// Of its chardev; its device's has `-disk` behind it.
+        public let id: String
+        /// Where the backend listens for it.
+        public let socket: String
+        public let queueCount: Int
+        public init(id: String, socket: String, queueCount: Int = 1) {
+            self.id = id
+            self.socket = socket
+            self.queueCount = queueCount
+        }
+    }
+    public static let maxDisks = 7
+
     private enum Word: Sendable, Equatable {
         case text(String)
         /// An argument with RAM file `index`'s path in it.
@@ -76,6 +94,11 @@ public struct QEMUCommandLine: Sendable, Equatable {
     public static let controlID = "quire-control"
     public static let controlDiskID = "quire-control-disk"
     public static let portID = "quire-port"
+    public static let swapID = "quire-swap"
+    public static func sharedID(_ number: Int) -> String { "quire-shared-\(number)" }
+    private static func isOurs(_ id: String) -> Bool {
+        [controlID, controlDiskID, portID].contains(id) || id.hasPrefix(swapID) || id.hasPrefix("quire-shared-")
+    }
 
     /// Stands for a descriptor's number in an argument; no user's argument can have it, since argv ends at zeros.
     private static let mark = "\u{1}quire-fd\u{1}"
@@ -112,9 +135,10 @@ public struct QEMUCommandLine: Sendable, Equatable {
     /// - Parameters:
     ///   - arguments: argv, with QEMU's program in front.
     ///   - controlSocket: where the backend listens.
+    ///   - disks: at most `maxDisks`.
     ///   - version: of that QEMU; nil counts as an old one.
     public init(
-        _ arguments: [String], controlSocket: String, version: Version?, environment: Environment = .host
+        _ arguments: [String], controlSocket: String, disks: [Disk] = [], version: Version?, environment: Environment = .host
     ) throws(QuireError) {
         guard let program = arguments.first else {
             throw QuireError(.invalid, "no QEMU command: put it behind --, as in: quire run -- qemu-system-x86_64 -m 2G …")
@@ -136,6 +160,7 @@ public struct QEMUCommandLine: Sendable, Equatable {
             throw QuireError(
                 .unsupported, "-machine \(key)= encrypts guest RAM, so that the host cannot take pages back: remove it or run QEMU without quire")
         }
+        bringsMemory = options.contains { $0.name == "incoming" || $0.name == "loadvm" }
         isSingleThreadedTCG = try Self.isSingleThreadedTCG(options, machine["accel"])
         let layout = try Self.memory(options, machine)
         var words = arguments.map(Word.text)
@@ -165,7 +190,11 @@ public struct QEMUCommandLine: Sendable, Equatable {
         let reconnect = version.map { $0 >= Version(9, 2) } == true ? "reconnect-ms=100" : "reconnect=1"
         let path = QEMUOptions.escape(controlSocket)
         words += [.text("-chardev"), .text("socket,id=\(Self.controlID),path=\(path),\(reconnect)")]
-        words += try Self.controlDisk(machine: machine.type, options).map(Word.text)
+        for disk in disks {
+            let path = QEMUOptions.escape(disk.socket)
+            words += [.text("-chardev"), .text("socket,id=\(disk.id),path=\(path),\(reconnect)")]
+        }
+        words += try Self.ownDisks(machine: machine.type, disks, options).map(Word.text)
 
         self.words = words
         ramFiles = files
@@ -258,8 +287,8 @@ public struct QEMUCommandLine: Sendable, Equatable {
                     throw QuireError(
                         .unsupported, "-device \(driver) pins guest RAM for DMA, so that recycled pages would be lost to the device: remove it or run QEMU without quire")
                 }
-                if [controlDiskID, portID].contains(device["id"]) {
-                    throw QuireError(.invalid, "the id \(device["id"]!) is Quire's own: give your -device another id")
+                if let id = device["id"], isOurs(id) {
+                    throw QuireError(.invalid, "the id \(id) is Quire's own: give your -device another id")
                 }
             case "netdev", "nic":
                 let net = try QEMUOptions(option.value, implied: "type")
@@ -268,8 +297,8 @@ public struct QEMUCommandLine: Sendable, Equatable {
                         .unsupported, "-\(option.name) vhost-vdpa pins guest RAM for DMA, so that recycled pages would be lost to the device: use another network or run QEMU without quire")
                 }
             case "chardev":
-                if try QEMUOptions(option.value, implied: "backend")["id"] == controlID {
-                    throw QuireError(.invalid, "the id \(controlID) is Quire's own: give your -chardev another id")
+                if let id = try QEMUOptions(option.value, implied: "backend")["id"], isOurs(id) {
+                    throw QuireError(.invalid, "the id \(id) is Quire's own: give your -chardev another id")
                 }
             case "readconfig":
                 guard let text = environment.readFile(option.value) else { continue }
@@ -438,21 +467,32 @@ public struct QEMUCommandLine: Sendable, Equatable {
         return object.text.replacing("\\u0001quire-fd\\u0001", with: mark)
     }
 
-    // MARK: The control disk
+    // MARK: Disks of ours
 
-    /// The control disk, where it comes after every disk of the user's: guests name disks in the order in which they
+    /// The control disk, and the others right behind it, where they come after every disk of the user's: guests name disks in the order in which they
     /// find them, and firmware must not meet it first (its 4 KiB blocks are none that SeaBIOS boots from anyway).
     ///
     /// pc and q35: guests look at the slots of the first bus in order, and QEMU fills free slots from below (`-drive
     /// if=virtio` too, which it creates after every -device), so the highest free slot. Buses behind bridges come after
     /// the whole first bus, in the order of the bridges: with bridges, a bridge of our own in that slot.
+    /// The others are further functions of the same slot.
     /// microvm: transports are found from the highest down, which is also how QEMU fills them: so the lowest.
-    private static func controlDisk(machine: String, _ options: [Option]) throws(QuireError) -> [String] {
+    private static func ownDisks(machine: String, _ disks: [Disk], _ options: [Option]) throws(QuireError) -> [String] {
         var devices: [QEMUOptions] = []
         for option in options where option.name == "device" {
             devices.append(try QEMUOptions(option.value, implied: "driver"))
         }
         let tail = "chardev=\(controlID),num-queues=1,id=\(controlDiskID)"
+        let others = disks.map { "chardev=\($0.id),num-queues=\($0.queueCount),id=\($0.id)-disk" }
+        guard others.count <= maxDisks else {
+            throw QuireError(.invalid, "there is room for \(maxDisks) disks of Quire's: give fewer --shared-disk")
+        }
+        // `place`: of a PCI device, without its function.
+        func together(_ place: String) -> [String] {
+            if others.isEmpty { return ["-device", "vhost-user-blk-pci,\(tail),\(place)"] }
+            return ["-device", "vhost-user-blk-pci,\(tail),\(place).0,multifunction=on"]
+                + others.enumerated().flatMap { ["-device", "vhost-user-blk-pci,\($1),\(place).\($0 + 1)"] }
+        }
         switch machine {
         case "isapc", "none":
             throw QuireError(
@@ -460,11 +500,13 @@ public struct QEMUCommandLine: Sendable, Equatable {
         case "microvm":
             let taken = Set(devices.compactMap { $0["bus"] })
             // 8 transports, or 24 with a second I/O APIC.
-            guard let bus = (0..<8).map({ "virtio-mmio-bus.\($0)" }).first(where: { !taken.contains($0) }) else {
+            let free = (0..<8).map { "virtio-mmio-bus.\($0)" }.filter { !taken.contains($0) }
+            guard free.count > others.count else {
+                let count = others.isEmpty ? "one" : "\(others.count + 1)"
                 throw QuireError(
-                    .invalid, "there is no virtio-mmio bus left for Quire's control disk: leave one of virtio-mmio-bus.0 to .7 free")
+                    .invalid, "there is no virtio-mmio bus left for Quire's disks: leave \(count) of virtio-mmio-bus.0 to .7 free")
             }
-            return ["-device", "vhost-user-blk,\(tail),bus=\(bus)"]
+            return zip([tail] + others, free[...others.count].reversed()).flatMap { ["-device", "vhost-user-blk,\($0),bus=\($1)"] }
         default:
             break
         }
@@ -485,14 +527,14 @@ public struct QEMUCommandLine: Sendable, Equatable {
         let hasBridge = devices.contains { bridges.contains($0["driver"] ?? "") }
         guard isQ35 || machine.hasPrefix("pc") else {
             // A machine that we do not know: QEMU finds its PCI bus, or says that it has none.
-            return ["-device", "vhost-user-blk-pci,\(tail),addr=\(addr)"]
+            return together("addr=\(addr)")
         }
         let root = isQ35 ? "pcie.0" : "pci.0"
-        guard hasBridge else { return ["-device", "vhost-user-blk-pci,\(tail),bus=\(root),addr=\(addr)"] }
+        guard hasBridge else { return together("bus=\(root),addr=\(addr)") }
         let bridge = isQ35
             ? "pcie-root-port,id=\(portID),bus=\(root),addr=\(addr),chassis=250,slot=250,hotplug=off"
             : "pci-bridge,id=\(portID),bus=\(root),addr=\(addr),chassis_nr=250,shpc=off"
         // With hotplug off, slot 0 of a pci-bridge without SHPC is usable as well; 1 is always.
-        return ["-device", bridge, "-device", "vhost-user-blk-pci,\(tail),bus=\(portID),addr=\(isQ35 ? "0" : "1")"]
+        return ["-device", bridge] + together("bus=\(portID),addr=\(isQ35 ? "0" : "1")")
     }
 }

@@ -6,6 +6,8 @@ import Platform
 ///     BASE/NAME/lock          held locked for the VM's life; its text says who holds it
 ///     BASE/NAME/status        the status page
 ///     BASE/NAME/control.sock  where QEMU reaches the backend
+///     BASE/NAME/swap.sock     the same for its swap disk, if it has one
+///     BASE/NAME/shared-N.sock the same for its shared disks
 ///     BASE/NAME/agent.sock    where the agent in QEMU does
 ///     BASE/NAME/command.sock  where `quire` reaches the backend
 ///
@@ -63,6 +65,7 @@ public struct RuntimeDirectory: Sendable, Equatable {
     public func folder(_ name: String) -> String { base + "/" + name }
     public func commandPath(_ name: String) -> String { folder(name) + "/command.sock" }
     public func statusPath(_ name: String) -> String { folder(name) + "/status" }
+    func sharedSocketPath(_ name: String, _ number: Int) -> String { folder(name) + "/shared-\(number).sock" }
     func lockPath(_ name: String) -> String { folder(name) + "/lock" }
 
     /// Makes the base if it is missing.
@@ -112,6 +115,8 @@ public struct RuntimeDirectory: Sendable, Equatable {
             guard try Files.identity(of: lockPath(name)) == lock.status().identity else { continue }
             Files.remove(folder(name) + "/status")
             Files.remove(folder(name) + "/control.sock")
+            Files.remove(folder(name) + "/swap.sock")
+            for number in 0..<QEMUCommandLine.maxDisks { Files.remove(sharedSocketPath(name, number)) }
             Files.remove(folder(name) + "/agent.sock")
             Files.remove(folder(name) + "/command.sock")
             try lock.replaceContent("\(ProcessCalls.ownPID)\n")
@@ -151,6 +156,8 @@ public struct RuntimeDirectory: Sendable, Equatable {
 
         public var statusPath: String { directory.statusPath(name) }
         public var controlSocketPath: String { directory.folder(name) + "/control.sock" }
+        public func sharedSocketPath(_ number: Int) -> String { directory.sharedSocketPath(name, number) }
+        public var swapSocketPath: String { directory.folder(name) + "/swap.sock" }
         public var agentSocketPath: String { directory.folder(name) + "/agent.sock" }
 
         /// Notes a further process that keeps the VM running.
@@ -158,10 +165,12 @@ public struct RuntimeDirectory: Sendable, Equatable {
             try lock.replaceContent("\(ProcessCalls.ownPID)\n\(pid)\n")
         }
 
-        /// Removes what we made: the four files, and the folder if nobody put anything else there.
+        /// Removes what we made: the files, and the folder if nobody put anything else there.
         public consuming func remove() {
             Files.remove(statusPath)
             Files.remove(controlSocketPath)
+            Files.remove(swapSocketPath)
+            for number in 0..<QEMUCommandLine.maxDisks { Files.remove(sharedSocketPath(number)) }
             Files.remove(agentSocketPath)
             Files.remove(directory.commandPath(name))
             // The lock's file goes last, while it is still locked: whoever opened it meanwhile sees that it is gone.

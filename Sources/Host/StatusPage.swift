@@ -1,4 +1,5 @@
 import CQuireLayout
+import Engines
 import Glibc
 import Platform
 
@@ -59,6 +60,72 @@ public struct MergeSnapshot: Sendable, Equatable {
     }
 }
 
+/// A pool of transcendent memory, as a status page has it. `struct quire_status_pool`.
+public struct PoolSnapshot: Sendable, Equatable {
+    /// Up to 63 bytes.
+    public var name = ""
+    public var isPersistent = false
+    public var isShared = false
+    public var pages: UInt64 = 0
+    /// 0: no limit.
+    public var capacityPages: UInt64 = 0
+    /// Its share of what contents take.
+    public var storedBytes: UInt64 = 0
+    public var puts: UInt64 = 0
+    public var putsFailed: UInt64 = 0
+    public var hits: UInt64 = 0
+    public var misses: UInt64 = 0
+    public var flushes: UInt64 = 0
+    public var evictions: UInt64 = 0
+    public init() {}
+
+    public init(of pool: TmemPool) {
+        let statistics = pool.statistics
+        name = pool.name
+        isPersistent = pool.attributes.kind == .persistent
+        isShared = pool.attributes.scope == .shared
+        pages = statistics.pages
+        capacityPages = pool.attributes.capacityPages ?? 0
+        storedBytes = statistics.storedBytes
+        puts = statistics.puts
+        putsFailed = statistics.putsFailed
+        hits = statistics.hits
+        misses = statistics.misses
+        flushes = statistics.flushes
+        evictions = statistics.evictions
+    }
+
+    /// The numbers of 64 bits, in the order of the layout, from `pages` on.
+    static var order: [WritableKeyPath<PoolSnapshot, UInt64>] {
+        [\.pages, \.capacityPages, \.storedBytes, \.puts, \.putsFailed, \.hits, \.misses, \.flushes, \.evictions]
+    }
+}
+
+/// What a status page says of transcendent memory.
+public struct TmemSnapshot: Sendable, Equatable {
+    /// There is a store.
+    public var isPresent = false
+    public var isFrozen = false
+    public var usedBytes: UInt64 = 0
+    public var metadataBytes: UInt64 = 0
+    /// 0: no limit.
+    public var capBytes: UInt64 = 0
+    /// At most `StatusPage.maxPools` are shown.
+    public var pools: [PoolSnapshot] = []
+    public var reason = ""
+    public init() {}
+
+    /// All but the pools.
+    public init(of store: Tmem) {
+        let usage = store.usage
+        isPresent = true
+        isFrozen = store.isFrozen
+        usedBytes = usage.usedBytes
+        metadataBytes = usage.metadataBytes
+        capBytes = store.cap ?? 0
+    }
+}
+
 /// A copy of a status page: `struct quire_status`, by value.
 public struct StatusSnapshot: Sendable, Equatable {
     /// Of the backend; 0 while none has ever written the page.
@@ -83,6 +150,7 @@ public struct StatusSnapshot: Sendable, Equatable {
     public var reason = ""
     public var name = ""
     public var merging = MergeSnapshot()
+    public var tmem = TmemSnapshot()
 
     public init() {}
 }
@@ -127,6 +195,17 @@ public enum StatusPage {
     static let mergeNumbersAt = offset(\.sharing_pages)
     static let histogramAt = offset(\.group_histogram)
     static let mergeReasonAt = offset(\.merge_reason)
+    static let tmemFlagsAt = offset(\.tmem_flags)
+    static let tmemPoolCountAt = offset(\.tmem_pool_count)
+    static let tmemUsedAt = offset(\.tmem_used_bytes)
+    static let tmemMetadataAt = offset(\.tmem_metadata_bytes)
+    static let tmemCapAt = offset(\.tmem_cap_bytes)
+    static let tmemPoolsAt = offset(\.tmem_pools)
+    static let tmemReasonAt = offset(\.tmem_reason)
+    public static let maxPools = Int(QUIRE_STATUS_POOLS)
+    static let poolNameBytes = 64
+    static let poolFlagsAt = MemoryLayout<quire_status_pool>.offset(of: \.flags)!
+    static let poolNumbersAt = MemoryLayout<quire_status_pool>.offset(of: \.pages)!
 
     static func snapshot(_ page: borrowing Mapping) -> StatusSnapshot {
         var s = StatusSnapshot()
@@ -157,6 +236,25 @@ public enum StatusPage {
             s.merging.groupHistogram[index] = page.load64(histogramAt + 8 * index)
         }
         s.merging.reason = page.loadText(mergeReasonAt, capacity: reasonBytes)
+        let flags = page.load32(tmemFlagsAt)
+        s.tmem.isPresent = flags & 1 != 0
+        s.tmem.isFrozen = flags & 2 != 0
+        s.tmem.usedBytes = page.load64(tmemUsedAt)
+        s.tmem.metadataBytes = page.load64(tmemMetadataAt)
+        s.tmem.capBytes = page.load64(tmemCapAt)
+        s.tmem.reason = page.loadText(tmemReasonAt, capacity: reasonBytes)
+        for index in 0..<min(maxPools, Int(page.load32(tmemPoolCountAt))) {
+            let at = tmemPoolsAt + index * MemoryLayout<quire_status_pool>.stride
+            var pool = PoolSnapshot()
+            pool.name = page.loadText(at, capacity: poolNameBytes)
+            let flags = page.load32(at + poolFlagsAt)
+            pool.isPersistent = flags & 1 != 0
+            pool.isShared = flags & 2 != 0
+            for (number, field) in PoolSnapshot.order.enumerated() {
+                pool[keyPath: field] = page.load64(at + poolNumbersAt + 8 * number)
+            }
+            s.tmem.pools.append(pool)
+        }
         return s
     }
 
@@ -197,6 +295,7 @@ public enum StatusPage {
             page.store64(restartsAt, restarts)
             page.storeText(reasonAt, capacity: reasonBytes, "")
             setMerging(MergeSnapshot())
+            setTmem(TmemSnapshot())
             page.storeText(nameAt, capacity: nameBytes, name)
             page.store32(versionAt, UInt32(QUIRE_STATUS_VERSION))
             page.copyIn(magicAt, magic)
@@ -237,6 +336,23 @@ public enum StatusPage {
             }
             for (index, value) in merging.groupHistogram.enumerated() { page.store64(histogramAt + 8 * index, value) }
             page.store32(mergeStateAt, merging.state.rawValue)
+        }
+        public borrowing func setTmem(_ tmem: TmemSnapshot) {
+            let pools = tmem.pools.prefix(maxPools)
+            for (index, pool) in pools.enumerated() {
+                let at = tmemPoolsAt + index * MemoryLayout<quire_status_pool>.stride
+                page.storeText(at, capacity: poolNameBytes, pool.name)
+                page.store32(at + poolFlagsAt, (pool.isPersistent ? 1 : 0) | (pool.isShared ? 2 : 0))
+                for (number, field) in PoolSnapshot.order.enumerated() {
+                    page.store64(at + poolNumbersAt + 8 * number, pool[keyPath: field])
+                }
+            }
+            page.store64(tmemUsedAt, tmem.usedBytes)
+            page.store64(tmemMetadataAt, tmem.metadataBytes)
+            page.store64(tmemCapAt, tmem.capBytes)
+            page.storeText(tmemReasonAt, capacity: reasonBytes, tmem.reason)
+            page.store32(tmemPoolCountAt, UInt32(pools.count))
+            page.store32(tmemFlagsAt, (tmem.isPresent ? 1 : 0) | (tmem.isFrozen ? 2 : 0))
         }
         public borrowing func setUpdated(nanoseconds: UInt64) { page.store64(updatedAt, nanoseconds) }
     }

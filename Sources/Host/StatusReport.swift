@@ -46,6 +46,7 @@ public struct StatusReport: Sendable, Equatable, Codable {
     /// Since the backend last wrote these numbers.
     public var ageMilliseconds: UInt64 = 0
     public var merging = Merging()
+    public var tmem = Tmem()
 
     /// Equal pages that are kept once. Encoded as an object of its own; pages have 4096 bytes.
     public struct Merging: Sendable, Equatable, Codable {
@@ -126,7 +127,7 @@ public struct StatusReport: Sendable, Equatable, Codable {
     }
 
     enum CodingKeys: String, CodingKey {
-        case name, state, reason, pid, waits, restarts, merging
+        case name, state, reason, pid, waits, restarts, merging, tmem
         case ramBytes = "ram_bytes"
         case residentBytes = "resident_bytes"
         case recycledPages = "recycled_pages"
@@ -179,6 +180,7 @@ public struct StatusReport: Sendable, Equatable, Codable {
         mapBytes = page.mapBytes
         restarts = page.restarts
         merging = Merging(page.merging)
+        tmem = Tmem(page.tmem)
         ageMilliseconds = now > page.updatedNanoseconds ? (now - page.updatedNanoseconds) / 1_000_000 : 0
         if pid == 0 {
             state = .starting
@@ -226,6 +228,17 @@ public struct StatusReport: Sendable, Equatable, Codable {
         return String(decoding: (try? encoder.encode(reports)) ?? Data(), as: UTF8.self)
     }
 
+    /// Only names and what is said of transcendent memory.
+    public static func tmemJSON(_ reports: [StatusReport]) -> String {
+        struct Entry: Encodable {
+            let name: String
+            let tmem: Tmem
+        }
+        let encoder = JSONEncoder()
+        encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
+        return String(decoding: (try? encoder.encode(reports.map { Entry(name: $0.name, tmem: $0.tmem) })) ?? Data(), as: UTF8.self)
+    }
+
     /// The reports that `json` wrote.
     public static func parse(json text: String) throws(QuireError) -> [StatusReport] {
         do { return try JSONDecoder().decode([StatusReport].self, from: Data(text.utf8)) } catch {
@@ -265,11 +278,31 @@ public struct StatusReport: Sendable, Equatable, Codable {
         ]
     }
 
+    private static let poolColumns: Columns = [
+        ("NAME", false), ("POOL", false), ("KIND", false), ("PAGES", true), ("BYTES", true), ("LIMIT", true), ("STORED", true),
+        ("RATIO", true), ("HITS", true), ("MISSES", true), ("EVICTED", true), ("FAILED", true),
+    ]
+
+    private func cells(of pool: Tmem.Pool) -> [String] {
+        [
+            name, pool.name, pool.kind + (pool.scope == "shared" ? ", shared" : ""), "\(pool.pages)", Size.text(pool.bytes),
+            pool.capacityBytes == 0 ? "-" : Size.text(pool.capacityBytes), Size.text(pool.storedBytes),
+            pool.ratio.map { Size.decimal($0, digits: 1) } ?? "-", "\(pool.hits)", "\(pool.misses)", "\(pool.evictions)",
+            "\(pool.putsFailed)",
+        ]
+    }
+
+    /// The pools of all of them; no lines where there are none.
+    public static func poolTable(_ reports: [StatusReport], colours: Bool) -> [String] {
+        let rows = reports.flatMap { report in report.tmem.pools.map(report.cells(of:)) }
+        return rows.isEmpty ? [] : aligned(poolColumns, rows, colours: colours) { _, _, cell in cell }
+    }
+
     private static func rate(_ pagesPerSecond: Double) -> String {
         Size.text(UInt64(max(0, pagesPerSecond) * 4096)) + "/s"
     }
 
-    /// The VMs, then what is merged of them, each as lines of aligned columns; then what each has to say about itself, and
+    /// The VMs, then what is merged of them, then their pools of transcendent memory, each as lines of aligned columns; then what each has to say about itself, and
     /// how often pages of the store are used.
     public static func table(_ reports: [StatusReport], colours: Bool) -> String {
         var lines = aligned(columns, reports.map(\.cells), colours: colours) { row, column, cell in
@@ -280,6 +313,8 @@ public struct StatusReport: Sendable, Equatable, Codable {
             lines.append("")
             lines += aligned(mergeColumns, merged.map(\.mergeCells), colours: colours) { _, _, cell in cell }
         }
+        let pools = poolTable(reports.filter { $0.pid != 0 }, colours: colours)
+        if !pools.isEmpty { lines += [""] + pools }
         var notes: [String] = []
         for report in reports where !report.reason.isEmpty && report.state != .active {
             notes.append("\(report.name): \(report.reason)")
@@ -287,13 +322,16 @@ public struct StatusReport: Sendable, Equatable, Codable {
         for report in merged where !report.merging.reason.isEmpty && report.merging.state != .idle {
             notes.append("\(report.name): merging: \(report.merging.reason)")
         }
+        for report in reports where !report.tmem.reason.isEmpty {
+            notes.append("\(report.name): tmem: \(report.tmem.reason)")
+        }
         // VMs of one group say the same, give or take the moment at which each has asked.
         if let group = merged.map(\.merging).max(by: { $0.groupSharingPages < $1.groupSharingPages }),
             group.groupSharedPages > 0
         {
             notes.append(group.uses)
         }
-        if !merged.isEmpty, !notes.isEmpty { lines.append("") }
+        if !(merged.isEmpty && pools.isEmpty), !notes.isEmpty { lines.append("") }
         return (lines + notes).joined(separator: "\n")
     }
 

@@ -1,3 +1,4 @@
+import Engines
 import Glibc
 import Platform
 
@@ -33,6 +34,10 @@ public struct Supervisor: ~Copyable {
             public var group = ""
             public init(agentPath: String) { self.agentPath = agentPath }
         }
+        /// The swap disk; nil: none. `awaitsRestore` follows from QEMU's arguments.
+        public var swap: SwapDisk.Options?
+        /// Disks that it shares with others. Their identity and token are found out here.
+        public var sharedDisks: [SharedDisk.Options] = []
         /// QEMU's program and arguments.
         public var arguments: [String]
         /// One line for the user.
@@ -56,6 +61,9 @@ public struct Supervisor: ~Copyable {
     private let ram: DescriptorList
     private let pageMap: PageMapFile
     private let control: UnixSocket
+    private let swap: SwapParts?
+    /// Where QEMU connects to the shared disks, in order.
+    private let sharedSockets: DescriptorList
     private let status: StatusPage.Supervisor
     private let lifelineReader: Descriptor
     /// Its end of file tells a backend that nobody watches it any more. No child has it.
@@ -64,6 +72,22 @@ public struct Supervisor: ~Copyable {
     private let statusPath: String
     private let agentSocketPath: String
     private let commandPath: String
+
+    /// What has to outlive a backend: the store's file and the socket.
+    private struct SwapParts: ~Copyable {
+        let options: SwapDisk.Options
+        let store: Descriptor
+        let socket: UnixSocket
+
+        static func make(
+            _ options: SwapDisk.Options?, _ claim: borrowing RuntimeDirectory.Claim
+        ) throws(QuireError) -> SwapParts? {
+            guard let options else { return nil }
+            let store = try Tmem.makeFile(name: "quire-\(claim.name)-swap")
+            let socket = try UnixSocket.listen(at: claim.swapSocketPath)
+            return SwapParts(options: options, store: store, socket: socket)
+        }
+    }
 
     private var backend: ChildProcess?
     private var watch = BackendWatch(startedAt: 0)
@@ -96,7 +120,18 @@ public struct Supervisor: ~Copyable {
         let name = configuration.name ?? QEMUCommandLine.vmName(configuration.arguments) ?? "qemu-\(ProcessCalls.ownPID)"
         try RuntimeDirectory.checkName(name)
         let command = try QEMUCommandLine(
-            configuration.arguments, controlSocket: directory.folder(name) + "/control.sock", version: version)
+            configuration.arguments, controlSocket: directory.folder(name) + "/control.sock",
+            disks: (configuration.swap.map { [.init(id: QEMUCommandLine.swapID, socket: directory.folder(name) + "/swap.sock", queueCount: $0.queueCount)] } ?? [])
+                + configuration.sharedDisks.enumerated().map {
+                    .init(id: QEMUCommandLine.sharedID($0), socket: directory.sharedSocketPath(name, $0), queueCount: $1.queueCount)
+                },
+            version: version)
+        var configuration = configuration
+        for index in configuration.sharedDisks.indices {
+            try configuration.sharedDisks[index].ask()
+            configuration.sharedDisks[index].token = UInt64.random(in: 1 ... .max)
+        }
+        if command.bringsMemory { configuration.swap?.awaitsRestore = true }
 
         let claim = try directory.claim(name)
         let result: Int32
@@ -131,11 +166,18 @@ public struct Supervisor: ~Copyable {
         }
         let map = try PageMapFile(name: "quire-\(claim.name)-map")
         let socket = try UnixSocket.listen(at: claim.controlSocketPath)
+        var sockets = DescriptorList()
+        for number in configuration.sharedDisks.indices {
+            sockets.append(try UnixSocket.listen(at: claim.sharedSocketPath(number)).takeDescriptor())
+        }
+        let swapParts = try SwapParts.make(configuration.swap, claim)
         let page = try StatusPage.Supervisor(path: claim.statusPath)
         var pipe = try Pipe()
         ram = list
         pageMap = map
         control = socket
+        swap = swapParts
+        sharedSockets = sockets
         status = page
         lifelineReader = pipe.takeReader()
         lifelineWriter = pipe.takeWriter()
@@ -159,6 +201,18 @@ public struct Supervisor: ~Copyable {
             options.passing.append(.init(from: raw, to: Int32(6 + index)))
             arguments += ["--ram", "fd=\(6 + index)"]
         }
+        switch swap {
+        case .some(let swap):
+            let first = Int32(6 + ram.raw.count)
+            options.passing += [.init(from: swap.socket.descriptor.raw, to: first), .init(from: swap.store.raw, to: first + 1)]
+            arguments += ["--device", swap.options.device("fd=\(first)", store: first + 1)]
+        case .none: break
+        }
+        let firstShared = Int32(8 + ram.raw.count)
+        for (index, shared) in configuration.sharedDisks.enumerated() {
+            options.passing.append(.init(from: sharedSockets.raw[index], to: firstShared + Int32(index)))
+            arguments += ["--device", shared.device("fd=\(firstShared + Int32(index))")]
+        }
         arguments += [
             "--page-map-fd", "4", "--status", statusPath, "--supervisor-fd", "5",
             "--period", "\(configuration.periodMilliseconds)ms", "--workers", "\(configuration.workers)",
@@ -178,7 +232,9 @@ public struct Supervisor: ~Copyable {
         if singleThreadedTCG { arguments.append("--single-threaded-tcg") }
         backend = try ChildProcess(arguments, options)
         backendStarted = now
-        watch = BackendWatch(startedAt: now)
+        // It finds its pages again before it serves: a second a GiB is ample.
+        let more = (configuration.swap?.byteCount ?? 0) >> 30 * 1_000_000_000
+        watch = BackendWatch(startedAt: now, startTime: BackendWatch.startTime + more)
     }
 
     /// Looks after the backend once.

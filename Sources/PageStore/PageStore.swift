@@ -173,7 +173,13 @@ public final class PageStore: Sendable {
         }
     }
 
-    private func group(_ name: String, uid: UInt32) throws(QuireError) -> String {
+    /// Whether VMs can be of this group.
+    package func knows(group name: String) -> Bool {
+        configuration.groups[name] != nil || name.hasPrefix("owner-") && UInt32(name.dropFirst(6)) != nil
+    }
+
+    /// The group that a user's VM is of, which it has named or not.
+    package func group(_ name: String, uid: UInt32) throws(QuireError) -> String {
         if name.isEmpty || name == Self.ownGroup(uid) { return Self.ownGroup(uid) }
         guard isStoreName(name), let users = configuration.groups[name] else {
             throw QuireError(

@@ -13,6 +13,10 @@ public struct QuireError: Error, CustomStringConvertible, Sendable {
         case busy
         /// The peer went away.
         case closed
+        /// There is no room for it, or a limit that was set forbids it.
+        case noSpace
+        /// It cannot be done at this moment, and nothing was done: whoever asked asks again.
+        case retry
         /// A guest broke the protocol of its table or its rings.
         case guest
     }

@@ -14,6 +14,8 @@ public struct UnixSocket: ~Copyable, Sendable {
 
     public init(adopting descriptor: consuming Descriptor) { self.descriptor = descriptor }
 
+    public consuming func takeDescriptor() -> Descriptor { descriptor }
+
     public static func connect(to path: String, kind: Kind = .stream) throws(QuireError) -> UnixSocket {
         let raw = unsafe cp_unix_connect(path, kind.type)
         guard raw >= 0 else { throw .system("cannot connect to \(path)") }

@@ -16,7 +16,8 @@ public protocol VhostUserDevice: AnyObject, Sendable {
     func writeConfiguration(offset: Int, _ bytes: [UInt8]) throws(QuireError)
 
     /// Answers one request; returns how many bytes it stored in the chain's writable part. Throw `.guest` where the
-    /// request breaks the protocol: the ring is stopped. `features` are those that the driver has accepted.
+    /// request breaks the protocol: the ring is stopped; `.retry`, within 100 ms, where it has to wait for somebody: it is
+    /// called again, unless the ring shall stop. `features` are those that the driver has accepted.
     func process(_ chain: DescriptorChain, queue: Int, features: VirtioFeatures) throws(QuireError) -> UInt32
 
     /// Who else works on guest memory while the device runs.

@@ -105,6 +105,9 @@ final class InflightRegion: Sendable {
             region.mapping.store8(entry(head), 1)
         }
 
+        /// It was not answered, and is to be taken from the ring again.
+        func giveBack(_ head: UInt16) { region.mapping.store8(entry(head), 0) }
+
         /// Before the used index is stored.
         func willComplete(_ head: UInt16) { region.mapping.store16(base + lastBatchHeadOffset, head) }
 

@@ -86,11 +86,11 @@ public final class VirtioBlock: VhostUserDevice {
                 // A driver that cannot flush (firmware, boot loaders) relies on what it wrote as soon as it is answered
                 // (section 5.2.6.2).
                 if type == .write || type == .writeZeroes, !features.contains(.blockFlush) { try storage.flush() }
-            } catch {
+            } catch where error.code != .retry {
                 status = error.code == .unsupported ? .unsupported : .ioError
                 logger.debug("block request \(type.map { "\($0)" } ?? "of an unknown type") at sector \(sector): \(error)")
             }
-        } catch {
+        } catch where error.code != .retry {
             status = .ioError
             logger.error("a block request cannot be read: \(error)")
         }

@@ -153,23 +153,43 @@ private final class RingRunner: Sendable {
         // exchanged. A guest that sleeps would sleep for ever; one interrupt too many does no harm.
         wires.signalCall()
         var counter: UInt64 = 0
-        func answer(_ ring: inout SplitRing, _ chain: DescriptorChain) throws(QuireError) {
-            let written = try device.process(chain, queue: index, features: features)
+        // False: the ring has to stop, and the request is nobody's yet.
+        func answer(_ ring: inout SplitRing, _ chain: DescriptorChain) throws(QuireError) -> Bool {
+            var written: UInt32
+            while true {
+                do throws(QuireError) {
+                    written = try device.process(chain, queue: index, features: features)
+                    break
+                } catch {
+                    guard error.code == .retry else { throw error }
+                    if isStopping { return false }
+                }
+            }
             // What was read or written may not have been guest memory: then nobody answers for it. The request stays in
             // flight, and a new connection runs it again.
-            if alarm.isRaised { return }
+            if alarm.isRaised { return true }
             inflight?.willComplete(chain.head)
             ring.push(head: chain.head, written: written)
             inflight?.didComplete(chain.head, usedIndex: ring.nextUsed)
             if ring.needsNotification() { wires.signalCall() }
+            return true
+        }
+        // Those that were taken and not answered are taken again, by whoever serves the ring next: requests are answered in
+        // the order of the ring, so they are the ones behind the last that was used.
+        func giveBack(_ ring: inout SplitRing, _ heads: some Sequence<UInt16>) {
+            if alarm.isRaised { return }
+            for head in heads { inflight?.giveBack(head) }
+            ring.nextAvailable = ring.nextUsed
         }
         if isStopping { return }
-        for head in leftOver where !alarm.isRaised { try answer(&ring, try ring.chain(head: head)) }
+        for (done, head) in leftOver.enumerated() where !alarm.isRaised {
+            guard try answer(&ring, try ring.chain(head: head)) else { return giveBack(&ring, leftOver[done...]) }
+        }
         while !isStopping {
             while !isStopping, let chain = try ring.pop() {
                 counter += 1
                 inflight?.begin(chain.head, counter: counter)
-                try answer(&ring, chain)
+                guard try answer(&ring, chain) else { return giveBack(&ring, [chain.head]) }
             }
             ring.setNotifications(true)
             if ring.hasAvailable { continue }

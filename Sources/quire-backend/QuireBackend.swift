@@ -36,7 +36,8 @@ struct QuireBackend: ParsableCommand {
         help: ArgumentHelp(
             """
             A device: control,socket=PATH or file,socket=PATH,path=IMAGE[,read-only=on][,queues=N][,serial=S]\
-            [,block=512|4096]. fd=N instead of socket=PATH takes an inherited socket. Repeatable.
+            [,block=512|4096] or swap,socket=PATH,size=SIZE[,tmem-fd=N][,queues=N][,overcommit=FACTOR]\
+            [,compression=lz4|zstd|zstd:LEVEL][,awaits-restore=on]. fd=N instead of socket=PATH takes an inherited socket. Repeatable.
             """, valueName: "type,…"))
     var devices: [String] = []
 

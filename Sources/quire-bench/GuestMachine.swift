@@ -55,6 +55,8 @@ final class GuestMachine {
         var devices: [String] = []
         /// Under `quire run`: merging with this period.
         var mergePeriod: String?
+        /// Further options of `quire run`.
+        var run: [String] = []
         /// Bare: RAM that KSM may merge, instead of a memory file. Without huge pages, as files have none.
         var isPrivate = false
     }
@@ -81,7 +83,7 @@ final class GuestMachine {
         if let period = options.period {
             command += [programs.quire, "run", "--name", name, "--period", period]
             command += options.mergePeriod.map { ["--merge-period", $0] } ?? ["--no-merge"]
-            command.append("--")
+            command += options.run + ["--"]
         }
         command += [
             programs.qemu, "-name", name, "-m", "\(options.mebibytes)M", "-nodefaults", "-no-user-config", "-display", "none",

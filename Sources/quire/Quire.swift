@@ -15,11 +15,11 @@ struct Quire: ParsableCommand {
             $XDG_RUNTIME_DIR/quire.
             """,
         version: "quire \(quireVersion)",
-        subcommands: [Run.self, Status.self, Unmerge.self, Merge.self])
+        subcommands: [Run.self, Status.self, Unmerge.self, Merge.self, Tmem.self])
 }
 
 /// A failure of ours: one line on stderr, status 1.
-func failing<R>(_ body: () throws(QuireError) -> R) throws -> R {
+@discardableResult func failing<R>(_ body: () throws(QuireError) -> R) throws -> R {
     do { return try body() } catch {
         writeStandardError("quire: \(error)")
         throw ExitCode(1)

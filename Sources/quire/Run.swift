@@ -1,6 +1,7 @@
 import ArgumentParser
 import Host
 import Platform
+import StoreProtocol
 
 extension Quire {
     struct Run: ParsableCommand {
@@ -51,6 +52,25 @@ extension Quire {
         @Flag(help: "Read all of memory to find what the guest writes, as on a host kernel before Linux 6.7.")
         var noWriteTracking = false
 
+        @Option(
+            help: ArgumentHelp("Give the guest a disk of this size to swap to: mkswap and swapon it; the host keeps its pages compressed.", valueName: "size"))
+        var swap: String?
+
+        @Option(
+            help: ArgumentHelp("The host's memory for the swap disk is its size divided by this; when that is full, the guest gets I/O errors.", valueName: "factor"))
+        var swapOvercommit: String?
+
+        @Option(help: ArgumentHelp("How swapped pages are compressed: lz4, zstd or zstd:LEVEL.", valueName: "method"))
+        var swapCompression = "lz4"
+
+        @Option(help: ArgumentHelp("Queues of the swap disk, 1 to 16.", valueName: "n"))
+        var swapQueues = 1
+
+        @Option(
+            name: .customLong("shared-disk"),
+            help: ArgumentHelp("Attach a disk that VMs of the group share (quired --shared-disk); its serial number is its name. Repeatable.", valueName: "name[,size=SIZE]"))
+        var sharedDisk: [String] = []
+
         @Flag(help: "Load no agent into QEMU: equal pages are not merged.")
         var noMerge = false
 
@@ -75,6 +95,7 @@ extension Quire {
 
         func validate() throws {
             guard (1...16).contains(mergeWorkers) else { throw ValidationError("--merge-workers is \(mergeWorkers): use 1 to 16") }
+            guard (1...16).contains(swapQueues) else { throw ValidationError("--swap-queues is \(swapQueues): use 1 to 16") }
             guard (1...16).contains(workers) else { throw ValidationError("--workers is \(workers): use 1 to 16") }
             guard !command.isEmpty else {
                 throw ValidationError("no QEMU command: put it behind --, as in: quire run -- qemu-system-x86_64 -m 2G …")
@@ -89,6 +110,33 @@ extension Quire {
                 configuration.periodMilliseconds = period
                 configuration.workers = workers
                 configuration.logLevel = logLevel.rawValue
+                if let swap {
+                    var options = SwapDisk.Options(byteCount: try SwapDisk.checkSize(Size.parse(swap), "--swap \(swap)"))
+                    options.queueCount = swapQueues
+                    options.compression = try SwapDisk.compression(swapCompression)
+                    if let factor = swapOvercommit {
+                        options.overcommit = try SwapDisk.checkOvercommit(Double(factor), "--swap-overcommit \(factor)")
+                    }
+                    configuration.swap = options
+                } else if swapOvercommit != nil {
+                    throw QuireError(.invalid, "--swap-overcommit is for --swap: give its size")
+                }
+                for text in sharedDisk {
+                    let parts = text.split(separator: ",", omittingEmptySubsequences: false).map(String.init)
+                    var disk = SharedDisk.Options(
+                        name: parts[0], path: SharedDiskClient.path(besideStore: store ?? StoreLink.standardPath()))
+                    disk.group = group
+                    if parts.count > 1 {
+                        guard parts.count == 2, parts[1].hasPrefix("size="), let size = Size.parse(parts[1].dropFirst(5)) else {
+                            throw QuireError(.invalid, "--shared-disk \(text): give NAME or NAME,size=SIZE")
+                        }
+                        disk.expectedBytes = size
+                    }
+                    guard !configuration.sharedDisks.contains(where: { $0.name == disk.name }) else {
+                        throw QuireError(.invalid, "--shared-disk \(disk.name) is given twice")
+                    }
+                    configuration.sharedDisks.append(disk)
+                }
                 if !noMerge, let path = agent ?? Self.agentBesideUs() {
                     var merging = Supervisor.Configuration.Merging(agentPath: path)
                     merging.periodMilliseconds = mergePeriod

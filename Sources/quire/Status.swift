@@ -17,13 +17,19 @@ extension Quire {
                 FOLDED what is merged and brought back a second; MAPPINGS what QEMU has of them, and the number above \
                 which nothing is merged (from vm.max_map_count).
 
+                Then the pools of transcendent memory: PAGES and BYTES are what the guest has there, STORED what that takes \
+                on the host (a page that several share is counted in parts), FAILED pages that found no room.
+
                 With --json: an array of objects with name, state, reason, pid, ram_bytes, resident_bytes, \
                 recycled_pages, recycled_bytes, recycled_total_pages, recycled_total_bytes, \
                 recycled_pages_per_second, free_marked_pages, waits, refilled_pages, cpu_percent, cpu_seconds, \
                 uptime_seconds, period_ms, map_bytes, restarts, age_ms, and the object merging: state, reason, period_ms, \
                 sharing_pages, zero_pages, diverged_pages, saved_bytes, hashed_total_pages, merged_total_pages, \
                 folded_total_pages, merged_pages_per_second, folded_pages_per_second, mappings, mapping_limit, \
-                group_shared_pages, group_sharing_pages, group_saved_bytes, group_histogram. A page has 4096 bytes.
+                group_shared_pages, group_sharing_pages, group_saved_bytes, group_histogram; and the object tmem: state \
+                (off, active, frozen), reason, used_bytes, metadata_bytes, cap_bytes (0: no limit), and the array pools: \
+                name, kind, scope, pages, bytes, capacity_bytes, stored_bytes, ratio, puts, puts_failed, hits, misses, \
+                flushes, evictions. A page has 4096 bytes.
 
                 States: active; paused (for now); refused (the guest's table); no-guest (no guest module has \
                 registered); starting; down (the backend is dead); unknown (its status cannot be read).

@@ -4,6 +4,7 @@ import Host
 import Logging
 import PageStore
 import Platform
+import StoreProtocol
 
 @main
 struct Quired: ParsableCommand {
@@ -33,6 +34,13 @@ struct Quired: ParsableCommand {
             "Merge nothing more while the host has less memory left than so many percent of what merged pages would need if all guests wrote them at once.",
             valueName: "percent"))
     var reserve = 100
+
+    @Option(
+        name: .customLong("shared-disk"),
+        help: ArgumentHelp(
+            "A disk in memory that VMs of a share group attach (quire run --shared-disk NAME); of this user's VMs without a group. Repeatable.",
+            valueName: "name,size=SIZE[,group=G]"))
+    var sharedDisk: [String] = []
 
     @Option(help: "Threads that answer.")
     var workers: Int?
@@ -80,25 +88,34 @@ struct Quired: ParsableCommand {
                 try PageStore(configuration, logger: logger)
             }
         let path = try socketPath()
+        let diskPath = SharedDiskClient.path(besideStore: path)
+        let wanted = try sharedDisk.map { text throws(QuireError) in
+            try SharedDisks.Disk(parsing: text, ownGroup: PageStore.ownGroup(ProcessCalls.ownUID), size: Size.parse)
+        }
+        let disks = try SharedDisks(wanted, store: store, keeper: link, logger: logger)
+        let diskServer: SharedDiskServer? =
+            disks.isEmpty ? nil : try SharedDiskServer(disks, listener: listener(diskPath, link, Self.diskListenerItem), logger: logger)
         let server = try StoreServer(
-            store, listener: listener(path, link),
+            store, listener: listener(path, link, Self.listenerItem),
             workers: workers ?? min(4, ProcessCalls.processorCount), logger: logger)
         logger.notice("listening on \(path), at most \(Size.exact(UInt64(configuration.limitPages) * 4096)) for shared pages")
         link?.ready()
         _ = waitReadable([signals.descriptor.raw])
         server.end()
+        diskServer?.end()
         Files.remove(path)
+        if diskServer != nil { Files.remove(diskPath) }
         return 0
     }
 
     /// With a keeper the socket listens on while this program is started again: who connects then waits, and is served.
-    private func listener(_ path: String, _ link: KeeperLink?) throws(QuireError) -> UnixSocket {
-        if let parked = link?.takeParked(Self.listenerItem) { return UnixSocket(adopting: parked) }
+    private func listener(_ path: String, _ link: KeeperLink?, _ item: String) throws(QuireError) -> UnixSocket {
+        if let parked = link?.takeParked(item) { return UnixSocket(adopting: parked) }
         let listener = try UnixSocket.listen(at: path, kind: .messages, backlog: 128)
-        try link?.park(Self.listenerItem, [listener.descriptor.raw])
+        try link?.park(item, [listener.descriptor.raw])
         return listener
     }
-    private static let listenerItem = "listener"
+    private static let listenerItem = "listener", diskListenerItem = "disk listener"
 
     private func socketPath() throws(QuireError) -> String {
         let directory = self.directory ?? (ProcessCalls.isRoot ? "/run/quired" : nil)

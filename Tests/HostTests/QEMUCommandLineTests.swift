@@ -222,7 +222,45 @@ struct QEMUCommandLineDiskTests {
             == ["vhost-user-blk,chardev=quire-control,num-queues=1,id=quire-control-disk,bus=virtio-mmio-bus.1"])
         let all = ["-M", "microvm"] + (0..<8).flatMap { ["-device", "virtio-rng-device,bus=virtio-mmio-bus.\($0)"] }
         #expect(message { try parse(all) }
-            == "there is no virtio-mmio bus left for Quire's control disk: leave one of virtio-mmio-bus.0 to .7 free")
+            == "there is no virtio-mmio bus left for Quire's disks: leave one of virtio-mmio-bus.0 to .7 free")
+    }
+
+    /// The swap disk is a second function of the control disk's slot: right behind it, and in nobody's way.
+    @Test func swapDiskStandsBehindTheControlDisk() throws {
+        func rewrite(_ arguments: [String]) throws -> [String] {
+            try QEMUCommandLine(
+                ["qemu"] + arguments, controlSocket: "/run/c", disks: [.init(id: "quire-swap", socket: "/run/s", queueCount: 2)], version: .init(10, 0),
+                environment: environment
+            ).arguments(ramDescriptors: [100])
+        }
+        func pair(_ place: String) -> [String] {
+            [
+                "-chardev", "socket,id=quire-swap,path=/run/s,reconnect-ms=100",
+                "-device", "vhost-user-blk-pci,chardev=quire-control,num-queues=1,id=quire-control-disk,\(place).0,multifunction=on",
+                "-device", "vhost-user-blk-pci,chardev=quire-swap,num-queues=2,id=quire-swap-disk,\(place).1",
+            ]
+        }
+        #expect(try rewrite(["-m", "1G"]).suffix(6) == pair("bus=pci.0,addr=1f")[...])
+        #expect(try rewrite(["-M", "q35"]).suffix(6) == pair("bus=pcie.0,addr=1e")[...])
+        #expect(try rewrite(["-M", "q35", "-device", "pcie-root-port,id=p"]).suffix(4) == pair("bus=quire-port,addr=0").suffix(4))
+        #expect(try rewrite(["-M", "microvm"]).suffix(4) == [
+            "-device", "vhost-user-blk,chardev=quire-control,num-queues=1,id=quire-control-disk,bus=virtio-mmio-bus.1",
+            "-device", "vhost-user-blk,chardev=quire-swap,num-queues=2,id=quire-swap-disk,bus=virtio-mmio-bus.0",
+        ])
+        let eight = (0..<8).map { QEMUCommandLine.Disk(id: QEMUCommandLine.sharedID($0), socket: "/run/\($0)") }
+        #expect(
+            message { try QEMUCommandLine(["qemu"], controlSocket: "/c", disks: eight, version: nil) }
+                == "there is room for 7 disks of Quire's: give fewer --shared-disk")
+        #expect(
+            try QEMUCommandLine(["qemu"], controlSocket: "/c", disks: Array(eight[..<7]), version: nil).arguments(ramDescriptors: [1]).last
+                == "vhost-user-blk-pci,chardev=quire-shared-6,num-queues=1,id=quire-shared-6-disk,bus=pci.0,addr=1f.7")
+        #expect(refusal("-device", "virtio-rng-pci,id=quire-swap-disk") == "the id quire-swap-disk is Quire's own: give your -device another id")
+        #expect(refusal("-chardev", "null,id=quire-swap") == "the id quire-swap is Quire's own: give your -chardev another id")
+        for (arguments, brings) in [([], false), (["-incoming", "defer"], true), (["-loadvm", "s"], true), (["-name", "-incoming"], false)]
+            as [([String], Bool)]
+        {
+            #expect(try parse(arguments).bringsMemory == brings, "\(arguments)")
+        }
     }
 
     @Test func saysWhenNoSlotIsLeft() {

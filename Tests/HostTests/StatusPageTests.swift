@@ -24,10 +24,35 @@ struct StatusPageTests {
         merging.groupSavedBytes = 15
         merging.groupHistogram = (0..<32).map { 100 + $0 }
         writer.setMerging(merging)
+        var tmem = TmemSnapshot()
+        tmem.isPresent = true
+        tmem.isFrozen = true
+        tmem.usedBytes = 16
+        tmem.metadataBytes = 17
+        tmem.capBytes = 18
+        tmem.reason = "voll"
+        for number in 0..<UInt64(StatusPage.maxPools) {
+            var pool = PoolSnapshot()
+            pool.name = number == 0 ? String(repeating: "n", count: 63) : "pool\(number)"
+            pool.isPersistent = number % 2 == 0
+            pool.isShared = number % 3 == 0
+            pool.pages = 1000 * number + 1
+            pool.capacityPages = 1000 * number + 2
+            pool.storedBytes = 1000 * number + 3
+            pool.puts = 1000 * number + 4
+            pool.putsFailed = 1000 * number + 5
+            pool.hits = 1000 * number + 6
+            pool.misses = 1000 * number + 7
+            pool.flushes = 1000 * number + 8
+            pool.evictions = 1000 * number + 9
+            tmem.pools.append(pool)
+        }
+        writer.setTmem(tmem)
         writer.beat()
         writer.beat()
         var expected = StatusSnapshot()
         expected.merging = merging
+        expected.tmem = tmem
         expected.pid = 77
         expected.heartbeat = 2
         expected.ramBytes = 1
@@ -49,8 +74,10 @@ struct StatusPageTests {
         // Against the header's documented offsets, not our own constants.
         let raw = try Mapping(Descriptor.open(path, O_RDONLY), byteCount: 4096, access: .readOnly)
         #expect(raw.copyOut(0, count: 8) == Array("QUIREVMS".utf8))
-        #expect(raw.load32(8) == 2 && raw.load32(12) == 77 && raw.load64(16) == 2)
+        #expect(raw.load32(8) == 3 && raw.load32(12) == 77 && raw.load64(16) == 2)
         #expect(raw.load64(56) == 5 && raw.load32(96) == 3 && raw.load64(112) == 12)
+        #expect(raw.load32(1136) == 3 && raw.load32(1140) == 16 && raw.load64(1160) == 18 && raw.load64(1168 + 144 + 72) == 1001)
+        #expect(raw.loadText(1168 + 144, capacity: 64) == "pool1" && raw.loadText(3472, capacity: 256) == "voll")
         #expect(raw.loadText(128, capacity: 256) == "grund" && raw.loadText(384, capacity: 128) == "vm")
     }
 
@@ -80,10 +107,10 @@ struct StatusPageTests {
         #expect(message { try StatusPage.Reader(path: empty) } == "\(empty): no backend has written its status yet")
         let wrong = try folder.write("wrong", String(repeating: "x", count: 4096))
         #expect(message { try StatusPage.Reader(path: wrong) } == "\(wrong) is no status page: wrong magic")
-        let newer = try folder.write("newer", "QUIREVMS\u{3}\0\0\0" + String(repeating: "\0", count: 4084))
+        let newer = try folder.write("newer", "QUIREVMS\u{4}\0\0\0" + String(repeating: "\0", count: 4084))
         #expect(
             message { try StatusPage.Reader(path: newer) }
-                == "\(newer) has version 3, this quire reads version 2: use the quire that started the VM")
+                == "\(newer) has version 4, this quire reads version 3: use the quire that started the VM")
         #expect(message { try StatusPage.Reader(path: folder.path + "/none") } == "cannot open \(folder.path)/none: No such file or directory")
     }
 }

@@ -65,6 +65,39 @@ struct StatusReportTests {
         #expect(StatusReport.table([demo], colours: true).contains("\u{1B}[32mactive\u{1B}[0m  2.0G"))
     }
 
+    @Test func poolsAreATableOfTheirOwn() throws {
+        var page = page()
+        page.merging = MergeSnapshot()
+        page.tmem.isPresent = true
+        page.tmem.usedBytes = 300_000
+        page.tmem.reason = "no room"
+        var pool = PoolSnapshot()
+        pool.name = "swap"
+        pool.isPersistent = true
+        pool.pages = 1000
+        pool.capacityPages = 262_144
+        pool.storedBytes = 1_024_000
+        pool.hits = 12
+        pool.misses = 3
+        pool.putsFailed = 1
+        page.tmem.pools = [pool]
+        let report = StatusReport(name: "demo", page: page, started: 0, now: 100_000_000_000)
+        #expect(
+            StatusReport.table([report], colours: false).split(separator: "\n", omittingEmptySubsequences: false).dropFirst(2).joined(separator: "\n") == """
+
+                NAME  POOL  KIND        PAGES  BYTES  LIMIT  STORED  RATIO  HITS  MISSES  EVICTED  FAILED
+                demo  swap  persistent   1000   3.9M   1.0G   1000K    4.0    12       3        0       1
+
+                demo: tmem: no room
+                """)
+        let text = StatusReport.json([report])
+        #expect(try StatusReport.parse(json: text) == [report])
+        for line in [
+            "\"used_bytes\" : 300000", "\"capacity_bytes\" : 1073741824", "\"ratio\" : 4", "\"puts_failed\" : 1",
+            "\"kind\" : \"persistent\"", "\"scope\" : \"private\"", "\"cap_bytes\" : 0", "\"reason\" : \"no room\"",
+        ] { #expect(text.contains(line), "\(line)") }
+    }
+
     @Test func jsonHasExactNumbersUnderDocumentedNames() throws {
         let report = StatusReport(name: "demo", page: page(), started: 0, now: 100_000_000_000)
         let text = StatusReport.json([report])

@@ -24,7 +24,7 @@ struct SupervisorTests {
         [ "$(mode)" = refuse ] && { echo "no reason" >&2; exit 5; }
         put "$map" 48 8 0; put "$map" 56 4 $$
         put "$status" 16 8 0; printf QUIREVMS | dd of="$status" bs=1 conv=notrunc status=none
-        put "$status" 8 4 2; put "$status" 12 4 $$
+        put "$status" 8 4 3; put "$status" 12 4 $$
         n=0
         while :; do
             case "$(mode)" in

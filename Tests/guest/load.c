@@ -20,6 +20,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -610,12 +611,147 @@ static void share(size_t pages, double seconds)
     printf("ok %zu pages, %zu written, longest %.0f ms\n", checked, written, longest * 1e3);
 }
 
+/*
+ * sweep: holds more than fits into memory, and goes over it for a while: stretches of pages are checked and, half of them,
+ * written anew. What each page holds follows from how often it was written. At the end every page is checked.
+ */
+
+static uint64_t *swept_memory;
+static uint8_t *swept_serial; /* of each page: how often it was written, wrapping around */
+
+struct sweeper {
+    pthread_t thread;
+    size_t first, pages;
+    size_t checked, written;
+    uint64_t chance;
+    double end;
+};
+
+static uint64_t swept_seed(size_t page)
+{
+    return options.seed + 1000003ULL * swept_serial[page];
+}
+
+static void *sweep_some(void *argument)
+{
+    struct sweeper *s = argument;
+    for (size_t i = s->first; i < s->first + s->pages; i++)
+        fill_page(swept_memory + i * words, i, swept_seed(i));
+    while (now() < s->end) {
+        size_t count = 1 + next_random(&s->chance) % 32, at = s->first + next_random(&s->chance) % s->pages;
+        bool rewrite = next_random(&s->chance) % 2;
+        for (size_t i = at; i < at + count && i < s->first + s->pages; i++) {
+            check_page(swept_memory + i * words, i, swept_seed(i));
+            s->checked++;
+            if (!rewrite)
+                continue;
+            swept_serial[i]++;
+            memset(swept_memory + i * words, 0, page_size);
+            fill_page(swept_memory + i * words, i, swept_seed(i));
+            s->written++;
+        }
+    }
+    for (size_t i = s->first; i < s->first + s->pages; i++)
+        check_page(swept_memory + i * words, i, swept_seed(i));
+    s->checked += s->pages;
+    return NULL;
+}
+
+static void sweep(size_t pages, double seconds)
+{
+    struct sweeper *sweepers = calloc(options.threads, sizeof *sweepers);
+    swept_serial = calloc(pages, 1);
+    if (!sweepers || !swept_serial)
+        fail("calloc");
+    swept_memory = map_pages(pages);
+    double end = now() + seconds;
+    for (unsigned i = 0; i < options.threads; i++) {
+        struct sweeper *s = &sweepers[i];
+        *s = (struct sweeper){.first = pages * i / options.threads, .end = end, .chance = mix(options.seed + i) | 1};
+        s->pages = pages * (i + 1) / options.threads - s->first;
+        if ((errno = pthread_create(&s->thread, NULL, sweep_some, s)))
+            fail("pthread_create");
+    }
+    size_t checked = 0, written = 0;
+    for (unsigned i = 0; i < options.threads; i++) {
+        pthread_join(sweepers[i].thread, NULL);
+        checked += sweepers[i].checked;
+        written += sweepers[i].written;
+    }
+    printf("ok %zu pages, %zu written anew\n", checked, written);
+}
+
+/*
+ * swapin: what it costs to bring pages back that the kernel has swapped out. More than memory holds is written; half of each
+ * page can be compressed. Then pages are read in random order, those that were a major fault are timed, and then all of
+ * them in order.
+ */
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static long major_faults(void)
+{
+    struct rusage usage;
+    if (getrusage(RUSAGE_SELF, &usage))
+        fail("getrusage");
+    return usage.ru_majflt;
+}
+
+static void check_half(const uint64_t *page, size_t index)
+{
+    for (unsigned word = 0; word < words; word++) {
+        uint64_t want = word < words / 2 ? pattern(page_base(options.seed, index), word) : 0;
+        if (page[word] != want)
+            wrong(page, index, word, page[word], want);
+    }
+}
+
+static void swap_in(size_t pages)
+{
+    uint64_t *memory = map_pages(pages), chance = mix(options.seed) | 1;
+    size_t samples = 4000, count = 0;
+    double *times = calloc(samples, sizeof *times), start = now();
+    if (!times)
+        fail("calloc");
+    for (size_t i = 0; i < pages; i++)
+        for (unsigned word = 0; word < words / 2; word++)
+            memory[i * words + word] = pattern(page_base(options.seed, i), word);
+    double filled = now() - start;
+    for (size_t tries = 0; count < samples && tries < 20 * samples; tries++) {
+        size_t page = next_random(&chance) % pages;
+        long before = major_faults();
+        double begin = now();
+        (void)*(volatile uint64_t *)(memory + page * words);
+        double took = now() - begin;
+        if (major_faults() > before)
+            times[count++] = took;
+        check_half(memory + page * words, page);
+    }
+    if (!count) {
+        printf("nothing was swapped\n");
+        exit(2);
+    }
+    qsort(times, count, sizeof *times, by_value);
+    long before = major_faults();
+    start = now();
+    for (size_t i = 0; i < pages; i++)
+        check_half(memory + i * words, i);
+    printf("ok %zu pages, out %.3f s, random %zu median %.1f us p99 %.1f us, in order %.3f s with %ld faults\n", pages, filled, count,
+           times[count / 2] * 1e6, times[count * 99 / 100] * 1e6, now() - start, major_faults() - before);
+}
+
 static int usage(void)
 {
     fputs("usage: quire-load hold MIB [SECONDS]\n"
           "       quire-load fragment MIB [SECONDS] [--keep PERCENT]\n"
           "       quire-load churn MIB SECONDS [--threads N] [--file DIR]\n"
           "       quire-load verify-zero MIB\n"
+          "       quire-load sweep MIB SECONDS [--threads N]\n"
+          "       quire-load swapin MIB\n"
           "       quire-load share MIB SECONDS [--threads N] [--file DIR]\n"
           "options: --seed N   another seed, other bytes (1)\n"
           "         --full     a pattern in every byte, instead of in 192 a page and zero elsewhere\n"
@@ -679,8 +815,12 @@ int main(int argc, char **argv)
         fragment(pages, seconds);
     else if (!strcmp(command, "churn") && count == 3)
         churn(pages, seconds);
+    else if (!strcmp(command, "sweep") && count == 3)
+        sweep(pages, seconds);
     else if (!strcmp(command, "share") && count == 3)
         share(pages, seconds);
+    else if (!strcmp(command, "swapin") && count == 2)
+        swap_in(pages);
     else if (!strcmp(command, "verify-zero") && count == 2)
         verify_zero(pages);
     else

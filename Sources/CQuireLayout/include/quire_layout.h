@@ -250,13 +250,30 @@ struct quire_map_header {
  * ------------------------------------------------------------------------------------------------------------- */
 
 #define QUIRE_STATUS_MAGIC   "QUIREVMS"
-#define QUIRE_STATUS_VERSION 2u
+#define QUIRE_STATUS_VERSION 3u
+#define QUIRE_STATUS_POOLS   16  /* pools of transcendent memory that fit */
 
 enum quire_recycle_state {
 	QUIRE_RECYCLE_NO_GUEST = 0,  /* no front end, or no guest module registered */
 	QUIRE_RECYCLE_ACTIVE = 1,
 	QUIRE_RECYCLE_PAUSED = 2,    /* dirty logging, or no supervisor */
 	QUIRE_RECYCLE_REFUSED = 3,   /* the guest's table was refused or dropped */
+};
+
+/* A pool of transcendent memory. Its counters count since the backend's start. */
+struct quire_status_pool {
+	quire_u8  name[64];          /*   0 zero-padded */
+	quire_u32 flags;             /*  64 1 persistent, 2 shared */
+	quire_u32 reserved;          /*  68 */
+	quire_u64 pages;             /*  72 */
+	quire_u64 capacity_pages;    /*  80 0: no limit */
+	quire_u64 stored_bytes;      /*  88 its share of what contents take */
+	quire_u64 puts;              /*  96 */
+	quire_u64 puts_failed;       /* 104 */
+	quire_u64 hits;              /* 112 */
+	quire_u64 misses;            /* 120 */
+	quire_u64 flushes;           /* 128 pages that flushes took away */
+	quire_u64 evictions;         /* 136 */
 };
 
 struct quire_status {
@@ -299,7 +316,15 @@ struct quire_status {
 	quire_u64 group_saved_bytes; /* 616 */
 	quire_u64 group_histogram[32];  /* 624 slots that are used 2^i ..< 2^(i+1) times */
 	quire_u8  merge_reason[256]; /* 880 one line for a person, zero-padded: why merging is off, or what is left out */
-	quire_u8  reserved[2960];    /* 1136 */
+	/* Transcendent memory of the backend. */
+	quire_u32 tmem_flags;        /* 1136 1 there is a store, 2 it is frozen */
+	quire_u32 tmem_pool_count;   /* 1140 */
+	quire_u64 tmem_used_bytes;   /* 1144 host memory of the store */
+	quire_u64 tmem_metadata_bytes;  /* 1152 of that, what is not content */
+	quire_u64 tmem_cap_bytes;    /* 1160 0: no limit */
+	struct quire_status_pool tmem_pools[QUIRE_STATUS_POOLS]; /* 1168 */
+	quire_u8  tmem_reason[256];  /* 3472 one line for a person, zero-padded */
+	quire_u8  reserved[368];     /* 3728 */
 };
 
 enum quire_merge_state {
@@ -690,6 +715,9 @@ QUIRE_ASSERT(sizeof(struct quire_status) == QUIRE_PAGE_BYTES);
 QUIRE_ASSERT(offsetof(struct quire_status, reason) == 128);
 QUIRE_ASSERT(offsetof(struct quire_status, merge_state) == 512);
 QUIRE_ASSERT(offsetof(struct quire_status, merge_reason) == 880);
+QUIRE_ASSERT(sizeof(struct quire_status_pool) == 144);
+QUIRE_ASSERT(offsetof(struct quire_status, tmem_pools) == 1168);
+QUIRE_ASSERT(offsetof(struct quire_status, tmem_reason) == 3472);
 QUIRE_ASSERT(sizeof(struct quire_agent_hello) == 40);
 QUIRE_ASSERT(offsetof(struct quire_agent_attach, peers) == 32);
 QUIRE_ASSERT(offsetof(struct quire_agent_attach, regions) == 64);

@@ -22,6 +22,8 @@ final class HostView {
         for name in (Files.list("/proc/\(pid)/fd") ?? []).sorted(by: { (Int($0) ?? 0) < (Int($1) ?? 0) }) {
             let path = "/proc/\(pid)/fd/\(name)"
             guard let target = Files.target(ofLink: path), target.hasPrefix("/memfd:quire-") else { continue }
+            // What the guest has swapped is no guest RAM.
+            guard !target.contains("-swap") else { continue }
             let file = try Descriptor.open(path, O_RDWR)
             guard seen.insert(try file.status().identity).inserted else { continue }
             if target.hasPrefix("/memfd:quire-") && target.contains("-map") {

@@ -1,0 +1,14 @@
+import PageContent
+
+/// Where a test may break what makes the engine safe, to see that it is this that makes it safe.
+package struct TmemSeams: Sendable {
+    /// What the hash of every page is taken to be.
+    package var hash: PageHash?
+    /// Whether pages of equal fingerprints are compared.
+    package var compares = true
+    /// Whether a leaf names a content, for a while, before its bytes are written.
+    package var namesBeforeWriting = false
+    /// Whether a put that fails leaves the old page.
+    package var keepsOldPage = false
+    package init() {}
+}

@@ -1,0 +1,352 @@
+import Engines
+import GuestMemory
+import Logging
+import Platform
+import Synchronization
+import VhostBackend
+
+/// The swap disk: a block device whose blocks are the pages of a private, persistent pool of transcendent memory. A write
+/// is a put, a read a get (zeros where there is no page), discard and write-zeroes are flushes.
+///
+/// What it must guarantee: a page that the guest was told is written is read back, whichever of our processes dies. The
+/// store's file outlives this process in the supervisor; a put is durable when it returns, and before that the guest is told
+/// nothing; requests that a dead process had taken are run again, and putting the same page twice changes nothing. A put
+/// for which there is no room is an I/O error: Linux then keeps the page in memory.
+///
+/// And no byte of another life of the guest's: memory and swap belong together. A guest that arrives (`-incoming`,
+/// `-loadvm`) finds no content here that is its own until `quire tmem restore` has brought it; until then every request is
+/// an I/O error. While the guest runs, content is neither replaced nor saved.
+///
+/// The content is replaced as a whole. It is in the pool `swap.N`; a restore fills `swap.N+1`, and the last thing it puts
+/// there is a page that no disk has, the mark. So at a start the pool with the highest number that has a mark is the
+/// disk (the first one needs none), and every other is what a death has left of a restore.
+public final class SwapDisk: BlockStorage, DeviceLifecycle {
+    public struct Options: Sendable, Equatable {
+        /// Of the disk.
+        public var byteCount: UInt64
+        public var queueCount = 1
+        /// How much is promised for what the store may use of the host's memory: with 2 that is half the disk's size. Nil: no
+        /// limit but the disk's size.
+        public var overcommit: Double?
+        public var compression = Tmem.Compression.lz4
+        /// The guest comes from somewhere else: see above.
+        public var awaitsRestore = false
+        public init(byteCount: UInt64) { self.byteCount = byteCount }
+
+        /// As `quire-backend --device` takes it. `endpoint`: `fd=N` or `socket=PATH`.
+        func device(_ endpoint: String, store: Int32) -> String {
+            var text = "swap,\(endpoint),size=\(byteCount)b,tmem-fd=\(store),queues=\(queueCount)"
+            if let overcommit { text += ",overcommit=\(overcommit)" }
+            switch compression {
+            case .lz4: break
+            case .zstd(let level): text += ",compression=zstd:\(level)"
+            }
+            if awaitsRestore { text += ",awaits-restore=on" }
+            return text
+        }
+
+        var store: Tmem.Configuration {
+            // With 1 the disk's own size is the limit: what is promised is kept, however badly pages compress.
+            guard let overcommit, overcommit > 1 else { return Tmem.Configuration(compression: compression) }
+            return Tmem.Configuration(
+                compression: compression, cap: UInt64(Double(byteCount) / overcommit), overcommit: overcommit)
+        }
+    }
+
+    /// The same checks for `quire run` and `quire-backend`.
+    public static func checkSize(_ bytes: UInt64?, _ text: String) throws(QuireError) -> UInt64 {
+        guard let bytes, bytes % pageBytes == 0, (minBytes...maxBytes).contains(bytes) else {
+            throw QuireError(.invalid, "\(text) is no size for a swap disk: give 1M to 8T in whole pages of 4 KiB, such as 4G")
+        }
+        return bytes
+    }
+    public static func checkOvercommit(_ factor: Double?, _ text: String) throws(QuireError) -> Double {
+        guard let factor, (1...100).contains(factor) else {
+            throw QuireError(.invalid, "\(text) is no over-commit factor: give 1 to 100, such as 1.5")
+        }
+        return factor
+    }
+    /// `lz4`, `zstd` or `zstd:LEVEL`.
+    public static func compression(_ text: String) throws(QuireError) -> Tmem.Compression {
+        if text == "lz4" { return .lz4 }
+        if text == "zstd" { return .zstd(level: 3) }
+        if text.hasPrefix("zstd:"), let level = Int32(text.dropFirst(5)), (1...19).contains(level) { return .zstd(level: level) }
+        throw QuireError(.invalid, "'\(text)' is no compression: choose lz4, zstd or zstd:LEVEL with a level of 1 to 19")
+    }
+    private static let minBytes: UInt64 = 1 << 20
+    private static let maxBytes: UInt64 = 1 << 43
+
+    static let poolPrefix = "swap."
+    /// The object that disk pages are in; the index is the page's number.
+    static let object: UInt64 = 0
+    /// The mark: a page of zeros, which costs nothing.
+    static let markObject = UInt64.max
+
+    private struct State {
+        var pool: TmemPool
+        var generation: UInt32
+        /// The guest uses the device.
+        var isRunning = false
+        /// A save or a restore is going on.
+        var isBusy = false
+        /// When a page last found no room.
+        var failedAt: UInt64?
+    }
+
+    public let byteCount: UInt64
+    public let logicalBlockBytes = UInt32(pageBytes)
+    public let isReadOnly = false
+    public let serial = "quire-swap"
+
+    public let store: Tmem
+    private let client: String
+    private let awaitsRestore: Bool
+    private let logger: Logger
+    private let state: Mutex<State>
+
+    private static let failureSaidFor: UInt64 = 60_000_000_000
+
+    /// `store`: of this disk alone. `client`: the VM's name. Throws `.invalid` if the store holds something else than a
+    /// disk.
+    public init(_ options: Options, store: Tmem, client: String, logger: Logger) throws(QuireError) {
+        self.store = store
+        self.client = client
+        self.logger = logger
+        byteCount = options.byteCount
+        awaitsRestore = options.awaitsRestore
+        var current: (pool: TmemPool, generation: UInt32)?
+        var others: [TmemPool] = []
+        for pool in store.pools {
+            guard let generation = Self.generation(of: pool) else {
+                throw QuireError(.invalid, "the store has a pool '\(pool.name)': it is no swap disk's")
+            }
+            var page = [UInt8](repeating: 0, count: TmemPool.pageBytes)
+            var span = page.mutableSpan
+            var bytes = unsafe span.mutableBytes
+            let hasMark = try pool.get(Self.markObject, 0, into: &bytes)
+            let isWhole = generation == 1 || hasMark
+            if isWhole, generation > current?.generation ?? 0 {
+                if let old = current?.pool { others.append(old) }
+                current = (pool, generation)
+            } else {
+                others.append(pool)
+            }
+        }
+        for pool in others { pool.destroy() }
+        let (pool, generation) = if let current { current } else { (try Self.makePool(1, in: store, client), 1 as UInt32) }
+        state = Mutex(State(pool: pool, generation: generation))
+        // A disk that has shrunk would have pages beyond its end.
+        if try Self.hasPages(pool, from: byteCount / pageBytes) {
+            throw QuireError(.invalid, "the store is of a larger swap disk than \(Size.exact(byteCount)): give its size")
+        }
+    }
+
+    private static func generation(of pool: TmemPool) -> UInt32? {
+        guard pool.name.hasPrefix(poolPrefix), pool.attributes.kind == .persistent else { return nil }
+        return UInt32(pool.name.dropFirst(poolPrefix.count))
+    }
+
+    private static func makePool(_ generation: UInt32, in store: Tmem, _ client: String) throws(QuireError) -> TmemPool {
+        // What it promises follows from the disk's size: no page has a number beyond it. For a moment there are two of them.
+        try store.createPool(
+            TmemPool.Attributes(
+                kind: .persistent, scope: .private, name: "\(poolPrefix)\(generation)", client: client.isEmpty ? "vm" : client))
+    }
+
+    private static func hasPages(_ pool: TmemPool, from page: UInt64) throws(QuireError) -> Bool {
+        struct Found: Error {}
+        do {
+            try pool.forEachPage { (object: UInt64, index: UInt32) throws(Found) in
+                if object == Self.object, UInt64(index) >= page { throw Found() }
+            }
+            return false
+        } catch { return true }
+    }
+
+    // MARK: - The device's life
+
+    public func deviceStarted(_ start: DeviceStart) {
+        let awaits = state.withLock { state in
+            state.isRunning = true
+            return isAwaiting(state)
+        }
+        if awaits {
+            logger.error(
+                "the guest came from elsewhere and its swap disk did not: every request is an I/O error (quire tmem restore, while the guest is paused)")
+        }
+    }
+    public func deviceStopping() { state.withLock { $0.isRunning = false } }
+    public func loggingChanged(_ enabled: Bool) {}
+
+    private func isAwaiting(_ state: borrowing State) -> Bool { awaitsRestore && state.generation == 1 }
+
+    // MARK: - The disk
+
+    private func pool() throws(QuireError) -> TmemPool {
+        let (pool, awaits) = state.withLock { ($0.pool, isAwaiting($0)) }
+        guard !awaits else { throw QuireError(.busy, "the swap disk waits for its content: quire tmem restore") }
+        return pool
+    }
+
+    public func read(at offset: UInt64, into buffer: GuestBuffer) throws(QuireError) {
+        let pool = try pool()
+        let first = UInt32(offset / pageBytes)
+        try buffer.fillPieces(of: TmemPool.pageBytes) { (number, page) throws(QuireError) in
+            guard try !pool.get(Self.object, first + UInt32(number), into: &page) else { return }
+            // The span is of a piece of the buffer, which outlasts this.
+            _ = unsafe page.withUnsafeMutableBytes { unsafe $0.initializeMemory(as: UInt8.self, repeating: 0) }
+        }
+    }
+
+    public func write(at offset: UInt64, from buffer: GuestBuffer) throws(QuireError) {
+        let pool = try pool()
+        let first = UInt32(offset / pageBytes)
+        do throws(QuireError) {
+            try buffer.forEachPiece(of: TmemPool.pageBytes) { (number, page) throws(QuireError) in
+                try pool.put(Self.object, first + UInt32(number), page)
+            }
+        } catch {
+            if error.code == .noSpace { noteFull(error) }
+            throw error
+        }
+    }
+
+    /// What was written is durable already.
+    public func flush() throws(QuireError) {}
+
+    public func discard(at offset: UInt64, count: UInt64) throws(QuireError) {
+        try pool().flush(Self.object, pages: UInt32(offset / pageBytes)..<UInt32((offset + count) / pageBytes))
+    }
+
+    public func writeZeroes(at offset: UInt64, count: UInt64, mayUnmap: Bool) throws(QuireError) {
+        try discard(at: offset, count: count)
+    }
+
+    private func noteFull(_ error: QuireError) {
+        let now = monotonicNanoseconds()
+        let isNews = state.withLock { state in
+            defer { state.failedAt = now }
+            return state.failedAt.map { now - $0 > Self.failureSaidFor } ?? true
+        }
+        if isNews { logger.error("the swap disk has no room, the guest gets I/O errors: \(error)") }
+    }
+
+    // MARK: - Insight
+
+    /// The pool as people know it; what it has of other lives is not among it.
+    public var snapshot: TmemSnapshot {
+        var snapshot = TmemSnapshot(of: store)
+        let (pool, awaits, failedAt) = state.withLock { ($0.pool, isAwaiting($0), $0.failedAt) }
+        var entry = PoolSnapshot(of: pool)
+        entry.name = "swap"
+        entry.capacityPages = byteCount / pageBytes
+        snapshot.pools = [entry]
+        if awaits {
+            snapshot.reason = "the swap disk waits for its content (quire tmem restore)"
+        } else if let failedAt, monotonicNanoseconds() - failedAt < Self.failureSaidFor {
+            snapshot.reason = "the swap disk had no room for a page: raise its limit (quire tmem cap), or swap less"
+        }
+        return snapshot
+    }
+
+    /// By the name that people know it by.
+    public func pool(named name: String) throws(QuireError) -> TmemPool {
+        guard name == "swap" else { throw QuireError(.invalid, "there is no pool '\(name)': quire tmem list shows those there are") }
+        return state.withLock { $0.pool }
+    }
+
+    // MARK: - Save and restore
+
+    /// Says who may not: `what` is a verb.
+    private func begin(_ what: String) throws(QuireError) {
+        let trouble: String? = state.withLock { state in
+            if state.isRunning { return "the guest uses its swap disk: pause it first (QMP stop), then \(what)" }
+            if state.isBusy { return "the swap disk is being saved or restored: wait for that" }
+            state.isBusy = true
+            return nil
+        }
+        if let trouble { throw QuireError(.busy, trouble) }
+    }
+
+    private func end() { state.withLock { $0.isBusy = false } }
+
+    /// Writes the disk's content as a save file; returns how many pages it has. Not while the guest uses the disk.
+    public func save(to sink: DataSink) throws(QuireError) -> UInt64 {
+        try begin("save")
+        defer { end() }
+        let pool = state.withLock { $0.pool }
+        var writer = try TmemArchiveWriter(to: sink)
+        try writer.begin(
+            TmemArchive.Pool(isPersistent: true, isShared: false, capacityPages: byteCount / pageBytes, name: "swap", client: client))
+        var page = [UInt8](repeating: 0, count: TmemPool.pageBytes)
+        try pool.forEachPage { (object: UInt64, index: UInt32) throws(QuireError) in
+            guard object == Self.object else { return }
+            guard state.withLock({ !$0.isRunning }) else {
+                throw QuireError(.busy, "the guest was started meanwhile: what was saved is of no use, pause it and save again")
+            }
+            var span = page.mutableSpan
+            var bytes = unsafe span.mutableBytes
+            guard try pool.get(object, index, into: &bytes) else { return }
+            try writer.append(object, index, page)
+        }
+        let pages = try writer.finish()
+        // Between the last page and now it may have been started and written.
+        guard state.withLock({ !$0.isRunning }) else {
+            throw QuireError(.busy, "the guest was started meanwhile: what was saved is of no use, pause it and save again")
+        }
+        return pages
+    }
+
+    /// Replaces the disk's content by that of a save file, as a whole or, whatever is wrong with it, not at all; returns how
+    /// many pages it has. Not while the guest uses the disk.
+    public func restore(from source: DataSource) throws(QuireError) -> UInt64 {
+        try begin("restore")
+        defer { end() }
+        let (old, generation) = state.withLock { ($0.pool, $0.generation + 1) }
+        let new = try Self.makePool(generation, in: store, client)
+        do throws(QuireError) {
+            let pages = try fill(new, from: source)
+            try state.withLock { state throws(QuireError) in
+                guard !state.isRunning else {
+                    throw QuireError(.busy, "the guest was started meanwhile: it keeps the content that it had")
+                }
+                let zeros = [UInt8](repeating: 0, count: TmemPool.pageBytes)
+                // From here on it is the disk, after a death, too.
+                try new.put(Self.markObject, 0, unsafe zeros.span.bytes)
+                state.pool = new
+                state.generation = generation
+            }
+            old.destroy()
+            return pages
+        } catch {
+            new.destroy()
+            throw error
+        }
+    }
+
+    private func fill(_ pool: TmemPool, from source: DataSource) throws(QuireError) -> UInt64 {
+        var reader = try TmemArchiveReader(from: source)
+        var hasPool = false
+        let diskPages = byteCount / pageBytes
+        while let item = try reader.next() {
+            switch item {
+            case .pool(let saved):
+                guard !hasPool, saved.isPersistent, !saved.isShared else {
+                    throw QuireError(.invalid, "the file is not of a swap disk")
+                }
+                guard saved.capacityPages == diskPages else {
+                    throw QuireError(
+                        .invalid, "the file is of a swap disk of \(Size.exact(saved.capacityPages &* pageBytes)), this one has \(Size.exact(byteCount)): they must be of one size")
+                }
+                hasPool = true
+            case .page(let object, let index, let page):
+                guard object == Self.object, UInt64(index) < diskPages else {
+                    throw QuireError(.invalid, "the file has a page beyond the end of the disk")
+                }
+                try pool.put(object, index, unsafe page.span.bytes)
+            }
+        }
+        guard hasPool else { throw QuireError(.invalid, "the file is not of a swap disk: there is no pool in it") }
+        return reader.pages
+    }
+}

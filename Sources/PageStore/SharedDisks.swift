@@ -1,0 +1,146 @@
+import Engines
+import Logging
+import Platform
+import StoreProtocol
+
+/// The disks that several VMs share: each a persistent, shared pool of transcendent memory in a store of its own, whose file
+/// is parked before anything is promised of it.
+public final class SharedDisks: Sendable {
+    public struct Disk: Sendable, Equatable {
+        public let name: String
+        public let byteCount: UInt64
+        /// The share group whose VMs may attach it.
+        public let group: String
+
+        /// `NAME,size=SIZE[,group=GROUP]`; without a group, that of quired's own user. `size`: reads a size.
+        public init(parsing text: String, ownGroup: String, size: (String) -> UInt64?) throws(QuireError) {
+            let parts = text.split(separator: ",", omittingEmptySubsequences: false).map(String.init)
+            var options: [String: String] = [:]
+            for part in parts.dropFirst() {
+                let pair = part.split(separator: "=", maxSplits: 1).map(String.init)
+                guard pair.count == 2, ["size", "group"].contains(pair[0]), options.updateValue(pair[1], forKey: pair[0]) == nil
+                else { throw QuireError(.invalid, "--shared-disk \(text): give NAME,size=SIZE[,group=GROUP]") }
+            }
+            guard SharedDisks.isDiskName(parts[0]) else {
+                throw QuireError(.invalid, "--shared-disk \(text): a name has 1 to 32 of A-Z a-z 0-9 . _ - and no dot in front")
+            }
+            guard let bytes = options["size"].flatMap(size), bytes % 4096 == 0, (1 << 20...1 << 43).contains(bytes) else {
+                throw QuireError(.invalid, "--shared-disk \(text): give a size of 1M to 8T in whole pages of 4 KiB, such as size=1G")
+            }
+            name = parts[0]
+            byteCount = bytes
+            group = options["group"] ?? ownGroup
+        }
+
+        public var pages: UInt64 { byteCount / 4096 }
+    }
+
+    public static func isDiskName(_ name: String) -> Bool { isStoreName(name) && name.utf8.count <= 32 }
+
+    /// One disk that is served.
+    final class Shared: Sendable {
+        let disk: Disk
+        let store: Tmem
+        let pool: TmemPool
+        /// Names the content: a store that begins anew has another one.
+        let id: UInt64
+
+        init(_ disk: Disk, _ store: Tmem) throws(QuireError) {
+            self.disk = disk
+            self.store = store
+            // The pool's name carries the id. A pool is made whole or not at all.
+            if let pool = store.pools.first {
+                let parts = pool.name.split(separator: " ")
+                guard parts.count == 2, parts[0] == disk.name, let id = UInt64(parts[1], radix: 16) else {
+                    throw QuireError(.invalid, "the parked store of the shared disk '\(disk.name)' is of something else")
+                }
+                guard pool.attributes.capacityPages == disk.pages else {
+                    throw QuireError(
+                        .invalid, "the shared disk '\(disk.name)' has \((pool.attributes.capacityPages ?? 0) * 4096) bytes already: give that size")
+                }
+                self.pool = pool
+                self.id = id
+            } else {
+                id = UInt64.random(in: 1 ... .max)
+                pool = try store.createPool(
+                    TmemPool.Attributes(
+                        kind: .persistent, scope: .shared, name: "\(disk.name) \(String(id, radix: 16))", client: disk.group,
+                        capacityPages: disk.pages))
+            }
+        }
+
+        /// `scratch`: a page of this thread's own: a client may write to the window while we read it.
+        func carryOut(
+            _ request: SharedDiskMessage.Request, window: borrowing Mapping, scratch: inout [UInt8]
+        ) throws(QuireError) -> SharedDiskMessage.Status {
+            let first = UInt32(request.page)
+            let size = SharedDiskMessage.pageBytes
+            switch request.operation {
+            case .put:
+                for number in 0..<Int(request.count) {
+                    window.copyOut(number * size, count: size, to: &scratch, at: 0)
+                    do throws(QuireError) { try pool.put(0, first + UInt32(number), unsafe scratch.span.bytes) } catch {
+                        guard error.code == .noSpace else { throw error }
+                        return .noSpace
+                    }
+                }
+            case .get:
+                for number in 0..<Int(request.count) {
+                    var span = scratch.mutableSpan
+                    var bytes = unsafe span.mutableBytes
+                    let isThere = try pool.get(0, first + UInt32(number), into: &bytes)
+                    window.copyIn(number * size, isThere ? scratch : Self.zeros)
+                }
+            case .flush: pool.flush(0, pages: first..<first + request.count)
+            }
+            return .done
+        }
+
+        private static let zeros = [UInt8](repeating: 0, count: SharedDiskMessage.pageBytes)
+    }
+
+    let disks: [String: Shared]
+    private let store: PageStore
+
+    private static let prefix = "disk-"
+
+    /// Takes over what an earlier process parked, and makes what is not there yet. `store`: knows the groups.
+    public init(_ wanted: [Disk], store: PageStore, keeper: KeeperLink?, logger: Logger) throws(QuireError) {
+        for (index, disk) in wanted.enumerated() {
+            guard !wanted[..<index].contains(where: { $0.name == disk.name }) else {
+                throw QuireError(.invalid, "the shared disk '\(disk.name)' is given twice")
+            }
+            guard store.knows(group: disk.group) else {
+                throw QuireError(.invalid, "the shared disk '\(disk.name)' is for the group '\(disk.group)', which there is not: name it with --group")
+            }
+        }
+        var disks: [String: Shared] = [:]
+        for disk in wanted {
+            let item = Self.prefix + disk.name
+            let file: Descriptor
+            if let parked = keeper?.takeParked(item) { file = parked } else {
+                file = try Tmem.makeFile(name: "quire-disk-\(disk.name)")
+                try keeper?.park(item, [file.raw])
+                if keeper == nil {
+                    logger.warning("what is on the shared disk '\(disk.name)' dies with this process: start quired with --keep")
+                }
+            }
+            disks[disk.name] = try Shared(disk, Tmem(file))
+            logger.notice("shared disk '\(disk.name)': \(disk.byteCount >> 20) MiB for group '\(disk.group)'")
+        }
+        self.disks = disks
+        self.store = store
+    }
+
+    public var isEmpty: Bool { disks.isEmpty }
+
+    /// The disk that a client may attach.
+    func admit(_ hello: SharedDiskMessage.Hello, uid: UInt32) throws(QuireError) -> Shared {
+        let group = try store.group(hello.group, uid: uid)
+        // Who is not let in learns no names.
+        guard let shared = disks[hello.name], shared.disk.group == group else {
+            throw QuireError(.invalid, "there is no shared disk '\(hello.name.prefix(64))' for the group '\(group)': quired --shared-disk says which there are")
+        }
+        return shared
+    }
+}

@@ -1,0 +1,171 @@
+import ArgumentParser
+import Glibc
+import Host
+import Platform
+
+extension Quire {
+    /// What the host keeps for guests: the swap disk of `quire run --swap`.
+    struct Tmem: ParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Shows and governs the memory that the host keeps for guests (quire run --swap).",
+            subcommands: [List.self, Freeze.self, Thaw.self, Flush.self, Weight.self, Cap.self, Save.self, Restore.self])
+
+        /// Has a VM's backend do something; returns its answer.
+        @discardableResult fileprivate static func ask(
+            _ command: TmemCommand, of name: String, passing: [Int32] = [], patienceMilliseconds: Int32 = 60_000
+        ) throws(QuireError) -> String {
+            try CommandSocket.ask(
+                command.request, of: name, in: RuntimeDirectory.standard(), passing: passing,
+                patienceMilliseconds: patienceMilliseconds)
+        }
+
+        fileprivate static func bytes(_ text: String) throws -> UInt64 {
+            guard let bytes = Size.parse(text) else { throw ValidationError("'\(text)' is no size: give one such as 512M") }
+            return bytes
+        }
+
+        struct List: ParsableCommand {
+            static let configuration = CommandConfiguration(
+                abstract: "Shows pools: what guests have there, and what it takes on the host.",
+                discussion: """
+                    Columns as in 'quire status'. With --json: an array of objects with name (of the VM) and tmem, as in \
+                    'quire status --json', as of this moment.
+                    """)
+
+            @Flag(help: "Prints JSON with exact numbers.")
+            var json = false
+
+            @Argument(help: ArgumentHelp("Only these VMs.", valueName: "name"))
+            var names: [String] = []
+
+            func run() throws {
+                let reports = try failing { () throws(QuireError) -> [StatusReport] in
+                    var reports = try StatusReport.collect(names, in: RuntimeDirectory.standard())
+                    for index in reports.indices where reports[index].tmem.state != .off || !names.isEmpty {
+                        reports[index].tmem = try TmemCommand.report(Tmem.ask(.list, of: reports[index].name))
+                    }
+                    return reports.filter { $0.tmem.state != .off }
+                }
+                if json {
+                    print(StatusReport.tmemJSON(reports))
+                } else if reports.isEmpty {
+                    print("No running VM has transcendent memory. Give one a swap disk with: quire run --swap 4G -- …")
+                } else {
+                    let colours = ProcessCalls.isTerminal(1) && ProcessCalls.environment("NO_COLOR") == nil
+                    print(StatusReport.poolTable(reports, colours: colours).joined(separator: "\n"))
+                    for report in reports {
+                        let tmem = report.tmem
+                        let limit = tmem.capBytes == 0 ? "" : " of at most \(Size.text(tmem.capBytes))"
+                        print("\(report.name): \(Size.text(tmem.usedBytes))\(limit) of the host's memory, \(Size.text(tmem.metadataBytes)) of it for finding pages"
+                            + (tmem.state == .frozen ? "; frozen" : "") + (tmem.reason.isEmpty ? "" : "; \(tmem.reason)"))
+                    }
+                }
+            }
+        }
+
+        struct Freeze: ParsableCommand {
+            static let configuration = CommandConfiguration(
+                abstract: "Takes no new pages into a VM's ephemeral pools, until thaw.",
+                discussion: "What is there stays. A swap disk is persistent, and goes on as before.")
+            @Argument(help: ArgumentHelp("The VM.", valueName: "name")) var name: String
+            func run() throws { _ = try failing { () throws(QuireError) in try Tmem.ask(.freeze, of: name) } }
+        }
+
+        struct Thaw: ParsableCommand {
+            static let configuration = CommandConfiguration(abstract: "Takes new pages again, after freeze.")
+            @Argument(help: ArgumentHelp("The VM.", valueName: "name")) var name: String
+            func run() throws { _ = try failing { () throws(QuireError) in try Tmem.ask(.thaw, of: name) } }
+        }
+
+        struct Flush: ParsableCommand {
+            static let configuration = CommandConfiguration(
+                abstract: "Gives memory of ephemeral pools back to the host at once.",
+                discussion: "Says how much it was: less where there is no more. Persistent pages, such as swapped ones, stay.")
+            @Argument(help: ArgumentHelp("The VM.", valueName: "name")) var name: String
+            @Argument(help: ArgumentHelp("How much: 512M.", valueName: "size"), transform: Tmem.bytes) var size: UInt64
+            func run() throws {
+                let answer = try failing { () throws(QuireError) in try Tmem.ask(.flush(size), of: name) }
+                print("\(Size.text(UInt64(answer) ?? 0)) given back")
+            }
+        }
+
+        struct Weight: ParsableCommand {
+            static let configuration = CommandConfiguration(
+                abstract: "Sets how much of the ephemeral memory is a pool's, relative to others (100 unless set).")
+            @Argument(help: ArgumentHelp("The VM.", valueName: "name")) var name: String
+            @Argument(help: ArgumentHelp("The pool, as in 'quire tmem list'.", valueName: "pool")) var pool: String
+            @Argument(help: ArgumentHelp("From 1.", valueName: "n")) var weight: UInt32
+            func run() throws { _ = try failing { () throws(QuireError) in try Tmem.ask(.weight(pool: pool, weight), of: name) } }
+        }
+
+        struct Cap: ParsableCommand {
+            static let configuration = CommandConfiguration(
+                abstract: "Sets how much of the host's memory pools may use.",
+                discussion: """
+                    Without --pool: of the VM's whole store. Below what persistent pages use already it is refused, and \
+                    nothing changes. A pool's limit is kept when a backend is replaced, the store's is set anew by quire run.
+                    """)
+            @Argument(help: ArgumentHelp("The VM.", valueName: "name")) var name: String
+            @Argument(help: ArgumentHelp("512M, or none.", valueName: "size"), transform: { $0 == "none" ? nil : try Tmem.bytes($0) })
+            var size: UInt64?
+            @Option(help: ArgumentHelp("One pool, as in 'quire tmem list'.", valueName: "pool")) var pool: String?
+            func run() throws { _ = try failing { () throws(QuireError) in try Tmem.ask(.cap(pool: pool, size), of: name) } }
+        }
+
+        struct Save: ParsableCommand {
+            static let configuration = CommandConfiguration(
+                abstract: "Writes what a paused VM has swapped to a file.",
+                discussion: """
+                    Only while the guest does not run: pause it first (QMP 'stop', or a migration with \
+                    pause-before-switchover). FILE appears when it is complete; - is stdout. The file is not compressed.
+
+                    Around a migration, with the source in the state pre-switchover: \
+                    quire tmem save web1 - | ssh there quire tmem restore web1 -
+                    """)
+            @Argument(help: ArgumentHelp("The VM.", valueName: "name")) var name: String
+            @Argument(help: ArgumentHelp("The file, or -.", valueName: "file")) var file: String
+
+            func run() throws {
+                let pages = try failing { () throws(QuireError) -> String in
+                    guard file != "-" else { return try Tmem.ask(.save, of: name, passing: [1], patienceMilliseconds: -1) }
+                    // A device or a pipe is written as it is.
+                    let isOther = (try? Descriptor.open(file, O_RDONLY | O_NONBLOCK).status().isRegularFile) == false
+                    let path = isOther ? file : file + ".partial"
+                    do throws(QuireError) {
+                        let target = try Descriptor.open(path, O_WRONLY | O_CREAT | (isOther ? 0 : O_TRUNC), mode: 0o600)
+                        let pages = try Tmem.ask(.save, of: name, passing: [target.raw], patienceMilliseconds: -1)
+                        if !isOther {
+                            guard fsync(target.raw) == 0 else { throw .system("cannot write \(path)") }
+                            guard unsafe rename(path, file) == 0 else { throw .system("cannot rename \(path) to \(file)") }
+                        }
+                        return pages
+                    } catch {
+                        if !isOther { Files.remove(path) }
+                        throw error
+                    }
+                }
+                writeStandardError("quire: \(pages) pages saved")
+            }
+        }
+
+        struct Restore: ParsableCommand {
+            static let configuration = CommandConfiguration(
+                abstract: "Replaces what a VM has swapped by what was saved.",
+                discussion: """
+                    Only while the guest does not run: before it boots, or waiting for a migration, or paused. The file is \
+                    read and checked to its end first; if anything is wrong with it, nothing changes.
+                    """)
+            @Argument(help: ArgumentHelp("The VM.", valueName: "name")) var name: String
+            @Argument(help: ArgumentHelp("The file, or - for stdin.", valueName: "file")) var file: String
+
+            func run() throws {
+                let pages = try failing { () throws(QuireError) -> String in
+                    guard file != "-" else { return try Tmem.ask(.restore, of: name, passing: [0], patienceMilliseconds: -1) }
+                    let source = try Descriptor.open(file, O_RDONLY)
+                    return try Tmem.ask(.restore, of: name, passing: [source.raw], patienceMilliseconds: -1)
+                }
+                writeStandardError("quire: \(pages) pages restored")
+            }
+        }
+    }
+}

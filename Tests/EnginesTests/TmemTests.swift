@@ -1,0 +1,597 @@
+import Engines
+import Glibc
+import PageContent
+import Platform
+import Synchronization
+import Testing
+
+@Suite struct TmemTests {
+    private struct Key: Hashable {
+        let pool: Int
+        let object: UInt64
+        let index: UInt32
+    }
+    private static let kinds: [(TmemPool.Kind, TmemPool.Scope)] = [
+        (.ephemeral, .private), (.ephemeral, .shared), (.persistent, .private), (.persistent, .shared),
+    ]
+
+    /// What every pool is charged adds up to what contents take, and pages to keys.
+    private func audit(_ tmem: Tmem, _ pages: Int? = nil) {
+        let charged = tmem.pools.reduce(0) { $0 + Int($1.statistics.storedBytes) }
+        #expect(charged == tmem.unitBytes)
+        let usage = tmem.usage
+        if let pages { #expect(usage.pages == UInt64(pages)) }
+        #expect(usage.contentBytes <= UInt64(tmem.unitBytes) && usage.usedBytes >= usage.metadataBytes + usage.wasteBytes)
+    }
+
+    /// All four kinds against a dictionary, without pressure: everything is found, by the next process too.
+    @Test(arguments: [Tmem.Compression.lz4, .zstd(level: 1)]) func randomOperationsAgainstADictionary(
+        _ compression: Tmem.Compression
+    ) throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        var random = SplitMix(state: 42)
+        var model: [Key: UInt64] = [:]
+        var tmem = try fixture.open(.init(compression: compression))
+        for (number, (kind, scope)) in Self.kinds.enumerated() {
+            _ = try tmem.createPool(.init(kind: kind, scope: scope, name: "pool-\(number)", client: "client-\(number % 2)"))
+        }
+        var pools = tmem.pools
+        for step in 0..<40_000 {
+            let key = Key(pool: Int(random.next() % 4), object: random.next() % 5, index: UInt32(random.next() % 600))
+            let pool = pools[key.pool]
+            switch random.next() % 16 {
+            case 0..<8:
+                let seed = random.next() % 100_000
+                try pool.put(key.object, key.index, bytes: TmemPages.any(seed))
+                model[key] = seed
+            case 8..<13:
+                #expect(try pool.page(key.object, key.index) == model[key].map(TmemPages.any))
+                if key.pool == 0 { model[key] = nil }
+            case 13, 14:
+                #expect(pool.flush(key.object, key.index) == (model[key] != nil))
+                model[key] = nil
+            default:
+                switch random.next() % 200 {
+                case 0:
+                    let gone = model.keys.filter { $0.pool == key.pool && $0.object == key.object }
+                    #expect(pool.flush(object: key.object) == gone.count)
+                    for key in gone { model[key] = nil }
+                case 1..<20:
+                    let range = key.index..<key.index + UInt32(random.next() % 100)
+                    let gone = model.keys.filter {
+                        $0.pool == key.pool && $0.object == key.object && range.contains($0.index)
+                    }
+                    #expect(pool.flush(key.object, pages: range) == gone.count)
+                    for key in gone { model[key] = nil }
+                case 20: tmem.compact()
+                default: break
+                }
+            }
+            if step % 5000 == 4999 {
+                audit(tmem, model.count)
+                // The next process.
+                let before = tmem.usage
+                pools = []
+                tmem = try Self.replace(&tmem, fixture, compression)
+                pools = tmem.pools
+                #expect(pools.map(\.name) == ["pool-0", "pool-1", "pool-2", "pool-3"])
+                #expect(zip(pools, Self.kinds).allSatisfy { $0.attributes.kind == $1.0 && $0.attributes.scope == $1.1 })
+                audit(tmem, model.count)
+                let after = tmem.usage
+                #expect(after.contents == before.contents && after.contentBytes == before.contentBytes)
+                #expect(after.sameFilledPages == before.sameFilledPages)
+                for (number, pool) in pools.enumerated() {
+                    var found: [Key] = []
+                    pool.forEachPage { found.append(Key(pool: number, object: $0, index: $1)) }
+                    #expect(Set(found) == Set(model.keys.filter { $0.pool == number }))
+                    #expect(zip(found, found.dropFirst()).allSatisfy { ($0.object, $0.index) < ($1.object, $1.index) })
+                    #expect(pool.statistics.pages == UInt64(found.count))
+                }
+            }
+        }
+        for (key, seed) in model {
+            #expect(try pools[key.pool].page(key.object, key.index) == TmemPages.any(seed))
+        }
+        // Nothing leaks: without pages there is nothing left but metadata.
+        for pool in pools { pool.flushAll() }
+        tmem.compact()
+        #expect(tmem.usage.usedBytes == tmem.usage.metadataBytes && tmem.usage.contents == 0 && tmem.unitBytes == 0)
+        #expect(fixture.allocatedBytes <= tmem.usage.usedBytes + (1 << 20))
+    }
+
+    private static func replace(_ old: inout Tmem, _ fixture: TmemFixture, _ compression: Tmem.Compression) throws -> Tmem {
+        // The old one has to go first: it has the file's lock.
+        old = try TmemFixture().open()
+        return try fixture.open(.init(compression: compression))
+    }
+
+    @Test func pagesOfOneWordCostNothingAndEqualPagesAreStoredOnce() throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let tmem = try fixture.open()
+        let pools = try (0..<3).map {
+            try tmem.createPool(
+                .init(kind: $0 == 0 ? .ephemeral : .persistent, scope: .shared, name: "\($0)", client: "c\($0)"))
+        }
+        for index in 0..<1000 { try pools[index % 3].put(1, UInt32(index), bytes: TmemPages.filled(UInt64(index % 2) * .max)) }
+        #expect(tmem.usage.contents == 0 && tmem.usage.sameFilledPages == 1000 && tmem.unitBytes == 0)
+        #expect(try pools[1].page(1, 1) == TmemPages.filled(.max))
+        // Each names the first content as often as its number says and one more, and one of its own.
+        let common = TmemPages.page(1)
+        for number in 0..<3 {
+            for index in 0...number { try pools[number].put(2, UInt32(index), bytes: common) }
+            try pools[number].put(3, 0, bytes: TmemPages.page(UInt64(number + 10)))
+        }
+        #expect(tmem.usage.contents == 4 && tmem.unitBytes == 4 * 4096)
+        // 1/6, 2/6 and 3/6 of 4096, in whole bytes that add up.
+        #expect(pools.map(\.statistics.storedBytes) == [4096 + 682, 4096 + 1366, 4096 + 2048])
+        #expect(pools[2].statistics.putsShared == 3)
+        pools[1].destroy()
+        #expect(pools[0].statistics.storedBytes == 4096 + 1024 && pools[2].statistics.storedBytes == 4096 + 3072)
+        for index in 0..<3 { pools[2].flush(2, UInt32(index)) }
+        #expect(pools[0].statistics.storedBytes == 8192 && pools[2].statistics.storedBytes == 4096)
+        audit(tmem)
+    }
+
+    /// More names than an entry counts: the side table takes over, and gives back.
+    @Test func manyNamesOfOneContent() throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        var tmem = try fixture.open()
+        var pool = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "p", client: "c"))
+        let page = TmemPages.page(5)
+        for index in 0..<UInt32(70_000) { try pool.put(0, index, bytes: page) }
+        #expect(pool.statistics.storedBytes == 4096 && tmem.usage.contents == 1)
+        pool = try TmemFixture().open().createPool(.init(kind: .persistent, scope: .private, name: "p", client: "c"))
+        tmem = try Self.replace(&tmem, fixture, .lz4)
+        pool = try #require(tmem.pool(named: "p"))
+        #expect(pool.statistics.storedBytes == 4096 && pool.statistics.pages == 70_000)
+        #expect(pool.flush(0, pages: 1..<70_000) == 69_999)
+        #expect(try pool.statistics.storedBytes == 4096 && pool.page(0, 0) == page)
+        pool.flush(0, 0)
+        #expect(tmem.unitBytes == 0 && tmem.usage.contents == 0)
+    }
+
+    /// Fingerprints are no proof. The control: without comparing, a get finds another page.
+    @Test(arguments: [true, false]) func collidingFingerprintsAreCompared(_ compares: Bool) throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        var seams = TmemSeams()
+        seams.hash = PageHash(low: 77, high: 1 << 60)
+        seams.compares = compares
+        let tmem = try fixture.open(seams: seams)
+        let pool = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "p", client: "c"))
+        for index in 0..<UInt32(50) { try pool.put(0, index, bytes: TmemPages.page(UInt64(index), randomWords: 300)) }
+        let isRight = try (0..<UInt32(50)).allSatisfy { try pool.page(0, $0) == TmemPages.page(UInt64($0), randomWords: 300) }
+        #expect(isRight == compares)
+    }
+
+    /// A put that fails leaves nothing. The control: with the old page left, a get finds it.
+    @Test(arguments: [false, true]) func failedPutsLeaveNoOldPage(_ keepsOldPage: Bool) throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        var seams = TmemSeams()
+        seams.keepsOldPage = keepsOldPage
+        let tmem = try fixture.open(seams: seams)
+        let cache = try tmem.createPool(.init(kind: .ephemeral, scope: .shared, name: "e", client: "c"))
+        try cache.put(0, 1, bytes: TmemPages.page(1))
+        tmem.freeze()
+        #expect(errorCode { try cache.put(0, 1, bytes: TmemPages.page(2)) } == .noSpace)
+        #expect(try (cache.page(0, 1) != nil) == keepsOldPage)
+        tmem.thaw()
+        try cache.put(0, 1, bytes: TmemPages.page(2))
+        let disk = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "p", client: "d"))
+        try disk.put(0, 1, bytes: TmemPages.page(3, randomWords: 20))
+        try disk.setCap(1024)
+        #expect(errorCode { try disk.put(0, 1, bytes: TmemPages.page(4)) } == .noSpace)
+        #expect(try (disk.page(0, 1) != nil) == keepsOldPage)
+        #expect(disk.statistics.putsFailed == 1 && cache.statistics.putsFailed == 1)
+        audit(tmem)
+    }
+
+    @Test func badInput() throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let tmem = try fixture.open()
+        func attributes(_ name: String, _ client: String = "c", _ pages: UInt64? = nil) -> TmemPool.Attributes {
+            .init(kind: .persistent, scope: .private, name: name, client: client, capacityPages: pages)
+        }
+        let pool = try tmem.createPool(attributes(String(repeating: "n", count: 63), "c", 2))
+        for name in ["", String(repeating: "n", count: 64), "a\0b"] {
+            #expect(errorCode { _ = try tmem.createPool(attributes(name)) } == .invalid)
+            #expect(errorCode { _ = try tmem.createPool(attributes("x", name)) } == .invalid)
+        }
+        #expect(errorCode { _ = try tmem.createPool(attributes(pool.name)) } == .busy)
+        #expect(errorCode { try pool.put(0, 0, [UInt8](repeating: 1, count: 4095).span.bytes) } == .invalid)
+        #expect(errorCode { try pool.put(0, .max, bytes: TmemPages.page(1)) } == .invalid)
+        #expect(errorCode { _ = try pool.page(0, .max) } == .invalid)
+        try pool.put(.max, .max - 1, bytes: TmemPages.page(1))
+        #expect(try pool.page(.max, .max - 1) == TmemPages.page(1))
+        try pool.put(.max, 0, bytes: TmemPages.page(2))
+        // The promise is kept, and not more than that; to replace needs no room in it.
+        #expect(errorCode { try pool.put(0, 5, bytes: TmemPages.page(3)) } == .noSpace)
+        try pool.put(.max, 0, bytes: TmemPages.page(4))
+        #expect(try pool.page(.max, 0) == TmemPages.page(4) && pool.statistics.pages == 2)
+        #expect(pool.flush(.max, pages: 0..<UInt32.max) == 2)
+        #expect(errorCode { try pool.setWeight(0) } == .invalid)
+        #expect(errorCode { _ = try Tmem(Descriptor.duplicate(of: fixture.file)) } == .busy)
+        pool.destroy()
+        #expect(errorCode { try pool.put(0, 0, bytes: TmemPages.page(1)) } == .closed)
+        #expect(try pool.page(0, 0) == nil && tmem.pools.isEmpty)
+        for number in 0..<1023 { _ = try tmem.createPool(attributes("\(number)")) }
+        #expect(errorCode { _ = try tmem.createPool(attributes("one more")) } == .noSpace)
+    }
+
+    /// A file that is none of ours, or was damaged: one line, and no crash.
+    @Test func damagedFiles() throws {
+        let short = try Memfd(name: "short", byteCount: 8192).takeDescriptor()
+        #expect(errorCode { _ = try Tmem(short.duplicate()) } == .invalid)
+        func isRefused(_ damage: (borrowing Mapping) -> Void) throws -> Bool {
+            let fixture = try TmemFixture()
+            defer { fixture.close() }
+            do {
+                let tmem = try fixture.open()
+                let pool = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "p", client: "c"))
+                for index in 0..<UInt32(100) { try pool.put(0, index, bytes: TmemPages.any(UInt64(index))) }
+            }
+            let mapping = try Mapping(Descriptor.duplicate(of: fixture.file), byteCount: 8 << 30)
+            damage(mapping)
+            return errorCode { _ = try fixture.open() } == .invalid
+        }
+        #expect(try !isRefused { _ in })
+        #expect(try isRefused { $0.store8(3, 1) })
+        #expect(try isRefused { $0.store32(8, 2) })
+        #expect(try isRefused { $0.store32(12, 0) })
+        #expect(try isRefused { $0.store32(16, .max) })
+        #expect(try isRefused { $0.store32(4096 + 256, 9) })
+        #expect(try isRefused { $0.store8(4096 + 256 + 4, 9) })
+        let heads = 1 << 20, slots = heads + (1 << 30), contents = slots + (4 << 30)
+        #expect(try isRefused { $0.store32(slots + 64 + 8, 12_345_678) })
+        // Two leaves for the same pages: stripes take 16 numbers at a time.
+        #expect(try isRefused { $0.copyIn(heads + 256, $0.copyOut(heads + 16, count: 16)) })
+        // Rubbish in the contents, in many ways.
+        var random = SplitMix(state: 9)
+        for _ in 0..<20 {
+            let bytes = (0..<4096).map { _ in UInt8(truncatingIfNeeded: random.next()) }
+            #expect(try isRefused { $0.copyIn(contents + 16, bytes) })
+        }
+    }
+
+    // MARK: - Memory
+
+    /// The overhead of a stored page and the waste of the allocator after long churn, at the density of a disk that is
+    /// two thirds full.
+    @Test func overheadAndWasteAfterChurn() throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let tmem = try fixture.open()
+        let pool = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "p", client: "c"))
+        var random = SplitMix(state: 3)
+        let span: UInt64 = 90_000
+        for step in 0..<500_000 {
+            let index = UInt32(random.next() % span)
+            if random.next() % 3 == 0 {
+                pool.flush(0, index)
+            } else {
+                // Sizes change over time: what was right for the slabs is not any more.
+                let words = Int(random.next() % 200) + step / 2000
+                try pool.put(0, index, bytes: TmemPages.page(random.next(), randomWords: words))
+            }
+        }
+        let usage = tmem.usage
+        let overhead = Double(usage.metadataBytes) / Double(usage.pages)
+        let waste = Double(usage.wasteBytes) / Double(usage.usedBytes)
+        print("tmem: \(usage.pages) pages, \(Int(overhead * 10)) / 10 bytes a page, \(Int(waste * 1000)) per mille waste")
+        #expect(overhead <= 40 && waste < 0.1)
+        #expect(fixture.allocatedBytes <= usage.usedBytes + (1 << 20))
+        audit(tmem)
+    }
+
+    /// What goes first is what was used least recently: no page that is left is older than one that is gone.
+    @Test(arguments: [TmemPool.Scope.private, .shared]) func evictsTheLeastRecentlyUsed(_ scope: TmemPool.Scope) throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let tmem = try fixture.open()
+        let pool = try tmem.createPool(.init(kind: .ephemeral, scope: scope, name: "e", client: "c"))
+        var order: [UInt32] = []
+        for index in 0..<UInt32(2000) {
+            try pool.put(0, index * 16, bytes: TmemPages.page(UInt64(index)))
+            order.append(index)
+        }
+        var random = SplitMix(state: 1)
+        for _ in 0..<500 {
+            let index = UInt32(random.next() % 2000)
+            if scope == .shared {
+                #expect(try pool.page(0, index * 16) != nil)
+            } else {
+                try pool.put(0, index * 16, bytes: TmemPages.page(UInt64(index)))
+            }
+            order.removeAll { $0 == index }
+            order.append(index)
+        }
+        let used = tmem.usage.usedBytes
+        let given = tmem.evict(bytes: 3 << 20)
+        #expect(given >= 3 << 20 && used - tmem.usage.usedBytes == given && given < 4 << 20)
+        var left = Set<UInt32>()
+        pool.forEachPage { left.insert($1 / 16) }
+        #expect(left == Set(order.suffix(left.count)) && pool.statistics.evictions == UInt64(2000 - left.count))
+        for index in left { #expect(try pool.page(0, index * 16) == TmemPages.page(UInt64(index))) }
+        tmem.evict(bytes: .max)
+        #expect(tmem.usage.pages == 0 && tmem.usage.usedBytes == tmem.usage.metadataBytes)
+    }
+
+    @Test func weightsDivideMemory() throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let tmem = try fixture.open(.init(cap: 24 << 20))
+        let pools = try ["a", "b", "c"].map {
+            try tmem.createPool(.init(kind: .ephemeral, scope: .shared, name: $0, client: $0))
+        }
+        let disk = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "d", client: "a"))
+        try pools[1].setWeight(300)
+        for index in 0..<UInt32(200) { try disk.put(0, index, bytes: TmemPages.page(1 << 40 | UInt64(index))) }
+        for index in 0..<UInt32(8000) {
+            // c wants little, and keeps it.
+            if index < 300 { try pools[2].put(0, index, bytes: TmemPages.page(1 << 41 | UInt64(index))) }
+            try pools[0].put(0, index, bytes: TmemPages.page(UInt64(index)))
+            try pools[1].put(0, index, bytes: TmemPages.page(1 << 32 | UInt64(index)))
+            if index % 100 == 0 { #expect(tmem.usage.usedBytes <= 24 << 20) }
+        }
+        let bytes = pools.map { Double($0.statistics.storedBytes) }
+        #expect(bytes[1] / bytes[0] > 2.7 && bytes[1] / bytes[0] < 3.3, "\(bytes)")
+        #expect(pools[2].statistics.pages == 300 && disk.statistics.pages == 200)
+        audit(tmem)
+    }
+
+    @Test func capsOfClients() throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let tmem = try fixture.open()
+        let cache = try tmem.createPool(.init(kind: .ephemeral, scope: .shared, name: "cache", client: "vm"))
+        let disk = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "disk", client: "vm"))
+        let other = try tmem.createPool(.init(kind: .ephemeral, scope: .shared, name: "other", client: "other"))
+        for index in 0..<UInt32(100) { try other.put(0, index, bytes: TmemPages.page(UInt64(index))) }
+        try cache.setCap(1 << 20)
+        #expect(disk.cap == 1 << 20 && other.cap == nil)
+        func used() -> UInt64 { cache.statistics.storedBytes + disk.statistics.storedBytes }
+        for index in 0..<UInt32(1000) {
+            try cache.put(0, index * 16, bytes: TmemPages.page(1 << 32 | UInt64(index)))
+            #expect(used() <= 1 << 20)
+        }
+        #expect(used() > (1 << 20) - 3 * 4096)
+        var kept = 0
+        for index in 0..<UInt32(1000) {
+            do {
+                try disk.put(0, index, bytes: TmemPages.page(1 << 33 | UInt64(index)))
+                kept += 1
+            } catch { #expect(error is QuireError) }
+            #expect(used() <= 1 << 20)
+        }
+        // Persistent pages drive out ephemeral ones, and end at the cap.
+        #expect(kept == 256 && cache.statistics.pages == 0 && other.statistics.pages == 100)
+        try disk.put(0, 7, bytes: TmemPages.page(99))
+        #expect(try disk.page(0, 7) == TmemPages.page(99) && disk.statistics.pages == 256)
+        #expect(errorCode { try disk.setCap(1 << 19) } == .busy)
+        #expect(disk.cap == 1 << 20 && disk.statistics.pages == 256)
+        try disk.setWeight(250)
+        audit(tmem)
+    }
+
+    @Test func settingsOutliveTheProcess() throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        do {
+            let tmem = try fixture.open()
+            for name in ["one", "two"] {
+                _ = try tmem.createPool(.init(kind: .persistent, scope: .shared, name: name, client: "é", capacityPages: 9))
+            }
+            let pool = try tmem.createPool(.init(kind: .ephemeral, scope: .private, name: "gone", client: "x"))
+            try pool.put(1, 1, bytes: TmemPages.page(1))
+            try tmem.pools[1].setWeight(77)
+            try tmem.pools[2].setCap(1 << 30)
+            pool.destroy()
+        }
+        let tmem = try fixture.open()
+        #expect(tmem.pools.map(\.name) == ["one", "two"])
+        for pool in tmem.pools {
+            #expect(pool.weight == 77 && pool.cap == 1 << 30)
+            #expect(pool.attributes.client == "é" && pool.attributes.capacityPages == 9 && pool.attributes.scope == .shared)
+        }
+        #expect(tmem.usage.promisedPages == 18 && tmem.usage.pages == 0)
+    }
+
+    /// The cap of the store: it holds, and one that cannot hold is refused with everything as it was.
+    @Test func capOfTheStore() throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let tmem = try fixture.open(.init(cap: 16 << 20))
+        let disk = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "d", client: "a"))
+        let cache = try tmem.createPool(.init(kind: .ephemeral, scope: .shared, name: "e", client: "b"))
+        for index in 0..<UInt32(1000) { try disk.put(0, index, bytes: TmemPages.page(UInt64(index))) }
+        for index in 0..<UInt32(6000) {
+            try cache.put(0, index, bytes: TmemPages.page(1 << 32 | UInt64(index), randomWords: Int(index % 500)))
+            if index % 50 == 0 { #expect(tmem.usage.usedBytes <= 16 << 20 && fixture.allocatedBytes <= 17 << 20) }
+        }
+        let before = (tmem.usage, cache.statistics)
+        #expect(errorCode { try tmem.setCap(4 << 20) } == .busy)
+        #expect(tmem.cap == 16 << 20 && tmem.usage == before.0 && cache.statistics == before.1)
+        try tmem.setCap(8 << 20)
+        #expect(tmem.usage.usedBytes <= 8 << 20 && disk.statistics.pages == 1000)
+        // Persistent pages take everything that is ephemeral, and then there is no room: an error, and nothing lost.
+        var kept = Set(0..<UInt32(1000))
+        for index in 1000..<UInt32(4000) {
+            if errorCode({ try disk.put(0, index, bytes: TmemPages.page(UInt64(index))) }) == nil { kept.insert(index) }
+            #expect(tmem.usage.usedBytes <= 8 << 20)
+        }
+        #expect(cache.statistics.pages == 0 && kept.count > 1700)
+        for index in 0..<UInt32(4000) {
+            #expect(try disk.page(0, index) == (kept.contains(index) ? TmemPages.page(UInt64(index)) : nil))
+        }
+        try tmem.setCap(nil)
+        try disk.put(0, 9999, bytes: TmemPages.page(1 << 50))
+        audit(tmem)
+    }
+
+    /// With a factor of 1 every promise is kept, whatever the pages are and whoever else wants memory.
+    @Test func promisesAreKept() throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let tmem = try fixture.open(.init(cap: 32 << 20))
+        func make(_ name: String, _ pages: UInt64?, _ kind: TmemPool.Kind = .persistent) throws -> TmemPool {
+            try tmem.createPool(.init(kind: kind, scope: .private, name: name, client: name, capacityPages: pages))
+        }
+        #expect(errorCode { _ = try make("too much", 8192) } == .noSpace)
+        let greedy = try make("greedy", nil)
+        let disk = try make("disk", 5000)
+        #expect(errorCode { _ = try make("also too much", 2000) } == .noSpace)
+        let cache = try make("cache", nil, .ephemeral)
+        #expect(errorCode { try tmem.setCap(24 << 20) } == .busy)
+        var random = SplitMix(state: 5)
+        // Somebody without a promise takes what he can get.
+        var refused = 0
+        for index in 0..<UInt32(5000) {
+            try cache.put(0, index, bytes: TmemPages.page(random.next(), randomWords: Int(random.next() % 513)))
+            if errorCode({ try greedy.put(0, index, bytes: TmemPages.page(random.next())) }) != nil { refused += 1 }
+        }
+        #expect(refused > 3000 && refused < 5000)
+        var model: [UInt32: UInt64] = [:]
+        for round in 0..<4 {
+            for step in 0..<5000 {
+                // Full of what cannot be compressed at first; then of anything, full all the time.
+                let index = round == 0 ? UInt32(step) : UInt32(random.next() % 5000)
+                let seed = random.next()
+                try disk.put(0, index, bytes: round % 2 == 0 ? TmemPages.page(seed) : TmemPages.any(seed))
+                model[index] = round % 2 == 0 ? seed : ~seed
+                if round % 2 == 1 { try disk.put(0, index, bytes: TmemPages.any(~seed)) }
+                if round == 2 { model[index] = seed }
+                if step % 10 == 0 { try? cache.put(1, index, bytes: TmemPages.page(random.next(), randomWords: step % 513)) }
+            }
+        }
+        #expect(disk.statistics.pages == 5000 && disk.statistics.putsFailed == 0)
+        #expect(tmem.usage.usedBytes <= 32 << 20)
+        audit(tmem)
+    }
+
+    @Test func frozenPoolsTakeNothing() throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let tmem = try fixture.open()
+        let cache = try tmem.createPool(.init(kind: .ephemeral, scope: .shared, name: "e", client: "b"))
+        let disk = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "d", client: "a"))
+        for index in 0..<UInt32(3000) { try cache.put(0, index, bytes: TmemPages.page(UInt64(index))) }
+        tmem.freeze()
+        #expect(tmem.isFrozen && errorCode { try cache.put(1, 1, bytes: TmemPages.page(1)) } == .noSpace)
+        try disk.put(0, 0, bytes: TmemPages.page(1))
+        #expect(try cache.page(0, 5) == TmemPages.page(5))
+        #expect(tmem.evict(bytes: 4 << 20) >= 4 << 20)
+        #expect(cache.statistics.pages < 2000 && cache.statistics.pages > 1700)
+        tmem.thaw()
+        try cache.put(1, 1, bytes: TmemPages.page(1))
+    }
+
+    // MARK: - Threads
+
+    /// Threads that put, get and flush in all kinds of pools, each its own keys but the same contents now and then, under a
+    /// cap that evicts all the time, with freezing, compaction and discards of everything between: whatever is found is
+    /// what was put last, and persistent pages are found.
+    @Test func threadsAgainstTheirOwnModels() throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let tmem = try fixture.open(.init(cap: 40 << 20))
+        var pools: [TmemPool] = []
+        for (number, (kind, scope)) in Self.kinds.enumerated() {
+            pools.append(try tmem.createPool(.init(kind: kind, scope: scope, name: "\(number)", client: "\(number % 2)")))
+        }
+        let all = pools
+        let wrong = Atomic<Int>(0), lost = Atomic<Int>(0), ended = Atomic<Int>(0)
+        let deadline = monotonicNanoseconds() + 4_000_000_000
+        try withThreads(4, until: { ended.load(ordering: .relaxed) == 3 }) { thread in
+            var random = SplitMix(state: UInt64(thread))
+            if thread == 3 {
+                while ended.load(ordering: .relaxed) < 3 {
+                    switch random.next() % 5 {
+                    case 0: tmem.evict(bytes: random.next() % (8 << 20))
+                    case 1: tmem.compact()
+                    case 2:
+                        tmem.freeze()
+                        ProcessCalls.sleep(milliseconds: 1)
+                        tmem.thaw()
+                    case 3: all[Int(random.next() % 2)].flush(random.next() % 3, pages: 0..<UInt32.max)
+                    default: _ = tmem.usage
+                    }
+                    ProcessCalls.sleep(milliseconds: 1)
+                }
+                return
+            }
+            var model: [Key: UInt64] = [:]
+            while monotonicNanoseconds() < deadline {
+                let key = Key(
+                    pool: Int(random.next() % 4), object: UInt64(thread), index: UInt32(random.next() % 2000) * 3 + UInt32(thread))
+                let pool = all[key.pool]
+                switch random.next() % 8 {
+                case 0..<4:
+                    let seed = random.next() % 20_000
+                    do {
+                        try pool.put(key.object, key.index, bytes: TmemPages.any(seed))
+                        model[key] = seed
+                    } catch { model[key] = nil }
+                case 4..<7:
+                    let found = try? pool.page(key.object, key.index)
+                    if let found, found != model[key].map(TmemPages.any) { wrong.add(1, ordering: .relaxed) }
+                    if found == nil, model[key] != nil, key.pool >= 2 { lost.add(1, ordering: .relaxed) }
+                    if key.pool == 0 { model[key] = nil }
+                default:
+                    pool.flush(key.object, key.index)
+                    model[key] = nil
+                }
+            }
+            for (key, seed) in model where key.pool >= 2 {
+                if (try? all[key.pool].page(key.object, key.index)) != TmemPages.any(seed) { lost.add(1, ordering: .relaxed) }
+            }
+            ended.add(1, ordering: .relaxed)
+        }
+        #expect(wrong.load(ordering: .relaxed) == 0 && lost.load(ordering: .relaxed) == 0)
+        #expect(all[0].statistics.evictions > 0 && tmem.usage.usedBytes <= 40 << 20)
+        audit(tmem)
+        tmem.compact()
+        audit(tmem)
+    }
+
+    /// A pool that ends, and one of which everything is discarded, while threads put into them: nothing stays.
+    @Test func destroyAndDiscardWhilePutsRun() throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let tmem = try fixture.open()
+        for round in 0..<20 {
+            let pool = try tmem.createPool(
+                .init(kind: round % 2 == 0 ? .persistent : .ephemeral, scope: .shared, name: "p", client: "c"))
+            let puts = Atomic<Int>(0), ended = Atomic<Int>(0)
+            try withThreads(3, until: { ended.load(ordering: .relaxed) == 2 }) { thread in
+                var random = SplitMix(state: UInt64(thread + round * 3))
+                if thread == 2 {
+                    while puts.load(ordering: .relaxed) < 2000 {
+                        pool.flush(0, pages: 0..<UInt32.max)
+                        ProcessCalls.sleep(microseconds: 300)
+                    }
+                    pool.destroy()
+                    return
+                }
+                while errorCode({ try pool.put(0, UInt32(random.next() % 5000), bytes: TmemPages.any(random.next())) }) == nil {
+                    puts.add(1, ordering: .relaxed)
+                }
+                ended.add(1, ordering: .relaxed)
+            }
+            #expect(tmem.usage.pages == 0 && tmem.usage.contents == 0 && tmem.unitBytes == 0)
+        }
+    }
+
+    private func withThreads(
+        _ count: Int, until isDone: () -> Bool, _ body: @escaping @Sendable (Int) -> Void
+    ) throws {
+        var threads: [JoinableThread] = []
+        for thread in 0..<count { threads.append(try JoinableThread("tmem-test-\(thread)") { body(thread) }) }
+        for thread in threads { thread.join() }
+        #expect(isDone())
+    }
+}

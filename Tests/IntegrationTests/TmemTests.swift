@@ -1,0 +1,232 @@
+import Glibc
+import Host
+import Platform
+import Testing
+
+extension Integration {
+    /// Guests that need more memory than they have, and swap into the host's.
+    @Suite(.serialized) struct Tmem {
+        private static let small = Machine(memory: "256M", options: ["--swap", "1G", "--no-merge"])
+        /// MiB, more than such a guest has.
+        private static let much = 330
+        private static let seconds = Effort.scaled(20)
+
+        /// Patterns larger than memory are checked and written anew while the backend is killed again and again: not one byte
+        /// is wrong, the guest sees no error, and what is freed at the end goes back to the host.
+        @Test(arguments: [QEMU.distribution, .ten])
+        func swapsAcrossDeaths(_ qemu: QEMU) throws {
+            let guest = try Guest(Self.small.with {
+                $0.qemu = qemu
+                $0.options += ["--swap-queues", "2"]
+            })
+            try guest.watched {
+                let disk = try guest.swapOn()
+                let load = try guest.console.start("quire-load sweep \(Self.much) \(Self.seconds) --threads 2")
+                try guest.wait(for: "the guest to swap") { try guest.swapPool().pages > 20_000 }
+                let before = try guest.swapPool()
+                for _ in 0..<Effort.kills {
+                    let pid = guest.backendPID
+                    try guest.console.drain(Int32.random(in: 500...2500))
+                    ProcessCalls.signal(pid, SIGKILL)
+                    try guest.wait(for: "another backend") { guest.backendPID != pid && guest.backendPID != 0 }
+                }
+                let (text, status) = try guest.console.finish(load, within: Guest.patience(for: Self.seconds) * 2)
+                #expect(status == 0 && text.contains("ok "), "\(text)")
+                let pool = try guest.swapPool()
+                print("\(qemu): \(text.filter { $0 != "\n" }); at first \(before.pages) pages swapped, \(before.storedBytes >> 20) MiB; read \(pool.hits) since the last death")
+                #expect(pool.hits > 0)
+                try guest.sh("swapoff \(disk) && swapon -d \(disk)", within: Effort.patience * 2)
+                try guest.wait(for: "discarded pages to be free") { try guest.swapPool().pages < 64 }
+                try guest.expectQuietLog()
+            }
+        }
+
+        /// The control of the above: bytes that change behind the store's back are seen.
+        @Test func aByteThatChangesIsSeen() throws {
+            let guest = try Guest(Self.small)
+            try guest.watched {
+                try guest.swapOn()
+                let load = try guest.console.start("quire-load hold \(Self.much) --full")
+                try guest.console.expect("peak\n", within: Effort.patience * 2)
+                try guest.wait(for: "the guest to swap") { try guest.swapPool().pages > 10_000 }
+                let file = try guest.swapFile()
+                let end = try file.status().byteCount
+                var at: UInt64 = 0, flipped = 0
+                // A bit of every hundredth page of the store, wherever its bytes are.
+                while let data = Memfd.nextData(file.raw, from: at, to: end) {
+                    var place = max(at, data.lowerBound)
+                    while place < data.upperBound {
+                        var byte: UInt8 = 0
+                        if pread(file.raw, &byte, 1, off_t(place + 777)) == 1, byte != 0 {
+                            byte ^= 4
+                            _ = pwrite(file.raw, &byte, 1, off_t(place + 777))
+                            flipped += 1
+                        }
+                        place += 4096 * 100
+                    }
+                    at = place
+                }
+                #expect(flipped > 10)
+                try guest.console.send("")
+                // Wrong bytes, or an I/O error where the store itself has noticed: SIGBUS.
+                let (text, status) = try guest.console.finish(load, within: Effort.patience * 2)
+                #expect(status != 0, "\(flipped) flipped bits were not seen: \(text)")
+            }
+        }
+
+        /// No room in the pool: I/O errors, and the guest lives. What it was told is written stays.
+        @Test func aFullPool() throws {
+            let guest = try Guest(Self.small.with { $0.options = ["--swap", "1G", "--swap-overcommit", "16", "--no-merge"] })
+            try guest.watched {
+                let disk = try guest.swapOn()
+                // It cannot be compressed; 64 MiB and what memory is left do not hold it: the kernel ends it, or it waits.
+                try guest.sh("(quire-load hold \(Self.much + 100) --full </dev/null >/tmp/hold 2>&1; echo $? >/tmp/held) & true")
+                try guest.wait(for: "a write that finds no room", within: Effort.patience * 2) { try guest.swapPool().putsFailed > 0 }
+                try guest.wait(for: "the load's end", within: Effort.patience * 2) {
+                    try guest.run("[ -s /tmp/held ] || pkill quire-load; [ -s /tmp/held ]").status == 0
+                }
+                #expect(guest.isRunning)
+                #expect(try guest.sh("cat /tmp/hold; true").contains("WRONG") == false)
+                #expect(guest.status.tmem.reason.contains("no room"))
+                #expect(guest.stderr.contains("the swap disk has no room"))
+                // And it goes on swapping when there is room again.
+                try guest.sh("swapoff \(disk); swapon -d \(disk)", within: Effort.patience * 2)
+                let text = try guest.sh("quire-load sweep 230 3", within: Guest.patience(for: 20))
+                #expect(text.contains("ok "), "\(text)")
+                try guest.sh("! dmesg | grep -E 'BUG|WARNING|Oops|stall|blocked for'")
+            }
+        }
+
+        /// The disk as a disk: written at random through two queues, read back and compared, over deaths of the backend.
+        @Test func verifiesAsADisk() throws {
+            let guest = try Guest(Machine(qemu: .ten, options: ["--swap", "256M", "--swap-queues", "2", "--no-merge", "--swap-compression", "zstd"]))
+            try guest.watched {
+                let disk = try guest.swapDisk()
+                #expect(try guest.sh("ls /sys/block/\(disk.dropFirst(5))/mq | wc -l").hasPrefix("2"))
+                #expect(try guest.sh("cat /sys/block/\(disk.dropFirst(5))/queue/discard_granularity").hasPrefix("4096"))
+                for number in 1...2 {
+                    let load = try guest.console.start(
+                        """
+                        fio --name=v --filename=\(disk) --direct=1 --rw=randwrite --bsrange=4k-64k --size=12M --offset_increment=32M \
+                        --numjobs=4 --thread --ioengine=psync --verify=crc32c --verify_fatal=1 --randseed=\(number) \
+                        --group_reporting --minimal > /tmp/fio 2>&1 || { cat /tmp/fio; false; }
+                        """)
+                    let pid = guest.backendPID
+                    try guest.console.drain(Int32.random(in: 500...1500))
+                    ProcessCalls.signal(pid, SIGKILL)
+                    let (text, status) = try guest.console.finish(load, within: Guest.patience(for: 120))
+                    #expect(status == 0, "\(text)")
+                }
+                let pages = try guest.swapPool().pages
+                #expect(pages > 1000)
+                try guest.sh("blkdiscard \(disk)")
+                try guest.wait(for: "the discard") { try guest.swapPool().pages == 0 }
+                #expect(try guest.sh("cmp -n 1048576 \(disk) /dev/zero && echo same").contains("same"))
+                try guest.expectQuietLog()
+            }
+        }
+
+        /// What an operator does, and what it is answered.
+        @Test func commands() throws {
+            let guest = try Guest(Self.small)
+            try guest.watched {
+                try guest.swapOn()
+                let file = guest.folder.path + "/saved"
+                // A guest that runs is neither saved nor replaced.
+                var (status, text) = try guest.tmem("save", [file])
+                #expect(status == 1 && text.contains("pause it first") && text.filter { $0 == "\n" }.count == 1, "\(text)")
+                #expect(Files.identity(of: file) == nil && Files.identity(of: file + ".partial") == nil)
+                let load = try guest.console.start("quire-load hold \(Self.much)")
+                try guest.console.expect("peak\n", within: Effort.patience * 2)
+                try guest.qmp.command("stop")
+                try guest.wait(for: "the device to stop") { try guest.tmem("save", [file]).status == 0 }
+                let pages = try guest.swapPool().pages
+                (status, text) = try guest.tmem("restore", [file])
+                #expect(status == 0 && text == "quire: \(pages) pages restored\n", "\(text)")
+                let damaged = guest.folder.path + "/damaged"
+                try host("cp", file, damaged)
+                try host("truncate", "-s", "-1", damaged)
+                (status, text) = try guest.tmem("restore", [damaged])
+                #expect(status == 1 && text.contains("ends too early"), "\(text)")
+                try guest.qmp.command("cont")
+                try guest.console.send("")
+                #expect(try guest.console.finish(load, within: Effort.patience * 2).status == 0)
+                for (command, more) in [("freeze", []), ("thaw", []), ("flush", ["1M"]), ("weight", ["swap", "50"]), ("cap", ["2G"]), ("cap", ["none"])] as [(String, [String])] {
+                    (status, text) = try guest.tmem(command, more)
+                    #expect(status == 0, "\(command): \(text)")
+                }
+                (status, text) = try guest.tmem("cap", ["64K"])
+                #expect(status == 1 && text.filter { $0 == "\n" }.count == 1, "\(text)")
+                (status, text) = try guest.tmem("weight", ["other", "50"])
+                #expect(status == 1 && text.contains("there is no pool 'other'"), "\(text)")
+                let list = try host("env", "QUIRE_RUNTIME_DIR=" + guest.runtime.base, Program.quire, "tmem", "list")
+                #expect(list.contains("swap  persistent"), "\(list)")
+                try guest.wait(for: "the status to show the pool") { guest.status.tmem.pools.first?.pages ?? 0 > 1000 }
+                #expect(try guest.statusCommand().tmem.pools.first?.capacityBytes == 1 << 30)
+                try guest.expectQuietLog()
+            }
+        }
+
+        /// A guest migrates while it swaps, from one QEMU to another, and its swapped pages with it: while the source waits
+        /// with its guest stopped, they go through a pipe. Not one byte is wrong there. Without that the destination gives
+        /// I/O errors instead of another guest's bytes.
+        @Test(arguments: [true, false])
+        func migrates(_ withSwap: Bool) throws {
+            let folder = try Folder()
+            let source = try Guest(Self.small.with { $0.name = "source" }, in: folder)
+            let socket = folder.path + "/migration"
+            let target = try Guest(
+                Self.small.with {
+                    $0.name = "target"
+                    $0.arguments = ["-incoming", "unix:\(socket)"]
+                    $0.boots = false
+                }, in: folder)
+            try source.watched {
+                try target.watched {
+                    try source.swapOn()
+                    let load = try source.console.start("quire-load sweep \(Self.much) \(Self.seconds * 2) --threads 2")
+                    try source.wait(for: "the guest to swap") { try source.swapPool().pages > 20_000 }
+                    #expect(target.status.tmem.reason.contains("quire tmem restore") || target.status.ageMilliseconds > 0)
+                    try source.qmp.command("migrate-set-capabilities", [
+                        "capabilities": .array([.object(["capability": .string("pause-before-switchover"), "state": .bool(true)])])
+                    ])
+                    try source.qmp.command("migrate-set-parameters", ["max-bandwidth": .number(4e9), "downtime-limit": .number(5000)])
+                    try source.qmp.command("migrate", ["uri": .string("unix:\(socket)")])
+                    func state(_ wanted: String) throws {
+                        try source.wait(for: "the migration to be \(wanted)", within: Effort.patience * 2) {
+                            try target.console.drain()
+                            let status = try source.qmp.command("query-migrate")["status"]?.text
+                            guard status != "failed" else { throw Trouble("the migration failed") }
+                            return status == wanted
+                        }
+                    }
+                    try state("pre-switchover")
+                    var pages: UInt64 = 0
+                    if withSwap {
+                        try source.wait(for: "the source's device to stop") {
+                            (try? host("sh", "-c", "QUIRE_RUNTIME_DIR=\(folder.path)/run; export QUIRE_RUNTIME_DIR; "
+                                + "\(Program.quire) tmem save source \(folder.path)/swapped")) != nil
+                        }
+                        try host("sh", "-c", "set -e; QUIRE_RUNTIME_DIR=\(folder.path)/run; export QUIRE_RUNTIME_DIR; "
+                            + "{ \(Program.quire) tmem save source -; } | \(Program.quire) tmem restore target -")
+                        pages = try source.swapPool().pages
+                        // Its mark is one more.
+                        #expect(try target.swapPool().pages == pages + 1)
+                    }
+                    try source.qmp.command("migrate-continue", ["state": .string("pre-switchover")])
+                    try state("completed")
+                    let (text, status) = try target.console.finish(load, within: Guest.patience(for: Self.seconds) * 3)
+                    if withSwap {
+                        #expect(status == 0 && text.contains("ok "), "\(text)")
+                        print("migrated with \(pages) swapped pages: \(text.filter { $0 != "\n" })")
+                        try target.expectQuietLog()
+                    } else {
+                        // The pages are missed, and no other bytes are taken for them.
+                        #expect(status != 0 && !text.contains("WRONG"), "\(text)")
+                        #expect(target.stderr.contains("quire tmem restore"))
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,219 @@
+import Glibc
+import Platform
+import StoreProtocol
+import TestSupport
+import Testing
+
+/// Shared disks, by their real quired.
+@Suite struct SharedDiskTests {
+    private static let options = ["--keep", "--shared-disk", "scratch,size=16M", "--group", "lab=12345", "--shared-disk", "other,size=1M,group=lab"]
+
+    private static func client(
+        _ store: RunningStore, _ name: String = "scratch", group: String = "", token: UInt64 = 1,
+        expected: SharedDiskMessage.Welcome? = nil
+    ) -> SharedDiskClient {
+        SharedDiskClient(
+            path: SharedDiskClient.path(besideStore: store.path), .init(name: name, group: group, token: token), expected: expected)
+    }
+
+    /// Asks again as long as quired is away.
+    private static func persist<R>(_ body: () throws(QuireError) -> R) throws -> R {
+        let deadline = monotonicNanoseconds() + 30_000_000_000
+        while true {
+            do throws(QuireError) { return try body() } catch {
+                guard error.code == .retry, monotonicNanoseconds() < deadline else { throw error }
+            }
+        }
+    }
+
+    private static func stands(_ pid: Int32) -> Bool {
+        (Files.list("/proc/\(pid)/task") ?? []).allSatisfy { thread in
+            guard let text = try? Files.read("/proc/\(pid)/task/\(thread)/stat", limit: 1024), let end = text.lastIndex(of: ")")
+            else { return false }
+            return text[end...].dropFirst(2).first == "T"
+        }
+    }
+
+    private static func pages(_ seed: UInt64, _ count: Int) -> [UInt8] {
+        var state = seed | 1
+        return (0..<count * 4096).map { _ in
+            state = state &* 6_364_136_223_846_793_005 &+ 1_442_695_040_888_963_407
+            return UInt8(truncatingIfNeeded: state >> 33)
+        }
+    }
+
+    @Test func whatOneWritesAnotherReads() throws {
+        let store = try RunningStore(Self.options)
+        let one = Self.client(store, token: 1), two = Self.client(store, token: 2)
+        let welcome = try one.attach(patienceMilliseconds: 5000)
+        #expect(welcome.pages == 4096 && welcome.id != 0)
+        #expect(try two.attach(patienceMilliseconds: 5000) == welcome)
+        let bytes = Self.pages(7, 64)
+        try one.put(4032, bytes)
+        #expect(try two.get(4032, count: 64) == bytes)
+        try two.flush(4033, count: 2)
+        #expect(try one.get(4032, count: 4) == bytes[..<4096] + [UInt8](repeating: 0, count: 8192) + bytes[3 * 4096..<4 * 4096])
+        try two.flush(0, count: 4096)
+        #expect(try one.get(4032, count: 64).allSatisfy { $0 == 0 })
+    }
+
+    /// One line each; root is in every group, but a VM is in one.
+    @Test func othersAreRefused() throws {
+        let store = try RunningStore(Self.options)
+        func refusal(_ name: String, _ group: String) -> String? {
+            do throws(QuireError) {
+                _ = try Self.client(store, name, group: group).attach(patienceMilliseconds: 5000)
+                return nil
+            } catch { return "\(error)" }
+        }
+        let own = "owner-\(ProcessCalls.ownUID)"
+        #expect(refusal("other", "") == "quired: there is no shared disk 'other' for the group '\(own)': quired --shared-disk says which there are")
+        #expect(refusal("scratch", "lab")?.contains("no shared disk 'scratch' for the group 'lab'") == true)
+        #expect(refusal("nothing", "")?.contains("no shared disk 'nothing'") == true)
+        #expect(refusal("scratch", "nobody")?.contains("there is no share group 'nobody'") == true)
+        #expect(refusal("other", "lab") == nil)
+        #expect(refusal("scratch", "") == nil)
+    }
+
+    /// quired is killed, again and again, while pages are written: each is there, and the disk is the same one.
+    @Test func outlivesQuired() throws {
+        let store = try RunningStore(Self.options)
+        let client = Self.client(store)
+        let welcome = try client.attach(patienceMilliseconds: 5000)
+        for round in 0..<8 {
+            if round % 2 == 1 { store.kill(andWait: round == 3) }
+            for part in 0..<8 {
+                try Self.persist { () throws(QuireError) in
+                    try client.put(UInt64(round * 256 + part * 32), Self.pages(UInt64(round * 8 + part), 32))
+                }
+            }
+        }
+        let later = Self.client(store, token: 9, expected: welcome)
+        for number in 0..<64 {
+            let found = try Self.persist { () throws(QuireError) in try later.get(UInt64(number / 8 * 256 + number % 8 * 32), count: 32) }
+            #expect(found == Self.pages(UInt64(number), 32), "\(number)")
+        }
+    }
+
+    /// Without a keeper the content dies with quired. Then there are errors, and no zeros in place of what was there.
+    @Test func lostContentIsNoEmptyDisk() throws {
+        let store = try RunningStore(["--shared-disk", "scratch,size=16M"])
+        let client = Self.client(store)
+        _ = try client.attach(patienceMilliseconds: 5000)
+        try client.put(0, Self.pages(1, 1))
+        store.kill()
+        do throws(QuireError) { try client.put(1, Self.pages(1, 1)) } catch { #expect(error.code == .retry) }
+        try store.startAgain()
+        #expect(throws: QuireError.self) { try Self.persist { () throws(QuireError) in try client.get(0, count: 1) } }
+        do throws(QuireError) { _ = try client.get(0, count: 1) } catch {
+            #expect(error.code == .invalid && error.description.contains("has lost what was on the shared disk"))
+        }
+    }
+
+    /// A quired that stands still keeps nobody: a tenth of a second or so, then the caller may do something else. And what it
+    /// had not done then it does not do later, over what the same VM has written since.
+    @Test func standingStill() throws {
+        let store = try RunningStore(Self.options)
+        let client = Self.client(store)
+        _ = try client.attach(patienceMilliseconds: 5000)
+        try client.put(5, Self.pages(1, 1))
+        let worker = store.worker
+        ProcessCalls.signal(worker, SIGSTOP)
+        // It stands when all of its threads do.
+        #expect(eventually { Self.stands(worker) })
+        let began = monotonicNanoseconds()
+        do throws(QuireError) {
+            try client.put(5, Self.pages(2, 1))
+            Issue.record("a stopped quired has answered")
+        } catch { #expect(error.code == .retry) }
+        #expect(monotonicNanoseconds() - began < 2_000_000_000)
+        do throws(QuireError) { try client.put(5, Self.pages(2, 1)) } catch { #expect(error.code == .retry) }
+        ProcessCalls.signal(worker, SIGCONT)
+        try Self.persist { () throws(QuireError) in try client.put(5, Self.pages(3, 1)) }
+        for _ in 0..<20 {
+            #expect(try client.get(5, count: 1) == Self.pages(3, 1))
+            ProcessCalls.sleep(milliseconds: 5)
+        }
+    }
+
+    /// A later connection of the same client ends the earlier one; those of others go on.
+    @Test func oneConnectionAClient() throws {
+        let store = try RunningStore(Self.options)
+        let path = SharedDiskClient.path(besideStore: store.path)
+        func connect(_ token: UInt64) throws -> UnixSocket {
+            let socket = try UnixSocket.connect(to: path, kind: .messages)
+            try socket.sendMessage(SharedDiskMessage.Hello(name: "scratch", group: "", token: token).encoded())
+            var descriptors = UnixSocket.PassedDescriptors()
+            let bytes = try socket.receiveMessage(limit: 512, maxDescriptors: 1, into: &descriptors)
+            _ = try SharedDiskMessage.Welcome(bytes ?? [])
+            return socket
+        }
+        var none = UnixSocket.PassedDescriptors()
+        func works(_ socket: borrowing UnixSocket) -> Bool {
+            do {
+                try socket.sendMessage(SharedDiskMessage.Request(.get, page: 0, count: 1, number: 1).encoded())
+                return try socket.receiveMessage(limit: 512, maxDescriptors: 0, into: &none) != nil
+            } catch { return false }
+        }
+        let one = try connect(1), other = try connect(2)
+        #expect(works(one) && works(other))
+        let next = try connect(1)
+        #expect(!works(one) && works(other) && works(next))
+    }
+
+    /// Whatever comes, nobody but its sender is hurt.
+    @Test func nonsenseEndsTheConnection() throws {
+        let store = try RunningStore(Self.options)
+        let path = SharedDiskClient.path(besideStore: store.path)
+        func answers(_ hello: [UInt8], _ request: [UInt8]?) throws -> [UInt8] {
+            let socket = try UnixSocket.connect(to: path, kind: .messages)
+            var descriptors = UnixSocket.PassedDescriptors()
+            try socket.sendMessage(hello)
+            var bytes = try socket.receiveMessage(limit: 512, maxDescriptors: 1, into: &descriptors)
+            if let request {
+                try socket.sendMessage(request)
+                bytes = try socket.receiveMessage(limit: 512, maxDescriptors: 1, into: &descriptors)
+            }
+            let end = try socket.receiveMessage(limit: 512, maxDescriptors: 1, into: &descriptors)
+            #expect(end == nil)
+            return bytes ?? []
+        }
+        let hello = SharedDiskMessage.Hello(name: "scratch", group: "", token: 3).encoded()
+        var newer = hello
+        newer[8] = 2
+        for bad in [newer, Array(hello.dropLast()), [1], hello + [0], Array("GET / HTTP/1.1\r\n\r\n".utf8)] {
+            #expect(SharedDiskMessage.error(try answers(bad, nil)) != nil)
+        }
+        for request in [
+            SharedDiskMessage.Request(.get, page: 4096, count: 1, number: 1), .init(.put, page: 4095, count: 2, number: 1),
+            .init(.get, page: 0, count: 65, number: 1), .init(.get, page: 0, count: 0, number: 1),
+            .init(.flush, page: .max, count: .max, number: 1), .init(.put, page: UInt64.max - 1, count: 3, number: 1),
+        ] {
+            #expect(SharedDiskMessage.error(try answers(hello, request.encoded())) != nil, "\(request)")
+        }
+        #expect(SharedDiskMessage.error(try answers(hello, [9, 0, 0, 0] + [UInt8](repeating: 0, count: 20))) != nil)
+        let client = Self.client(store, token: 4)
+        try Self.persist { () throws(QuireError) in try client.put(0, Self.pages(1, 1)) }
+        #expect(try client.get(0, count: 1) == Self.pages(1, 1))
+    }
+
+    @Test(arguments: [
+        ["--shared-disk", "a"], ["--shared-disk", "a,size=5"], ["--shared-disk", ".a,size=1M"], ["--shared-disk", "a,size=1M,x=1"],
+        ["--shared-disk", "a,size=1M,group=nobody"], ["--shared-disk", "a,size=1M", "--shared-disk", "a,size=1M"],
+        ["--shared-disk", "a,size=9T"],
+    ])
+    func badOptionsAreOneLine(_ options: [String]) throws {
+        var pipe = try Pipe()
+        let writer = pipe.takeWriter(), reader = pipe.takeReader()
+        let folder = "/tmp/quired-bad-\(ProcessCalls.ownPID)-\(UInt32.random(in: 0 ... .max))"
+        let pid = try ProcessCalls.spawn(
+            [RunningStore.program, "--directory", folder] + options, passing: [.init(from: writer.raw, to: 2)], inheritOthers: false,
+            ownGroup: false, parentDeathSignal: SIGTERM)
+        _ = consume writer
+        let text = String(decoding: try reader.readAll(limit: 4096), as: UTF8.self)
+        #expect(ProcessCalls.wait(pid, blocking: true) == .exited(1))
+        #expect(text.hasPrefix("quired: ") && text.filter { $0 == "\n" }.count == 1, "\(text)")
+        for name in Files.list(folder) ?? [] { Files.remove(folder + "/" + name) }
+        Files.removeDirectory(folder)
+    }
+}
