@@ -168,6 +168,8 @@ struct TmemPages {
 /// A zram device of our own, removed at the end.
 final class ZRAM {
     private let number: Int
+    /// O_DIRECT, which Swift does not import: its value on x86-64.
+    private static let direct: Int32 = 0o40000
     private var file: Descriptor?
     let raw: Int32
     private let byteCount: Int
@@ -181,7 +183,7 @@ final class ZRAM {
         do throws(QuireError) {
             try Self.set(number, "comp_algorithm", algorithm)
             try Self.set(number, "disksize", "\(byteCount)")
-            let opened = try Descriptor.open("/dev/zram\(number)", O_RDWR | O_DIRECT)
+            let opened = try Descriptor.open("/dev/zram\(number)", O_RDWR | Self.direct)
             raw = opened.raw
             file = consume opened
         } catch {
