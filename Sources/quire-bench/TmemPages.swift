@@ -53,8 +53,9 @@ struct TmemPages {
         case .text:
             while bytes.count < 4096 {
                 // Some words are much more frequent than others.
-                let rank = random.next() % 3000 * (random.next() % 3000) / 3000
-                bytes += Array(words[Int(rank)].utf8)
+                let part = Double(random.next() % 10_000) / 10_000
+                let rank = Int(2999 * part * part * part * part)
+                bytes += Array(words[rank].utf8)
                 bytes.append(random.next() % 12 == 0 ? 10 : 32)
             }
         case .filled: let word = number % 8 == 0 ? UInt64(number) : 0; while bytes.count < 4096 { add(word) }
