@@ -26,6 +26,8 @@ public final class SharedDiskClient: Sendable {
     private struct State {
         var link = Link.none
         var number: UInt64 = 0
+        /// Asked, not answered yet; and since when.
+        var outstanding: (SharedDiskMessage.Request, UInt64)?
         var identity: SharedDiskMessage.Welcome?
         /// For ever: what the disk had is gone, or quired does not let us in.
         var refusal: QuireError?
@@ -37,9 +39,9 @@ public final class SharedDiskClient: Sendable {
     private let notice: @Sendable (String) -> Void
     private let state: Mutex<State>
 
-    private static let sliceMilliseconds: Int32 = 80
-    /// quired answers in milliseconds. One that stands still is left, and asked again on another connection.
-    private static let slices = 4
+    private static let sliceMilliseconds: Int32 = 40
+    /// A quired that stands still for so long is left, and asked again on another connection.
+    private static let patience: UInt64 = 2_000_000_000
 
     /// `expected`: what an earlier connection was told of the disk. `notice`: one line, when quired goes away and comes back.
     public init(
@@ -80,67 +82,93 @@ public final class SharedDiskClient: Sendable {
     /// At most `SharedDiskMessage.windowPages` pages. Throws `.noSpace` when some found no room.
     public func put(_ page: UInt64, _ bytes: [UInt8]) throws(QuireError) {
         let count = bytes.count / SharedDiskMessage.pageBytes
-        try request(.put, page, count) { $0.copyIn(0, bytes) } after: { _ in }
+        try request(
+            .put, page, count, before: { $0.copyIn(0, bytes) }, isSame: { $0.copyOut(0, count: bytes.count) == bytes },
+            after: { _ in })
     }
 
     /// The same; pages that are not there are zeros.
     public func get(_ page: UInt64, count: Int) throws(QuireError) -> [UInt8] {
-        try request(.get, page, count) { _ in } after: { $0.copyOut(0, count: count * SharedDiskMessage.pageBytes) }
+        // What was read for somebody who has given up may be old by now.
+        try request(.get, page, count, before: { _ in }, isSame: { _ in false }) { $0.copyOut(0, count: count * SharedDiskMessage.pageBytes) }
     }
 
     public func flush(_ page: UInt64, count: UInt64) throws(QuireError) {
         var page = page, left = count
         while left > 0 {
             let here = min(left, UInt64(UInt32.max))
-            try request(.flush, page, Int(here)) { _ in } after: { _ in }
+            try request(.flush, page, Int(here), before: { _ in }, isSame: { _ in true }, after: { _ in })
             page += here
             left -= here
         }
     }
 
-    private func request<R>(
+    /// `isSame`: whether an answer to the same request of a moment ago is one to this.
+    private func request<R: Sendable>(
         _ operation: SharedDiskMessage.Operation, _ page: UInt64, _ count: Int, before: (borrowing Mapping) -> Void,
-        after: (borrowing Mapping) -> R
+        isSame: (borrowing Mapping) -> Bool, after: (borrowing Mapping) -> R
     ) throws(QuireError) -> R {
         try state.withLock { (state) throws(QuireError) in
             try connect(&state)
-            state.number += 1
-            let request = SharedDiskMessage.Request(operation, page: page, count: UInt32(count), number: state.number)
             do throws(QuireError) {
                 guard case .ready(let connection, let window) = state.link else { throw Self.away(nil) }
-                before(window.mapping)
-                try connection.socket.sendMessage(request.encoded())
-                for _ in 0..<Self.slices {
-                    guard let bytes = try Self.receive(connection.socket) else { continue }
-                    if let text = SharedDiskMessage.error(bytes) { throw QuireError(.invalid, text) }
-                    let reply: SharedDiskMessage.Reply
-                    do throws(ProtocolViolation) { reply = try SharedDiskMessage.Reply(bytes) } catch {
-                        throw QuireError(.invalid, "quired answered nonsense: \(error)")
+                var wanted = SharedDiskMessage.Request(operation, page: page, count: UInt32(count), number: state.number)
+                // Somebody gave up waiting, in all likelihood the same caller: what it asked for is answered.
+                if let (earlier, since) = state.outstanding {
+                    guard let reply = try Self.receive(connection.socket, number: earlier.number) else {
+                        guard monotonicNanoseconds() - since < Self.patience else {
+                            throw QuireError(.closed, "quired does not answer")
+                        }
+                        throw Self.away(nil)
                     }
-                    guard reply.number == request.number else { throw QuireError(.invalid, "quired answered another request") }
-                    guard reply.status == .done else { throw QuireError(.noSpace, "the shared disk '\(hello.name)' has no room") }
-                    return after(window.mapping)
+                    state.outstanding = nil
+                    wanted.number = earlier.number
+                    if wanted == earlier, isSame(window.mapping) { return try finish(reply, window, after) }
                 }
-                throw QuireError(.closed, "quired does not answer")
+                state.number += 1
+                wanted.number = state.number
+                before(window.mapping)
+                try connection.socket.sendMessage(wanted.encoded())
+                guard let reply = try Self.receive(connection.socket, number: wanted.number) else {
+                    state.outstanding = (wanted, monotonicNanoseconds())
+                    throw Self.away(nil)
+                }
+                return try finish(reply, window, after)
             } catch {
-                if error.code == .noSpace { throw error }
+                if error.code == .noSpace || error.code == .retry { throw error }
                 state.link = .none
+                state.outstanding = nil
                 note(away: error, &state)
                 throw Self.away(error)
             }
         }
     }
 
+    private func finish<R: Sendable>(
+        _ status: SharedDiskMessage.Status, _ window: Window, _ after: (borrowing Mapping) -> R
+    ) throws(QuireError) -> R {
+        guard status == .done else { throw QuireError(.noSpace, "the shared disk '\(hello.name)' has no room") }
+        return after(window.mapping)
+    }
+
     private static func away(_ cause: QuireError?) -> QuireError { QuireError(.retry, "quired is away", cause: cause) }
 
-    /// Nil when nothing came for a while.
-    private static func receive(_ socket: borrowing UnixSocket) throws(QuireError) -> [UInt8]? {
+    /// What became of a request; nil when nothing came for a while.
+    private static func receive(
+        _ socket: borrowing UnixSocket, number: UInt64
+    ) throws(QuireError) -> SharedDiskMessage.Status? {
         guard !waitReadable([socket.descriptor.raw], timeoutMilliseconds: sliceMilliseconds).isEmpty else { return nil }
         var none = UnixSocket.PassedDescriptors()
         guard let bytes = try socket.receiveMessage(limit: SharedDiskMessage.maxBytes, maxDescriptors: 1, into: &none) else {
             throw QuireError(.closed, "quired has closed the connection")
         }
-        return bytes
+        if let text = SharedDiskMessage.error(bytes) { throw QuireError(.invalid, text) }
+        let reply: SharedDiskMessage.Reply
+        do throws(ProtocolViolation) { reply = try SharedDiskMessage.Reply(bytes) } catch {
+            throw QuireError(.invalid, "quired answered nonsense: \(error)")
+        }
+        guard reply.number == number else { throw QuireError(.invalid, "quired answered another request") }
+        return reply.status
     }
 
     private func note(away error: QuireError, _ state: inout State) {

@@ -142,10 +142,10 @@ struct TmemCapacity {
         tmem.compact()
         let usage = tmem.usage
         let ratio = Double(pages) * 4096 / Double(usage.usedBytes)
-        let perPage = Double(usage.metadataBytes) / Double(pages) * Double(pages)
-        let dedup = Double(pages) * 4096 / (Double(usage.contents) * 4096 + perPage)
-        let compression = Double(pages) * 4096 / (Double(compressed) + perPage)
-        let fillOnly = Double(pages) * 4096 / (Double(pages - filled) * 4096 + perPage)
+        let metadata = Double(usage.metadataBytes)
+        let dedup = Double(pages) * 4096 / (Double(usage.contents) * 4096 + metadata)
+        let compression = Double(pages) * 4096 / (Double(compressed) + metadata)
+        let fillOnly = Double(pages) * 4096 / (Double(pages - filled) * 4096 + metadata)
         var table = Table(
             title: "all memory that two booted Debian guests of \(mebibytes) MiB have touched, in one pool: \(pages) pages",
             columns: ["", "apparent over used"])

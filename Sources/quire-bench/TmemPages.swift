@@ -53,8 +53,9 @@ struct TmemPages {
         case .text:
             while bytes.count < 4096 {
                 // Some words are much more frequent than others.
-                let rank = random.next() % 3000 * (random.next() % 3000) / 3000
-                bytes += Array(words[Int(rank)].utf8)
+                let part = Double(random.next() % 10_000) / 10_000
+                let rank = Int(2999 * part * part * part * part)
+                bytes += Array(words[rank].utf8)
                 bytes.append(random.next() % 12 == 0 ? 10 : 32)
             }
         case .filled: let word = number % 8 == 0 ? UInt64(number) : 0; while bytes.count < 4096 { add(word) }
@@ -168,6 +169,8 @@ struct TmemPages {
 /// A zram device of our own, removed at the end.
 final class ZRAM {
     private let number: Int
+    /// O_DIRECT, which Swift does not import: its value on x86-64.
+    private static let direct: Int32 = 0o40000
     private var file: Descriptor?
     let raw: Int32
     private let byteCount: Int
@@ -181,7 +184,7 @@ final class ZRAM {
         do throws(QuireError) {
             try Self.set(number, "comp_algorithm", algorithm)
             try Self.set(number, "disksize", "\(byteCount)")
-            let opened = try Descriptor.open("/dev/zram\(number)", O_RDWR | O_DIRECT)
+            let opened = try Descriptor.open("/dev/zram\(number)", O_RDWR | Self.direct)
             raw = opened.raw
             file = consume opened
         } catch {

@@ -7,18 +7,18 @@ enum TmemPages {
     /// `random` words at the front, and a counter behind: compresses to about 8 bytes for each word.
     static func page(_ seed: UInt64, randomWords: Int = 512) -> [UInt8] {
         var random = SplitMix(state: seed)
-        return [UInt8](unsafeUninitializedCapacity: 4096) { bytes, count in
+        return unsafe [UInt8](unsafeUninitializedCapacity: 4096) { bytes, count in
             for index in 0..<512 {
                 let word = index < randomWords ? random.next() : seed &+ UInt64(index / 64)
-                UnsafeMutableRawBufferPointer(bytes).storeBytes(of: word, toByteOffset: index * 8, as: UInt64.self)
+                unsafe UnsafeMutableRawBufferPointer(bytes).storeBytes(of: word, toByteOffset: index * 8, as: UInt64.self)
             }
             count = 4096
         }
     }
     static func filled(_ word: UInt64) -> [UInt8] {
-        [UInt8](unsafeUninitializedCapacity: 4096) { bytes, count in
+        unsafe [UInt8](unsafeUninitializedCapacity: 4096) { bytes, count in
             for index in 0..<512 {
-                UnsafeMutableRawBufferPointer(bytes).storeBytes(of: word, toByteOffset: index * 8, as: UInt64.self)
+                unsafe UnsafeMutableRawBufferPointer(bytes).storeBytes(of: word, toByteOffset: index * 8, as: UInt64.self)
             }
             count = 4096
         }
@@ -37,14 +37,14 @@ enum TmemPages {
 }
 
 extension TmemPool {
-    func put(_ object: UInt64, _ index: UInt32, bytes: [UInt8]) throws { try put(object, index, bytes.span.bytes) }
+    func put(_ object: UInt64, _ index: UInt32, bytes: [UInt8]) throws { try put(object, index, unsafe bytes.span.bytes) }
 
     func page(_ object: UInt64, _ index: UInt32) throws -> [UInt8]? {
         var page = [UInt8](repeating: 0xaa, count: 4096)
         var isThere = false
         do {
             var span = page.mutableSpan
-            var bytes = span.mutableBytes
+            var bytes = unsafe span.mutableBytes
             isThere = try get(object, index, into: &bytes)
         }
         if !isThere, page != [UInt8](repeating: 0xaa, count: 4096) { throw QuireError(.invalid, "a miss changed the page") }

@@ -66,9 +66,9 @@ extension Integration {
                 }
                 #expect(try guest.sh("cat /tmp/done 2>/dev/null; true").isEmpty)
                 #expect(guest.backendPID == backend, "the backend was replaced: \(guest.stderr)")
+                try guest.wait(for: "a line in the log") { guest.stderr.contains("waits for quired") }
                 ProcessCalls.signal(worker, SIGCONT)
                 try guest.wait(for: "the write to be done") { try guest.sh("cat /tmp/done 2>/dev/null; true").contains("written 0") }
-                #expect(guest.stderr.contains("waits for quired"))
                 ProcessCalls.signal(worker, SIGSTOP)
                 try guest.sh("(dd if=/dev/urandom of=\(disk) bs=64k count=16 oflag=direct 2>/dev/null) & sleep 1")
                 try guest.qmp.command("system_reset", within: 20)

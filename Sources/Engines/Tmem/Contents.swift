@@ -51,6 +51,8 @@ final class Contents: SplitTableUser, Sendable {
     }
 
     private struct Sharers {
+        /// What one takes, about: it is in a dictionary, and its list on the heap.
+        static let bytes = 128
         // By pool.
         var counts: [(pool: UInt16, count: UInt32)]
         var total: UInt64
@@ -75,6 +77,7 @@ final class Contents: SplitTableUser, Sendable {
 
     private let file: TmemFile
     private let slabs: Slabs
+    private let budget: TmemBudget
     private let seams: TmemSeams
     private let table: SplitTable
     private let numbers: Numbers
@@ -92,6 +95,7 @@ final class Contents: SplitTableUser, Sendable {
     {
         self.file = file
         self.slabs = slabs
+        self.budget = budget
         self.seams = seams
         switch compression {
         case .lz4: (codec, level) = (CC_LZ4, 1)
@@ -179,6 +183,7 @@ final class Contents: SplitTableUser, Sendable {
             split(sharers, size) { charge($0, print, -$1) }
         } else {
             sharers = Sharers(counts: [(UInt16(whose), count)], total: UInt64(count))
+            budget.note(Sharers.bytes, isMetadata: true)
             charge(UInt16(whose), print, -size)
         }
         if let index = sharers.counts.firstIndex(where: { $0.pool >= pool }) {
@@ -219,6 +224,7 @@ final class Contents: SplitTableUser, Sendable {
             let last = sharers.counts[0]
             charge(last.pool, print, size)
             state.shared[number] = nil
+            budget.giveBack(Sharers.bytes, isMetadata: true)
             setOwner(number, owner & Self.ownerFill | UInt32(last.pool) << 16 | last.count)
         } else {
             split(sharers, size) { charge($0, print, $1) }
@@ -434,14 +440,13 @@ final class Contents: SplitTableUser, Sendable {
 
     // MARK: - Figures
 
-    /// Contents with bytes in the slabs, those with a word, bytes as compressed, contents that the side table has.
-    var figures: (contents: Int, fills: Int, bytes: Int, shared: Int) {
-        stripes.reduce(into: (0, 0, 0, 0)) { sum, stripe in
+    /// Contents with bytes in the slabs, those with a word, bytes as compressed.
+    var figures: (contents: Int, fills: Int, bytes: Int) {
+        stripes.reduce(into: (0, 0, 0)) { sum, stripe in
             stripe.state.withLock {
                 sum.0 += $0.contents
                 sum.1 += $0.fills
                 sum.2 += $0.bytes
-                sum.3 += $0.shared.count
             }
         }
     }

@@ -85,9 +85,8 @@ public final class Tmem: Sendable {
         let pools = store.pools
         let contents = store.contents.figures
         let slabs = store.slabs.bytes.slabs + store.slabs.warmBytes
-        // The table of contents with several names is an estimate: it is a dictionary.
-        usage.metadataBytes = UInt64(store.budget.metadataBytes + contents.shared * 96)
-        usage.usedBytes = UInt64(max(0, store.budget.used) + contents.shared * 96)
+        usage.metadataBytes = UInt64(max(0, store.budget.metadataBytes))
+        usage.usedBytes = UInt64(max(0, store.budget.used))
         usage.contentBytes = UInt64(contents.bytes)
         usage.wasteBytes = UInt64(max(0, slabs - contents.bytes))
         usage.contents = UInt64(contents.contents)
