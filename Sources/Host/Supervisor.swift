@@ -33,6 +33,8 @@ public struct Supervisor: ~Copyable {
             public var group = ""
             public init(agentPath: String) { self.agentPath = agentPath }
         }
+        /// Further devices of the backend, as its --device takes them.
+        public var devices: [String] = []
         /// QEMU's program and arguments.
         public var arguments: [String]
         /// One line for the user.
@@ -49,24 +51,24 @@ public struct Supervisor: ~Copyable {
     /// QEMU's descriptors of ours start here, out of the way of what the user passes down (`fd=3`).
     static let firstQEMUDescriptor: Int32 = 100
 
-    private let configuration: Configuration
+    let configuration: Configuration
     private let memorySlots: Bool
     private let singleThreadedTCG: Bool
-    private let name: String
+    let name: String
     private let ram: DescriptorList
     private let pageMap: PageMapFile
-    private let control: UnixSocket
+    let control: UnixSocket
     private let status: StatusPage.Supervisor
     private let lifelineReader: Descriptor
     /// Its end of file tells a backend that nobody watches it any more. No child has it.
     private let lifelineWriter: Descriptor
-    private let signals: SignalDescriptor
+    let signals: SignalDescriptor
     private let statusPath: String
     private let agentSocketPath: String
     private let commandPath: String
 
     private var backend: ChildProcess?
-    private var watch = BackendWatch(startedAt: 0)
+    var watch = BackendWatch(startedAt: 0)
     private var backendStarted: UInt64 = 0
     private var backoff = RestartBackoff()
     /// Why the last backend had to go, to be said when the next one starts.
@@ -113,16 +115,17 @@ public struct Supervisor: ~Copyable {
         return result
     }
 
-    private init(
+    /// `sockets`: the folder of those that QEMU connects to, if it is not the VM's own.
+    init(
         _ configuration: Configuration, _ claim: borrowing RuntimeDirectory.Claim, _ files: [QEMUCommandLine.RAMFile],
-        _ signals: consuming SignalDescriptor, memorySlots: Bool, singleThreadedTCG: Bool
+        _ signals: consuming SignalDescriptor, memorySlots: Bool, singleThreadedTCG: Bool, sockets: String? = nil
     ) throws(QuireError) {
         self.configuration = configuration
         self.memorySlots = memorySlots
         self.singleThreadedTCG = singleThreadedTCG
         name = claim.name
         statusPath = claim.statusPath
-        agentSocketPath = claim.agentSocketPath
+        agentSocketPath = sockets.map { $0 + "/agent.sock" } ?? claim.agentSocketPath
         commandPath = claim.directory.commandPath(claim.name)
         var list = DescriptorList()
         for file in files {
@@ -130,7 +133,7 @@ public struct Supervisor: ~Copyable {
             list.append(try memfd.descriptor.duplicate(atLeast: Self.firstQEMUDescriptor))
         }
         let map = try PageMapFile(name: "quire-\(claim.name)-map")
-        let socket = try UnixSocket.listen(at: claim.controlSocketPath)
+        let socket = try UnixSocket.listen(at: sockets.map { $0 + "/control.sock" } ?? claim.controlSocketPath)
         let page = try StatusPage.Supervisor(path: claim.statusPath)
         var pipe = try Pipe()
         ram = list
@@ -144,7 +147,7 @@ public struct Supervisor: ~Copyable {
 
     // MARK: The backend
 
-    private mutating func startBackend(now: UInt64) throws(QuireError) {
+    mutating func startBackend(now: UInt64) throws(QuireError) {
         var options = ChildProcess.Options()
         // Nothing to read; and stdout is QEMU's, which may carry a guest's console.
         let null = try Descriptor.open("/dev/null", O_RDWR)
@@ -165,6 +168,7 @@ public struct Supervisor: ~Copyable {
             "--log-level", configuration.logLevel,
         ]
         arguments += ["--command-socket", commandPath]
+        for device in configuration.devices { arguments += ["--device", device] }
         if let merging = configuration.merging {
             arguments += [
                 "--agent-socket", agentSocketPath, "--merge-period", "\(merging.periodMilliseconds)ms",
@@ -182,7 +186,7 @@ public struct Supervisor: ~Copyable {
     }
 
     /// Looks after the backend once.
-    private mutating func tend(now: UInt64) {
+    mutating func tend(now: UInt64) {
         if let pid = backend?.pid {
             if let end = backend?.poll() {
                 let reason = lossReason.isEmpty ? "\(end)" : lossReason
@@ -210,7 +214,7 @@ public struct Supervisor: ~Copyable {
         }
     }
 
-    private mutating func endBackend() {
+    mutating func endBackend() {
         guard backend != nil else { return }
         backend!.signal(SIGTERM)
         // A stopped process takes no SIGTERM.
@@ -281,7 +285,7 @@ public struct Supervisor: ~Copyable {
     private static func lockDescriptor(_ taken: [Int32]) -> Int32 { (taken.max() ?? firstQEMUDescriptor) + 1 }
 
     /// Waits until the backend has beaten once. Returns a status to exit with if a signal came instead.
-    private mutating func awaitBackend(since started: UInt64) throws(QuireError) -> Int32? {
+    mutating func awaitBackend(since started: UInt64) throws(QuireError) -> Int32? {
         while true {
             let pid = backend?.pid ?? 0
             if (pageMap.heartbeat(of: pid) ?? 0) > 0 { return nil }
