@@ -49,7 +49,7 @@ let package = Package(
         .target(
             name: "Host",
             dependencies: [
-                "CQuireLayout", "Platform", "GuestMemory", "VhostBackend", "PageContent", "Engines", "StoreProtocol",
+                "CPlatform", "CQuireLayout", "Platform", "GuestMemory", "VhostBackend", "PageContent", "Engines", "StoreProtocol",
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: settings),
