@@ -10,6 +10,7 @@
 #   make build           the programs, in .build/release; the agent, in build/agent
 #   make guest           what test guests boot, in build/guest
 #   make install         into DESTDIR/PREFIX
+#   make deb             Debian packages, in build/deb; `make test-deb` tries them in a fresh Debian 12
 #   make clean
 
 SWIFT ?= swift
@@ -24,7 +25,8 @@ AGENT := build/agent/libquire-agent.so
 AGENT_CFLAGS := -O2 -g -Wall -Wextra -fPIC -fvisibility=hidden -ISources/QuireAgent/include -ISources/CQuireLayout/include \
 	-ISources/CPlatform/include
 
-.PHONY: build agent guest assets prerequisites demo test tests soak bench-recycle bench-dedup bench-tmem install clean
+.PHONY: build agent guest assets prerequisites demo test tests soak bench-recycle bench-dedup bench-tmem install install-files \
+	deb test-deb clean
 
 build: prerequisites agent
 	$(BUILD) --product quire
@@ -75,12 +77,47 @@ bench-tmem: build guest
 	$(BUILD) --product quire-bench
 	@$(BIN)/quire-bench tmem --guests build/guest $(BENCH)
 
-install: build
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/qemu/vhost-user
-	install -d $(DESTDIR)$(PREFIX)/lib/quire
+install: build install-files
+
+# What is built already. Configuration goes to SYSCONFDIR, which for a PREFIX of /usr has to be /etc.
+SYSCONFDIR ?= $(if $(filter /usr,$(PREFIX)),/etc,$(PREFIX)/etc)
+PLACED = sed 's,@PREFIX@,$(PREFIX),g'
+SHARE := $(DESTDIR)$(PREFIX)/share
+LIB := $(DESTDIR)$(PREFIX)/lib
+
+install-files:
+	install -d $(DESTDIR)$(PREFIX)/bin $(LIB)/quire $(SHARE)/qemu/vhost-user $(SHARE)/doc/quire/examples \
+		$(LIB)/systemd/system $(LIB)/sysctl.d $(LIB)/udev/rules.d $(LIB)/sysusers.d $(LIB)/tmpfiles.d \
+		$(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d $(SHARE)/man/man1 $(SHARE)/bash-completion/completions \
+		$(SHARE)/zsh/vendor-completions $(SHARE)/fish/vendor_completions.d
 	install -m 755 $(BIN)/quire $(BIN)/quire-backend $(BIN)/quired $(DESTDIR)$(PREFIX)/bin/
-	install -m 755 $(AGENT) $(DESTDIR)$(PREFIX)/lib/quire/
-	sed 's,@PREFIX@,$(PREFIX),' qemu-config/50-quire.json > $(DESTDIR)$(PREFIX)/share/qemu/vhost-user/50-quire.json
+	install -m 755 $(AGENT) $(LIB)/quire/
+	$(PLACED) qemu-config/50-quire.json > $(SHARE)/qemu/vhost-user/50-quire.json
+	for unit in quired.service quire-backend@.service; do \
+		$(PLACED) packaging/systemd/$$unit > $(LIB)/systemd/system/$$unit || exit 1; done
+	install -m 644 packaging/sysctl.conf $(LIB)/sysctl.d/50-quire.conf
+	install -m 644 packaging/udev.rules $(LIB)/udev/rules.d/60-quire.rules
+	install -m 644 packaging/sysusers.conf $(LIB)/sysusers.d/quire.conf
+	install -m 644 packaging/tmpfiles.conf $(LIB)/tmpfiles.d/quire.conf
+	$(PLACED) qemu-config/libvirt-hook > $(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d/quire
+	chmod 755 $(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d/quire
+	install -m 644 qemu-config/domain.xml packaging/apparmor-libvirt-qemu $(SHARE)/doc/quire/examples/
+	for program in quire quire-backend quired; do \
+		scripts/manual $(BIN)/$$program > $(SHARE)/man/man1/$$program.1 && \
+		$(BIN)/$$program --generate-completion-script bash > $(SHARE)/bash-completion/completions/$$program && \
+		$(BIN)/$$program --generate-completion-script zsh > $(SHARE)/zsh/vendor-completions/_$$program && \
+		$(BIN)/$$program --generate-completion-script fish > $(SHARE)/fish/vendor_completions.d/$$program.fish || exit 1; done
+
+# The Swift runtime goes into the programs: hosts have no toolchain.
+deb: prerequisites agent
+	$(BUILD) --static-swift-stdlib --product quire
+	$(BUILD) --static-swift-stdlib --product quire-backend
+	$(BUILD) --static-swift-stdlib --product quired
+	@scripts/package build/deb
+
+# Installs, uses and purges the packages in a fresh Debian 12, as root.
+test-deb: deb
+	@scripts/test-package build/deb
 
 clean:
 	rm -rf .build build

@@ -52,7 +52,7 @@ let package = Package(
         .target(
             name: "Host",
             dependencies: [
-                "CQuireLayout", "Platform", "GuestMemory", "VhostBackend", "PageContent", "Engines", "StoreProtocol",
+                "CPlatform", "CQuireLayout", "Platform", "GuestMemory", "VhostBackend", "PageContent", "Engines", "StoreProtocol",
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: settings),
@@ -79,10 +79,13 @@ let package = Package(
                 "Host", .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             swiftSettings: settings),
+        // Domains of libvirt. The shim loads libvirt.so when it is first used.
+        .target(name: "CLibvirt", linkerSettings: [.linkedLibrary("dl")]),
+        .target(name: "Libvirt", dependencies: ["CLibvirt", "Host", "Platform"], swiftSettings: settings),
         .executableTarget(
             name: "quire",
             dependencies: [
-                "Host", "StoreProtocol", .product(name: "ArgumentParser", package: "swift-argument-parser"),
+                "Host", "Libvirt", "StoreProtocol", .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             swiftSettings: settings),
         // Benchmarks: what they have in common, and the program. Nothing depends on them.
@@ -132,12 +135,14 @@ let package = Package(
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: settings),
+        .testTarget(
+            name: "LibvirtTests", dependencies: ["Host", "Libvirt", "Platform", "TestSupport"], swiftSettings: settings),
         // Real guests: what `make guest` prepares has to be there.
         .testTarget(
             name: "IntegrationTests",
             dependencies: [
-                "Host", "Platform", "CPlatform", "CQuireLayout", "StoreProtocol", "quire", "quire-backend", "quired",
-                "TestSupport",
+                "Host", "Platform", "CPlatform", "CQuireLayout", "Libvirt", "StoreProtocol", "quire", "quire-backend",
+                "quired", "TestSupport",
             ],
             swiftSettings: settings),
     ]

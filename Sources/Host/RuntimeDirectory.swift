@@ -69,7 +69,7 @@ public struct RuntimeDirectory: Sendable, Equatable {
     func lockPath(_ name: String) -> String { folder(name) + "/lock" }
 
     /// Makes the base if it is missing.
-    private func prepare() throws(QuireError) {
+    func prepare() throws(QuireError) {
         if Files.isDirectory(base) {
             guard Files.isWritable(base) else {
                 throw QuireError(.system, "cannot write to \(base): set QUIRE_RUNTIME_DIR to a folder of your own")

@@ -54,13 +54,13 @@ public struct Supervisor: ~Copyable {
     /// QEMU's descriptors of ours start here, out of the way of what the user passes down (`fd=3`).
     static let firstQEMUDescriptor: Int32 = 100
 
-    private let configuration: Configuration
+    let configuration: Configuration
     private let memorySlots: Bool
     private let singleThreadedTCG: Bool
-    private let name: String
+    let name: String
     private let ram: DescriptorList
     private let pageMap: PageMapFile
-    private let control: UnixSocket
+    let control: UnixSocket
     private let swap: SwapParts?
     /// Where QEMU connects to the shared disks, in order.
     private let sharedSockets: DescriptorList
@@ -68,7 +68,7 @@ public struct Supervisor: ~Copyable {
     private let lifelineReader: Descriptor
     /// Its end of file tells a backend that nobody watches it any more. No child has it.
     private let lifelineWriter: Descriptor
-    private let signals: SignalDescriptor
+    let signals: SignalDescriptor
     private let statusPath: String
     private let agentSocketPath: String
     private let commandPath: String
@@ -80,17 +80,17 @@ public struct Supervisor: ~Copyable {
         let socket: UnixSocket
 
         static func make(
-            _ options: SwapDisk.Options?, _ claim: borrowing RuntimeDirectory.Claim
+            _ options: SwapDisk.Options?, name: String, socket path: String
         ) throws(QuireError) -> SwapParts? {
             guard let options else { return nil }
-            let store = try Tmem.makeFile(name: "quire-\(claim.name)-swap")
-            let socket = try UnixSocket.listen(at: claim.swapSocketPath)
+            let store = try Tmem.makeFile(name: "quire-\(name)-swap")
+            let socket = try UnixSocket.listen(at: path)
             return SwapParts(options: options, store: store, socket: socket)
         }
     }
 
     private var backend: ChildProcess?
-    private var watch = BackendWatch(startedAt: 0)
+    var watch = BackendWatch(startedAt: 0)
     private var backendStarted: UInt64 = 0
     private var backoff = RestartBackoff()
     /// Why the last backend had to go, to be said when the next one starts.
@@ -148,16 +148,17 @@ public struct Supervisor: ~Copyable {
         return result
     }
 
-    private init(
+    /// `sockets`: the folder of those that QEMU connects to, if it is not the VM's own.
+    init(
         _ configuration: Configuration, _ claim: borrowing RuntimeDirectory.Claim, _ files: [QEMUCommandLine.RAMFile],
-        _ signals: consuming SignalDescriptor, memorySlots: Bool, singleThreadedTCG: Bool
+        _ signals: consuming SignalDescriptor, memorySlots: Bool, singleThreadedTCG: Bool, sockets: String? = nil
     ) throws(QuireError) {
         self.configuration = configuration
         self.memorySlots = memorySlots
         self.singleThreadedTCG = singleThreadedTCG
         name = claim.name
         statusPath = claim.statusPath
-        agentSocketPath = claim.agentSocketPath
+        agentSocketPath = sockets.map { $0 + "/agent.sock" } ?? claim.agentSocketPath
         commandPath = claim.directory.commandPath(claim.name)
         var list = DescriptorList()
         for file in files {
@@ -165,19 +166,20 @@ public struct Supervisor: ~Copyable {
             list.append(try memfd.descriptor.duplicate(atLeast: Self.firstQEMUDescriptor))
         }
         let map = try PageMapFile(name: "quire-\(claim.name)-map")
-        let socket = try UnixSocket.listen(at: claim.controlSocketPath)
-        var sockets = DescriptorList()
+        let socket = try UnixSocket.listen(at: sockets.map { $0 + "/control.sock" } ?? claim.controlSocketPath)
+        let swapParts = try SwapParts.make(
+            configuration.swap, name: claim.name, socket: sockets.map { $0 + "/swap.sock" } ?? claim.swapSocketPath)
+        var sharedSockets = DescriptorList()
         for number in configuration.sharedDisks.indices {
-            sockets.append(try UnixSocket.listen(at: claim.sharedSocketPath(number)).takeDescriptor())
+            sharedSockets.append(try UnixSocket.listen(at: claim.sharedSocketPath(number)).takeDescriptor())
         }
-        let swapParts = try SwapParts.make(configuration.swap, claim)
         let page = try StatusPage.Supervisor(path: claim.statusPath)
         var pipe = try Pipe()
         ram = list
         pageMap = map
         control = socket
         swap = swapParts
-        sharedSockets = sockets
+        self.sharedSockets = sharedSockets
         status = page
         lifelineReader = pipe.takeReader()
         lifelineWriter = pipe.takeWriter()
@@ -186,7 +188,7 @@ public struct Supervisor: ~Copyable {
 
     // MARK: The backend
 
-    private mutating func startBackend(now: UInt64) throws(QuireError) {
+    mutating func startBackend(now: UInt64) throws(QuireError) {
         var options = ChildProcess.Options()
         // Nothing to read; and stdout is QEMU's, which may carry a guest's console.
         let null = try Descriptor.open("/dev/null", O_RDWR)
@@ -238,7 +240,7 @@ public struct Supervisor: ~Copyable {
     }
 
     /// Looks after the backend once.
-    private mutating func tend(now: UInt64) {
+    mutating func tend(now: UInt64) {
         if let pid = backend?.pid {
             if let end = backend?.poll() {
                 let reason = lossReason.isEmpty ? "\(end)" : lossReason
@@ -266,7 +268,7 @@ public struct Supervisor: ~Copyable {
         }
     }
 
-    private mutating func endBackend() {
+    mutating func endBackend() {
         guard backend != nil else { return }
         backend!.signal(SIGTERM)
         // A stopped process takes no SIGTERM.
@@ -337,7 +339,7 @@ public struct Supervisor: ~Copyable {
     private static func lockDescriptor(_ taken: [Int32]) -> Int32 { (taken.max() ?? firstQEMUDescriptor) + 1 }
 
     /// Waits until the backend has beaten once. Returns a status to exit with if a signal came instead.
-    private mutating func awaitBackend(since started: UInt64) throws(QuireError) -> Int32? {
+    mutating func awaitBackend(since started: UInt64) throws(QuireError) -> Int32? {
         while true {
             let pid = backend?.pid ?? 0
             if (pageMap.heartbeat(of: pid) ?? 0) > 0 { return nil }

@@ -20,6 +20,12 @@ public struct Descriptor: ~Copyable, Sendable {
         return value
     }
 
+    /// Writes a short text to a descriptor that somebody else owns, as to a pipe.
+    public static func tell(_ raw: Int32, _ text: String) throws(QuireError) {
+        let bytes = Array(text.utf8)
+        guard unsafe write(raw, bytes, bytes.count) == bytes.count else { throw .system("cannot write to descriptor \(raw)") }
+    }
+
     /// A second descriptor of the same open file, close-on-exec.
     public borrowing func duplicate() throws(QuireError) -> Descriptor { try Self.duplicate(of: raw) }
 

@@ -133,6 +133,23 @@ public enum Files {
         return names.sorted()
     }
 
+    /// Sets mode and group of what is at `path`, links not followed.
+    public static func setAccess(_ path: String, mode: mode_t, group: UInt32? = nil) throws(QuireError) {
+        if let group {
+            guard unsafe lchown(path, uid_t.max, group) == 0 else { throw .system("cannot change the group of \(path)") }
+        }
+        guard unsafe fchmodat(AT_FDCWD, path, mode, 0) == 0 else { throw .system("cannot change the mode of \(path)") }
+    }
+
+    /// An absolute path without `.` and `..`, by its text alone.
+    public static func normalized(_ path: String) -> String {
+        var parts: [Substring] = []
+        for part in path.split(separator: "/") where part != "." {
+            if part == ".." { _ = parts.popLast() } else { parts.append(part) }
+        }
+        return "/" + parts.joined(separator: "/")
+    }
+
     /// What a symbolic link points to.
     public static func target(ofLink path: String) -> String? {
         var buffer = [UInt8](repeating: 0, count: 4096)

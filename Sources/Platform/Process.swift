@@ -125,6 +125,9 @@ public enum ProcessCalls {
         return result + variables.map { "\($0)=\($1)" }
     }
 
+    /// What this process makes from now on has none of these rights.
+    public static func setFileCreationMask(_ mask: mode_t) { umask(mask) }
+
     public static var ownPID: pid_t { getpid() }
     public static var ownUID: UInt32 { geteuid() }
     public static var processorCount: Int { max(1, sysconf(Int32(_SC_NPROCESSORS_ONLN))) }

@@ -9,7 +9,15 @@ public struct UnixSocket: ~Copyable, Sendable {
         case stream
         /// Messages, each whole or not at all: `receiveMessage` and `sendMessage`.
         case messages
-        var type: Int32 { self == .stream ? cp_stream() : cp_seqpacket() }
+        /// Messages, without a connection: `sendMessage`.
+        case datagrams
+        var type: Int32 {
+            switch self {
+            case .stream: cp_stream()
+            case .messages: cp_seqpacket()
+            case .datagrams: Int32(SOCK_DGRAM.rawValue)
+            }
+        }
     }
 
     public init(adopting descriptor: consuming Descriptor) { self.descriptor = descriptor }

@@ -15,7 +15,9 @@ struct Quire: ParsableCommand {
             $XDG_RUNTIME_DIR/quire.
             """,
         version: "quire \(quireVersion)",
-        subcommands: [Run.self, Status.self, Unmerge.self, Merge.self, Tmem.self])
+        subcommands: [
+            Run.self, Status.self, Unmerge.self, Merge.self, Tmem.self, Libvirt.self, Doctor.self, Serve.self,
+        ])
 }
 
 /// A failure of ours: one line on stderr, status 1.

@@ -153,13 +153,13 @@ extension Quire {
             throw ExitCode(status)
         }
 
-        private static func agentBesideUs() -> String? {
+        static func agentBesideUs() -> String? {
             guard let own = Files.target(ofLink: "/proc/self/exe"), let slash = own.lastIndex(of: "/") else { return nil }
             return ["/libquire-agent.so", "/../lib/quire/libquire-agent.so"].map { own[..<slash] + $0 }
                 .first { Files.identity(of: $0) != nil }
         }
 
-        private static func backendBesideUs() -> String {
+        static func backendBesideUs() -> String {
             guard let own = Files.target(ofLink: "/proc/self/exe"), let slash = own.lastIndex(of: "/") else {
                 return "quire-backend"
             }

@@ -100,6 +100,8 @@ struct Quired: ParsableCommand {
             workers: workers ?? min(4, ProcessCalls.processorCount), logger: logger)
         logger.notice("listening on \(path), at most \(Size.exact(UInt64(configuration.limitPages) * 4096)) for shared pages")
         link?.ready()
+        // Also by the one that a keeper has started: the service is the keeper's.
+        ServiceManager.notify("READY=1")
         _ = waitReadable([signals.descriptor.raw])
         server.end()
         diskServer?.end()

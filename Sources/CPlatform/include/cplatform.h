@@ -135,4 +135,16 @@ int cp_epoll_remove(int epoll, int fd);
 int cp_epoll_arm(int epoll, int fd, uint64_t token);
 int cp_epoll_wait(int epoll, int timeout_ms, uint64_t *token); /* 1: *token is ready; 0: nothing; -1: errno */
 
+/* What this kernel can do, by trying (cfeatures.c).
+ * 0 and the features (UFFD_FEATURE_*) of a userfaultfd for the whole address space; or the errno of getting one. */
+int cp_userfault_features(uint64_t *features);
+bool cp_has_pagemap_scan(void);
+
+enum {
+	CP_UFFD_MINOR_SHMEM = 1 << 10,
+	CP_UFFD_WP_SHMEM = 1 << 12,
+	CP_UFFD_WP_UNPOPULATED = 1 << 13,
+	CP_UFFD_WP_ASYNC = 1 << 15,
+};
+
 #endif

@@ -1,0 +1,156 @@
+import CLibvirt
+import Platform
+
+/// A connection to libvirtd, and what Quire asks of it. Every error is libvirt's own line behind what was tried.
+@safe public struct Hypervisor: ~Copyable {
+    private let connection: OpaquePointer
+
+    /// `uri`: nil for libvirt's own choice ($LIBVIRT_DEFAULT_URI, qemu:///system for root).
+    public init(_ uri: String? = nil) throws(QuireError) {
+        guard clv_load() else {
+            throw QuireError(.unsupported, "there is no libvirt on this host (\(Self.error)): install libvirt0, or use --xml")
+        }
+        let opened = if let uri { unsafe clv_open(uri) } else { unsafe clv_open(nil) }
+        guard let opened = unsafe opened else { throw QuireError(.closed, "cannot reach libvirt: \(Self.error)") }
+        unsafe connection = opened
+    }
+
+    deinit { unsafe clv_close(connection) }
+
+    /// One line.
+    private static var error: String {
+        guard let text = unsafe clv_error() else { return "no reason given" }
+        return unsafe String(cString: text).split(separator: "\n").joined(separator: " ")
+    }
+
+    /// Takes over a text that C has allocated.
+    private static func take(_ text: UnsafeMutablePointer<CChar>) -> String {
+        defer { unsafe clv_free_text(text) }
+        return unsafe String(cString: text)
+    }
+
+    /// The names of all domains, running and defined, sorted.
+    public borrowing func names() throws(QuireError) -> [String] {
+        var list: UnsafeMutablePointer<UnsafeMutablePointer<CChar>?>?
+        let count = unsafe clv_names(connection, &list)
+        guard count >= 0, let list = unsafe list else { throw QuireError(.closed, "cannot list domains: \(Self.error)") }
+        defer { unsafe clv_free_text(list) }
+        var names: [String] = []
+        for index in 0..<Int(count) {
+            if let text = unsafe list[index] { names.append(unsafe Self.take(text)) }
+        }
+        return names.sorted()
+    }
+
+    /// One domain, as libvirt knows it.
+    @safe public struct Handle: ~Copyable {
+        fileprivate let domain: OpaquePointer
+        public let name: String
+
+        fileprivate init(_ domain: OpaquePointer, _ name: String) {
+            unsafe self.domain = domain
+            self.name = name
+        }
+        deinit { unsafe clv_domain_free(domain) }
+
+        public var isActive: Bool { unsafe clv_is_active(domain) == 1 }
+        public var isPersistent: Bool { unsafe clv_is_persistent(domain) == 1 }
+        public var hasSavedImage: Bool { unsafe clv_has_saved_image(domain) == 1 }
+
+        /// Its definition, passwords included: what is defined again must have all of it.
+        public borrowing func definition() throws(QuireError) -> String {
+            try xml(UInt32(VIR_DOMAIN_XML_INACTIVE.rawValue | VIR_DOMAIN_XML_SECURE.rawValue))
+        }
+
+        /// As it runs.
+        public borrowing func live() throws(QuireError) -> String { try xml(0) }
+
+        private borrowing func xml(_ flags: UInt32) throws(QuireError) -> String {
+            guard let text = unsafe clv_xml(domain, flags) else {
+                throw QuireError(.closed, "cannot read the XML of '\(name)': \(Hypervisor.error)")
+            }
+            return unsafe Hypervisor.take(text)
+        }
+
+        /// Takes a device away from the running domain; the guest has to let it go, so it may be there for a while yet.
+        public borrowing func detachLive(_ device: String) throws(QuireError) {
+            guard unsafe clv_detach(domain, device, UInt32(VIR_DOMAIN_AFFECT_LIVE.rawValue)) == 0 else {
+                throw QuireError(.system, "cannot detach a disk of '\(name)': \(Hypervisor.error)")
+            }
+        }
+
+        public borrowing func forgetLiveMetadata(_ namespace: String) throws(QuireError) {
+            guard unsafe clv_forget_metadata(domain, namespace, UInt32(VIR_DOMAIN_AFFECT_LIVE.rawValue)) == 0 else {
+                throw QuireError(.system, "cannot change the metadata of '\(name)': \(Hypervisor.error)")
+            }
+        }
+    }
+
+    public borrowing func domain(_ name: String) throws(QuireError) -> Handle {
+        guard let found = unsafe clv_domain(connection, name) else {
+            throw QuireError(.invalid, "there is no domain '\(name)' (\(Self.error)): virsh list --all shows them")
+        }
+        return unsafe Handle(found, name)
+    }
+
+    public borrowing func define(_ xml: XMLText) throws(QuireError) {
+        guard unsafe clv_define(connection, xml.text) == 0 else {
+            throw QuireError(.system, "libvirt does not take the changed domain: \(Self.error)")
+        }
+    }
+}
+
+extension Hypervisor {
+    /// What came of a change.
+    public struct Outcome: Sendable {
+        /// Of the definition, before and after.
+        public let before: Domain
+        public let after: Domain
+        public var hasChanged: Bool { before.xml.bytes != after.xml.bytes }
+        /// It runs, or has a saved image, with what was there before.
+        public let isActive: Bool
+        public let hasSavedImage: Bool
+    }
+
+    private borrowing func definition(of handle: borrowing Handle) throws(QuireError) -> Domain {
+        guard handle.isPersistent else {
+            throw QuireError(
+                .unsupported, "domain '\(handle.name)' is transient, it has no definition that could be changed: use --xml where it is made")
+        }
+        return try Domain(handle.definition())
+    }
+
+    /// Enables a domain's definition. With `dryRun` nothing is changed.
+    public borrowing func enable(
+        _ name: String, _ request: Domain.Request, dryRun: Bool = false
+    ) throws(QuireError) -> Outcome {
+        let handle = try domain(name)
+        let before = try definition(of: handle)
+        let wanted = try Domain(before.enabled(request))
+        var after = wanted
+        if wanted.xml.bytes != before.xml.bytes, !dryRun {
+            try define(wanted.xml)
+            do throws(QuireError) {
+                after = try definition(of: handle)
+                // What our disks made libvirt add is ours as well.
+                let made = after.pciControllers.subtracting(before.pciControllers).union(before.mark?.controllers ?? [])
+                if let noted = try after.noting(controllers: made.sorted()) {
+                    try define(noted)
+                    after = try definition(of: handle)
+                }
+            } catch {
+                try? define(before.xml)
+                throw error
+            }
+        }
+        return Outcome(before: before, after: after, isActive: handle.isActive, hasSavedImage: handle.hasSavedImage)
+    }
+
+    public borrowing func disable(_ name: String, dryRun: Bool = false) throws(QuireError) -> Outcome {
+        let handle = try domain(name)
+        let before = try definition(of: handle)
+        let after = try Domain(before.disabled())
+        if before.xml.bytes != after.xml.bytes, !dryRun { try define(after.xml) }
+        return Outcome(before: before, after: after, isActive: handle.isActive, hasSavedImage: handle.hasSavedImage)
+    }
+}

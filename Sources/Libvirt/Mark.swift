@@ -1,0 +1,115 @@
+import Host
+import Platform
+
+/// What `quire libvirt enable` notes in a domain's <metadata>: how its VM is to run, and everything that it has added, so that
+/// `disable` removes that and nothing else. libvirt keeps metadata as it is.
+///
+///     <quire:vm xmlns:quire="urn:quire:libvirt:1" name="web1" uuid="…" sockets="/run/quire/web1/qemu" …/>
+public struct Mark: Sendable, Equatable {
+    public static let namespace = "urn:quire:libvirt:1"
+
+    /// In `quire status`.
+    public var name: String
+    /// Of the domain when it was enabled: a copy of its XML under another UUID is seen by it. Empty if it had none.
+    public var uuid = ""
+    /// The folder with the sockets that QEMU connects to.
+    public var sockets: String
+    /// Nil: no agent, nothing is merged.
+    public var agent: String?
+    /// Bytes of the swap disk; nil without one.
+    public var swapBytes: UInt64?
+    /// The share group; empty: that of the backend's user.
+    public var group = ""
+    /// Milliseconds; nil: what the host's configuration says.
+    public var period: UInt64?
+
+    /// Elements that were made to hold ours: metadata, memoryBacking, commandline.
+    var created: Set<String> = []
+    /// Those that were there as <name/>.
+    var opened: Set<String> = []
+    /// Of <memoryBacking>: source and access, where they are ours altogether.
+    var added: Set<String> = []
+    /// What their values were, where only those are ours.
+    var was: [String: String] = [:]
+    /// PCI controllers that libvirt made for our disks, by index.
+    var controllers: [Int] = []
+
+    public init(name: String, sockets: String) {
+        self.name = name
+        self.sockets = sockets
+    }
+
+    public var controlSocket: String { sockets + "/control.sock" }
+    public var agentSocket: String { sockets + "/agent.sock" }
+    public var swapSocket: String { sockets + "/swap.sock" }
+
+    /// Whether a <disk> is one of ours.
+    package func owns(_ disk: XMLText.Element) -> Bool {
+        let path = disk.first("source")?["path"]
+        return disk["type"] == "vhostuser" && (path == controlSocket || path == swapSocket)
+    }
+
+    // MARK: As XML
+
+    private static let qualified = "quire:vm"
+
+    var element: String {
+        var text = "<\(Self.qualified) xmlns:quire=\"\(Self.namespace)\""
+        func attribute(_ name: String, _ value: String) {
+            if !value.isEmpty { text += " \(name)=\"\(XMLText.escaped(value))\"" }
+        }
+        attribute("name", name)
+        attribute("uuid", uuid)
+        attribute("sockets", sockets)
+        attribute("agent", agent ?? "")
+        attribute("swap", swapBytes.map { "\($0)" } ?? "")
+        attribute("group", group)
+        attribute("period-ms", period.map { "\($0)" } ?? "")
+        attribute("created", created.sorted().joined(separator: " "))
+        attribute("opened", opened.sorted().joined(separator: " "))
+        attribute("added", added.sorted().joined(separator: " "))
+        attribute("was-source", was["source"] ?? "")
+        attribute("was-access", was["access"] ?? "")
+        attribute("controllers", controllers.map { "\($0)" }.joined(separator: " "))
+        return text + "/>"
+    }
+
+    static func find(_ xml: XMLText) -> XMLText.Element? {
+        xml.root.first("metadata")?.all("vm", in: namespace).first
+    }
+
+    static func read(_ xml: XMLText) throws(QuireError) -> Mark? {
+        guard let element = find(xml) else { return nil }
+        func words(_ name: String) -> [String] { (element[name] ?? "").split(separator: " ").map(String.init) }
+        guard let name = element["name"], RuntimeDirectory.isValidName(name), let sockets = element["sockets"], sockets.hasPrefix("/")
+        else { throw QuireError(.invalid, "Quire's note in <metadata> is damaged (line \(element.line)): remove it and enable the domain again") }
+        var mark = Mark(name: name, sockets: sockets)
+        mark.uuid = element["uuid"] ?? ""
+        mark.agent = element["agent"]
+        if let text = element["swap"] {
+            guard let bytes = UInt64(text), bytes > 0 else {
+                throw QuireError(.invalid, "Quire's note in <metadata> is damaged (swap '\(text)'): remove it and enable the domain again")
+            }
+            mark.swapBytes = bytes
+        }
+        mark.group = element["group"] ?? ""
+        mark.period = element["period-ms"].flatMap { UInt64($0) }
+        mark.created = Set(words("created"))
+        mark.opened = Set(words("opened"))
+        mark.added = Set(words("added"))
+        if let value = element["was-source"] { mark.was["source"] = value }
+        if let value = element["was-access"] { mark.was["access"] = value }
+        mark.controllers = words("controllers").compactMap { Int($0) }
+        return mark
+    }
+
+    /// Whether both ask for the same, whatever was added for it.
+    func asksForTheSame(as other: Mark) -> Bool {
+        func request(_ mark: Mark) -> Mark {
+            var copy = mark
+            (copy.created, copy.opened, copy.added, copy.was, copy.controllers) = ([], [], [], [:], [])
+            return copy
+        }
+        return request(self) == request(other)
+    }
+}

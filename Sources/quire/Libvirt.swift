@@ -1,0 +1,300 @@
+import ArgumentParser
+import FoundationEssentials
+import Host
+import Libvirt
+import Platform
+
+extension Quire {
+    struct Libvirt: ParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Gives Quire to libvirt's domains, and takes it away.",
+            discussion: """
+                'enable' changes a domain's definition: memory that the backend can have, the control disk, the agent. What it \
+                does not know stays as it is, and 'disable' gives back the definition that was there. Both take effect when the \
+                domain is powered off and started again; a reboot inside the guest is not enough.
+
+                The hook in /etc/libvirt/hooks/qemu.d/quire starts and ends the backends of domains that are enabled.
+
+                Exit status: 0 on success, 1 if something failed or can't work (one line a domain says what), 64 on wrong usage.
+                """,
+            subcommands: [Enable.self, Disable.self, List.self, Detach.self, HookCommand.self])
+    }
+}
+
+extension Quire.Libvirt {
+    struct Connection: ParsableArguments {
+        @Option(name: [.short, .long], help: ArgumentHelp("libvirt's URI (default: $LIBVIRT_DEFAULT_URI, then libvirt's own choice).", valueName: "uri"))
+        var connect: String?
+    }
+
+    /// Which definitions a command changes, and how.
+    struct Targets: ParsableArguments {
+        @OptionGroup var connection: Connection
+
+        @Argument(help: ArgumentHelp("Domains, by name.", valueName: "domain"))
+        var domains: [String] = []
+
+        @Flag(help: "All domains that have a definition.")
+        var all = false
+
+        @Flag(help: "Change nothing, show what would change.")
+        var dryRun = false
+
+        @Flag(help: "Read a domain's XML from stdin and write the changed one to stdout, without libvirt.")
+        var xml = false
+
+        func validate() throws {
+            guard [xml, all, !domains.isEmpty].count(where: { $0 }) == 1 else {
+                throw ValidationError("name one or more domains, or use --all, or --xml with a domain's XML on stdin")
+            }
+        }
+
+        /// Does it for each; a domain that fails does not keep others from it.
+        func forEach(_ body: (borrowing Hypervisor, String) throws(QuireError) -> Void) throws {
+            let failures = try failing { () throws(QuireError) in
+                let hypervisor = try Hypervisor(connection.connect)
+                var failures = 0
+                for name in all ? try hypervisor.names() : domains {
+                    do throws(QuireError) { try body(hypervisor, name) } catch {
+                        writeStandardError("quire: \(error)")
+                        failures += 1
+                    }
+                }
+                return failures
+            }
+            if failures > 0 { throw ExitCode(1) }
+        }
+
+        /// stdin to stdout.
+        func filter(_ body: (Domain) throws(QuireError) -> XMLText) throws {
+            try failing { () throws(QuireError) in
+                let input = try Descriptor.duplicate(of: 0).readAll(limit: 32 << 20)
+                let result = try body(Domain(XMLText(input)))
+                if dryRun { print(lineDifference(String(decoding: input, as: UTF8.self), result.text)) } else {
+                    print(result.text, terminator: "")
+                }
+            }
+        }
+    }
+
+    struct Enable: ParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Gives Quire to domains, from their next start on.",
+            discussion: """
+                Refuses domains whose memory can't be given back: huge pages, locked, encrypted, allocated at once, pinned by \
+                VFIO devices, scheduled in real time. Says what will work in part.
+
+                Enabling a domain again with other options changes what they say; with the same ones it does nothing.
+                """)
+
+        @OptionGroup var targets: Targets
+
+        @Option(help: ArgumentHelp("Add a swap disk of this size, kept in the host's memory.", valueName: "size"), transform: Self.size)
+        var swap: UInt64?
+
+        @Option(help: ArgumentHelp("Share equal pages with domains of this group (default: all of this host's).", valueName: "name"))
+        var group = ""
+
+        @Option(
+            help: ArgumentHelp("How long a page has to be free before the host takes it.", valueName: "time"),
+            transform: Quire.Run.milliseconds)
+        var period: UInt64?
+
+        @Flag(help: "No agent in QEMU: equal pages are not merged.")
+        var noMerge = false
+
+        @Option(help: ArgumentHelp("The agent for QEMU (default: libquire-agent.so beside quire, or in ../lib/quire).", valueName: "path"))
+        var agent: String?
+
+        static func size(_ text: String) throws -> UInt64 {
+            guard let bytes = Size.parse(text), bytes >= 1 << 20, bytes % 4096 == 0 else {
+                throw ValidationError("'\(text)' is no size for a swap disk: use whole pages, 1M or more, such as 4G")
+            }
+            return bytes
+        }
+
+        private func request() throws(QuireError) -> Domain.Request {
+            var request = Domain.Request(directory: try RuntimeDirectory.standard())
+            request.swapBytes = swap
+            request.group = group
+            request.period = period
+            if !noMerge {
+                guard let path = agent ?? Quire.Run.agentBesideUs(), Files.identity(of: path) != nil else {
+                    throw QuireError(.invalid, "libquire-agent.so is not beside quire: name it with --agent, or merge nothing with --no-merge")
+                }
+                guard path.hasPrefix("/") else { throw QuireError(.invalid, "--agent \(path): give an absolute path, QEMU runs elsewhere") }
+                request.agent = Files.normalized(path)
+            }
+            return request
+        }
+
+        func run() throws {
+            let request = try failing { () throws(QuireError) in try self.request() }
+            if targets.xml {
+                try targets.filter { domain throws(QuireError) in
+                    for limit in domain.limits { writeStandardError("quire: \(domain.name): \(limit)") }
+                    return try domain.enabled(request)
+                }
+                return
+            }
+            try targets.forEach { hypervisor, name throws(QuireError) in
+                let outcome = try hypervisor.enable(name, request, dryRun: targets.dryRun)
+                guard outcome.hasChanged else { return print("\(name): enabled already, nothing to do") }
+                if targets.dryRun {
+                    print(lineDifference(outcome.before.xml.text, outcome.after.xml.text))
+                } else {
+                    print("\(name): enabled, \(outcome.when)")
+                }
+                for limit in outcome.after.limits { print("\(name): \(limit)") }
+            }
+        }
+    }
+
+    struct Disable: ParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Takes Quire away from domains, from their next start on.",
+            discussion: "Removes what 'enable' added and nothing else.")
+
+        @OptionGroup var targets: Targets
+
+        func run() throws {
+            if targets.xml { return try targets.filter { domain throws(QuireError) in try domain.disabled() } }
+            try targets.forEach { hypervisor, name throws(QuireError) in
+                let outcome = try hypervisor.disable(name, dryRun: targets.dryRun)
+                guard outcome.hasChanged else { return print("\(name): not enabled, nothing to do") }
+                if targets.dryRun {
+                    print(lineDifference(outcome.before.xml.text, outcome.after.xml.text))
+                } else {
+                    print("\(name): disabled, \(outcome.when)")
+                }
+            }
+        }
+    }
+
+    struct List: ParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Shows which domains have Quire.",
+            discussion: """
+                DEFINED says whether a domain's definition has Quire, RUNS whether it runs, and with Quire or without: where they \
+                differ it needs a power cycle. VM is its name in 'quire status'.
+
+                With --json: an array of objects with name, enabled, running, running_with_quire, vm, merging, swap_bytes, group.
+                """)
+
+        @OptionGroup var connection: Connection
+
+        @Flag(help: "Prints JSON.")
+        var json = false
+
+        struct Row: Encodable {
+            var name: String
+            var enabled = false
+            var running = false
+            var runningWithQuire = false
+            var vm = ""
+            var merging = false
+            var swapBytes: UInt64 = 0
+            var group = ""
+            enum CodingKeys: String, CodingKey {
+                case name, enabled, running, vm, merging, group
+                case runningWithQuire = "running_with_quire"
+                case swapBytes = "swap_bytes"
+            }
+        }
+
+        func run() throws {
+            let rows = try failing { () throws(QuireError) in
+                let hypervisor = try Hypervisor(connection.connect)
+                var rows: [Row] = []
+                for name in try hypervisor.names() {
+                    // It may have been undefined meanwhile.
+                    guard let handle = try? hypervisor.domain(name) else { continue }
+                    var row = Row(name: name)
+                    row.running = handle.isActive
+                    let defined = handle.isPersistent ? try Domain(handle.definition()).mark : nil
+                    let live = row.running ? try Domain(handle.live()).mark : nil
+                    row.enabled = defined != nil
+                    row.runningWithQuire = live != nil
+                    if let mark = live ?? defined {
+                        row.vm = mark.name
+                        row.merging = mark.agent != nil
+                        row.swapBytes = mark.swapBytes ?? 0
+                        row.group = mark.group
+                    }
+                    rows.append(row)
+                }
+                return rows
+            }
+            if json {
+                let encoder = JSONEncoder()
+                encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
+                print(String(decoding: try encoder.encode(rows), as: UTF8.self))
+                return
+            }
+            let cells = [["DOMAIN", "DEFINED", "RUNS", "VM", "SWAP", "GROUP"]] + rows.map { row in
+                [
+                    row.name, row.enabled ? "with Quire" : "without",
+                    row.running ? row.runningWithQuire ? "with Quire" : "without" : "no", row.vm.isEmpty ? "-" : row.vm,
+                    row.swapBytes == 0 ? "-" : Size.exact(row.swapBytes), row.group.isEmpty ? "-" : row.group,
+                ]
+            }
+            let widths = cells[0].indices.map { column in cells.map { $0[column].count }.max() ?? 0 }
+            for row in cells {
+                let line = zip(row, widths).map { $0 + String(repeating: " ", count: $1 - $0.count) }.joined(separator: "  ")
+                print(String(line.reversed().drop { $0 == " " }.reversed()))
+            }
+        }
+    }
+
+    struct Detach: ParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Takes Quire away from a running domain, for a migration to a host without it.",
+            discussion: """
+                Every page gets its own copy again, the control disk is unplugged, the backend ends; the guest runs on. The \
+                definition stays: the domain has Quire again at its next start. Returns when it is done, or says why it can't be.
+                """)
+
+        @OptionGroup var connection: Connection
+
+        @Argument(help: ArgumentHelp("The domain.", valueName: "domain"))
+        var domain: String
+
+        func run() throws {
+            try failing { () throws(QuireError) in
+                try Hypervisor(connection.connect).detach(domain, in: RuntimeDirectory.standard())
+            }
+            print("\(domain): detached")
+        }
+    }
+
+    struct HookCommand: ParsableCommand {
+        static let configuration = CommandConfiguration(
+            commandName: "hook",
+            abstract: "What libvirtd runs: the script in /etc/libvirt/hooks/qemu.d/quire calls it.",
+            discussion: "The domain's XML comes on stdin. Domains that are not enabled are let through at once.")
+
+        @Argument var object: String
+        @Argument var operation: String
+        @Argument var subOperation: String
+        @Argument var extra: [String] = []
+
+        func run() throws {
+            try failing { () throws(QuireError) in
+                // libvirtd waits until all of it is read.
+                let xml = String(decoding: try Descriptor.duplicate(of: 0).readAll(limit: 32 << 20), as: UTF8.self)
+                guard Hook.concerns(xml) else { return }
+                let own = Files.target(ofLink: "/proc/self/exe") ?? "quire"
+                try Hook(directory: RuntimeDirectory.standard(), program: own).run(operation, subOperation, xml: xml)
+            }
+        }
+    }
+}
+
+extension Hypervisor.Outcome {
+    /// When the change takes effect.
+    var when: String {
+        if isActive { return "when it is powered off and started again (a reboot is not enough)" }
+        if hasSavedImage { return "but its saved image starts it as it was: start it and power it off once, or virsh managedsave-remove" }
+        return "from its next start on"
+    }
+}

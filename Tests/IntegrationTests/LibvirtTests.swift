@@ -1,0 +1,198 @@
+import Glibc
+import Host
+import Libvirt
+import Platform
+import Testing
+
+extension Integration {
+    /// Domains of a real libvirtd, which runs QEMU as a user without rights.
+    @Suite(.serialized, .enabled(if: ProcessCalls.isRoot, "libvirtd's system mode and its namespace need root"))
+    struct Libvirt {
+        private static let agent = "/run/programs/libquire-agent.so"
+
+        private static func isAlive(_ pid: Int32) -> Bool {
+            guard let text = try? Files.read("/proc/\(pid)/stat", limit: 1024), let end = text.lastIndex(of: ")") else { return false }
+            return text[end...].dropFirst(2).first != "Z"
+        }
+
+        private func recycles(_ host: LibvirtHost, _ name: String, _ console: Console) throws {
+            try host.wait(for: "an active guest", console) { host.status(name).state == .active }
+            try console.sh("quire-load hold 100 0 >/dev/null")
+            try host.wait(for: "recycling", console) { host.status(name).recycledPages > 100 * 256 }
+            try console.sh("quire-load churn 150 2 --threads 2")
+        }
+
+        /// Define, enable, start, reset, managed save, restore, detach, stop, disable: the guest never reads a wrong byte, memory
+        /// goes back in every life of it, nothing is left behind, and the definition is what it was.
+        @Test func life() throws {
+            let host = try LibvirtHost()
+            try host.define("web1")
+            let before = try host.definition("web1")
+            #expect(try host.quire("enable", "--dry-run", "--period", "500ms", "web1").contains("+   <memoryBacking>"))
+            #expect(try host.definition("web1") == before)
+            #expect(try host.quire("enable", "--period", "500ms", "web1").contains("web1: enabled, from its next start on"))
+            let enabled = try host.definition("web1")
+            #expect(enabled != before)
+            #expect(try host.quire("enable", "--period", "500ms", "web1").contains("nothing to do"))
+            #expect(try host.definition("web1") == enabled)
+
+            var console = try host.boot("web1")
+            try console.sh("insmod /lib/quire/quire.ko")
+            try recycles(host, "web1", console)
+            let backend = host.status("web1").pid
+            #expect(try host.quire("enable", "--period", "1s", "web1").contains("powered off and started again"))
+            try host.quire("enable", "--period", "500ms", "web1")
+
+            try host.virsh("reset", "web1")
+            try console.expectReady()
+            try host.wait(for: "the old table to be forgotten", console) { host.status("web1").state == .noGuest }
+            try console.sh("insmod /lib/quire/quire.ko")
+            try recycles(host, "web1", console)
+            #expect(host.status("web1").pid == backend)
+
+            try console.sh("echo kept >/tmp/kept")
+            try host.virsh("managedsave", "web1")
+            #expect(!Self.isAlive(backend))
+            #expect(Files.list(host.runtime.base) == [])
+            try host.virsh("start", "web1")
+            console = try host.console("web1")
+            #expect(try console.sh("cat /tmp/kept") == "kept\n")
+            try recycles(host, "web1", console)
+
+            try host.quire("detach", "web1")
+            #expect(Files.list(host.runtime.base) == [])
+            try console.sh("quire-load churn 150 2 --threads 2")
+            #expect(try host.refusal(["/run/programs/quire", "libvirt", "detach", "web1"]).contains("nothing to detach"))
+            try host.virsh("destroy", "web1")
+
+            // And once more from the definition.
+            console = try host.boot("web1")
+            #expect(host.runtime.isRunning("web1"))
+            try host.virsh("destroy", "web1")
+            try host.wait(for: "the backend to be gone") { Files.list(host.runtime.base) == [] }
+            try host.quire("disable", "web1")
+            #expect(try host.definition("web1") == before)
+        }
+
+        /// Equal pages of two domains are kept once; backend and service are killed meanwhile.
+        @Test func sharing() throws {
+            let host = try LibvirtHost()
+            try host.startStore()
+            var consoles: [Console] = []
+            let names = ["web1", "web2"]
+            for name in names {
+                try host.define(name, memory: 256)
+                try host.quire("enable", "--period", "500ms", name)
+                try host.virsh("start", name)
+            }
+            for name in names {
+                let console = try host.console(name)
+                try console.expectReady()
+                try console.sh("insmod /lib/quire/quire.ko")
+                consoles.append(console)
+            }
+            let loads = try consoles.map { try $0.start("quire-load share 32 25") }
+            try host.wait(for: "both to share", consoles[0]) {
+                try consoles[1].drain()
+                return names.allSatisfy { host.status($0).merging.sharingPages > 1000 }
+            }
+            let backend = host.status("web1").pid
+            ProcessCalls.signal(backend, SIGKILL)
+            try host.wait(for: "another backend", consoles[0]) {
+                host.status("web1").pid != backend && host.status("web1").state == .active
+            }
+            #expect(host.status("web1").restarts == 1)
+            // The service of the other: nothing is recycled any more, and the guest goes on.
+            let service = try #require(host.runtime.owner("web2")), orphan = host.status("web2").pid
+            ProcessCalls.signal(service, SIGKILL)
+            for (console, load) in zip(consoles, loads) {
+                let (text, status) = try console.finish(load, within: Guest.patience(for: 25))
+                #expect(status == 0 && text.contains("ok "), "\(text)")
+            }
+            try host.wait(for: "recycling to pause") { host.status("web2").state == .paused }
+            // Its backend goes with QEMU, and the domain starts again as if nothing had been.
+            try host.virsh("destroy", "web2")
+            let console = try host.boot("web2")
+            #expect(host.runtime.isRunning("web2"))
+            try host.wait(for: "the orphan to go", console) { !Self.isAlive(orphan) }
+            try console.sh("insmod /lib/quire/quire.ko")
+            try host.wait(for: "an active guest", console) { host.status("web2").state == .active }
+        }
+
+        /// One line each, and everything as it was.
+        @Test func misuse() throws {
+            let host = try LibvirtHost()
+            try host.define("web1")
+            func refused(_ arguments: String...) throws -> String { try host.refusal(["/run/programs/quire", "libvirt"] + arguments) }
+            func shell(_ command: String) throws -> String { try host.refusal(["sh", "-c", command]) }
+            #expect(try refused("enable", "nobody").contains("there is no domain 'nobody'"))
+            #expect(try refused("enable", "-c", "qemu+unix:///system?socket=/nowhere", "web1").hasPrefix("quire: cannot reach libvirt: "))
+            #expect(try refused("detach", "web1").contains("does not run"))
+            #expect(try shell("echo '<domain><name>x</domain>' | /run/programs/quire libvirt enable --xml") == "quire: this is no XML: line 1: </domain> ends <name> of line 1")
+
+            let before = try host.definition("web1")
+            for (find, replace, said) in [
+                ("</currentMemory>", "</currentMemory><memoryBacking><hugepages/></memoryBacking>", "huge pages"),
+                ("</currentMemory>", "</currentMemory><memoryBacking><locked/></memoryBacking>", "locked"),
+                ("</devices>", "<hostdev mode='subsystem' type='pci' managed='yes'><source><address domain='0' bus='0' slot='9' function='0'/></source></hostdev></devices>", "VFIO"),
+            ] {
+                try host.virsh("define", host.write("other.xml", before.replacing(find, with: replace)))
+                let defined = try host.definition("web1")
+                #expect(try refused("enable", "web1").contains(said))
+                #expect(try host.definition("web1") == defined)
+            }
+            try host.virsh("define", host.write("other.xml", before))
+
+            // A disk that is not there when QEMU starts holds it up for ever: so the hook says no instead.
+            try host.quire("enable", "web1")
+            let enabled = try host.definition("web1")
+            let programs = host.root + "/run/programs/"
+            #expect(unsafe rename(programs + "quire-backend", programs + "away") == 0)
+            #expect(try Program.run(["nsenter", "-t", host.root.split(separator: "/")[1].description, "--mount", "virsh", "start", "web1"]).text
+                .contains("web1: its backend did not start: there is no program /run/programs/quire-backend"))
+            #expect(Files.list(host.runtime.base) == [])
+            #expect(unsafe rename(programs + "away", programs + "quire-backend") == 0)
+
+            // A copy under another name and UUID is not taken for the domain.
+            let copy = enabled.replacing("<name>web1</name>", with: "<name>copy</name>")
+                .replacing(#/<uuid>.*<\/uuid>/#, with: "<uuid>00000000-1111-2222-3333-444444444444</uuid>")
+            try host.virsh("define", host.write("copy.xml", copy))
+            #expect(throws: Trouble.self) { try host.virsh("start", "copy") }
+            #expect(try host.quire("disable", "copy").contains("copy: disabled"))
+
+            // A transient domain has nothing that could be changed.
+            try host.virsh("create", "--paused", host.write("transient.xml", before.replacing("<name>web1</name>", with: "<name>brief</name>")
+                .replacing(#/<uuid>.*<\/uuid>/#, with: "").replacing("web1.console", with: "brief.console")))
+            #expect(try refused("enable", "brief").contains("is transient"))
+            #expect(try refused("detach", "brief").contains("runs without Quire"))
+            try host.virsh("destroy", "brief")
+
+            try host.quire("disable", "--all")
+            #expect(try host.definition("web1") == before)
+        }
+
+        /// The example of qemu-config is what `enable` makes, and it boots.
+        @Test func example() throws {
+            let host = try LibvirtHost()
+            let text = try Files.read(Program.top + "/qemu-config/domain.xml")
+            let domain = try Domain(text)
+            let plain = try domain.disabled().text
+            var request = Domain.Request(directory: RuntimeDirectory(base: "/run/quire"))
+            request.agent = "/usr/lib/quire/libquire-agent.so"
+            #expect(try Domain(plain).enabled(request).text == text)
+
+            _ = try Program.run(["qemu-img", "create", "-q", "-f", "qcow2", host.root + "/var/lib/libvirt/images/web1.qcow2", "64M"])
+            // Where this test has the agent, a kernel to boot, and a console to read.
+            let here = text.replacing("/usr/lib/quire/libquire-agent.so", with: Self.agent)
+                .replacing("</type>\n", with: "</type>\(LibvirtHost.boot)\n")
+                .replacing("<serial type='pty'/>", with: LibvirtHost.console("web1"))
+                .replacing("type='kvm'", with: QEMU.hasKVM ? "type='kvm'" : "type='qemu'")
+            try host.virsh("define", host.write("example.xml", here))
+            let console = try host.boot("web1")
+            try console.sh("insmod /lib/quire/quire.ko")
+            try host.wait(for: "an active guest that is merged", console) {
+                host.status("web1").state == .active && host.status("web1").merging.state == .active
+            }
+        }
+    }
+}

@@ -1,0 +1,160 @@
+import Glibc
+import Host
+import Platform
+import TestSupport
+
+/// A real libvirtd in a mount namespace of its own, with the hook installed. Its end ends every domain and every process that
+/// the test started, by number.
+final class LibvirtHost {
+    let folder: Folder
+    private var process: ChildProcess
+    private let errors: String
+    /// quired, where a test wants it.
+    private var store: ChildProcess?
+
+    init() throws {
+        ProcessCalls.ignoreBrokenPipes()
+        folder = try Folder()
+        errors = folder.path + "/errors"
+        var options = ChildProcess.Options()
+        let log = try Descriptor.open(errors, O_RDWR | O_CREAT | O_APPEND)
+        let null = try Descriptor.open("/dev/null", O_RDONLY)
+        options.passing = [.init(from: null.raw, to: 0), .init(from: log.raw, to: 1), .init(from: log.raw, to: 2)]
+        options.ownGroup = true
+        options.parentDeathSignal = SIGTERM
+        process = try ChildProcess(
+            [
+                "unshare", "--mount", "--propagation", "private", Program.top + "/Tests/libvirt/private-libvirtd", products,
+                Program.top + "/build/guest/6.1",
+            ], options)
+        do {
+            try waitUntil("libvirtd to serve", state: { self.log }) {
+                guard process.poll() == nil else { throw Trouble("libvirtd ended: \(self.log)") }
+                return try Files.identity(of: root + "/run/libvirt/libvirt-sock") != nil && Program.run(inside + ["virsh", "uri"]).status == 0
+            }
+        } catch {
+            end()
+            throw error
+        }
+    }
+
+    deinit { end() }
+
+    var log: String { (try? Files.read(errors)) ?? "" }
+    /// Its files, seen from outside.
+    var root: String { "/proc/\(process.pid)/root" }
+    var runtime: RuntimeDirectory { RuntimeDirectory(base: root + "/run/quire") }
+    private var inside: [String] { ["nsenter", "-t", "\(process.pid)", "--mount"] }
+
+    func end() {
+        guard process.poll() == nil else { return }
+        for name in (try? virsh("list", "--name"))?.split(separator: "\n") ?? [] { _ = try? virsh("destroy", String(name)) }
+        for name in runtime.running() { if let pid = runtime.owner(name) { ProcessCalls.signal(pid, SIGTERM) } }
+        if let text = try? Files.read(root + "/run/virtlogd.pid"), let pid = Int32(text.filter(\.isNumber)) { ProcessCalls.signal(pid, SIGTERM) }
+        store?.signal(SIGTERM)
+        store?.wait()
+        process.signal(SIGTERM)
+        let deadline = monotonicNanoseconds() + 10_000_000_000
+        while process.poll() == nil && monotonicNanoseconds() < deadline { ProcessCalls.sleep(milliseconds: 20) }
+        if process.poll() == nil {
+            process.signal(SIGKILL)
+            process.wait()
+        }
+    }
+
+    @discardableResult func virsh(_ arguments: String...) throws -> String { try host(inside + ["virsh", "-q"] + arguments) }
+
+    /// `quire libvirt …`, as root in libvirtd's namespace.
+    @discardableResult func quire(_ arguments: String...) throws -> String { try host(inside + ["/run/programs/quire", "libvirt"] + arguments) }
+
+    /// What it says when it has to fail: one line, status 1.
+    func refusal(_ arguments: [String]) throws -> String {
+        let (status, text) = try Program.run(inside + arguments)
+        guard status == 1, text.hasSuffix("\n"), text.dropLast().contains("\n") == false else {
+            throw Trouble("\(arguments.joined(separator: " ")): status \(status): \(text)")
+        }
+        return String(text.dropLast())
+    }
+
+    func startStore() throws {
+        var options = ChildProcess.Options()
+        let log = try Descriptor.open(errors, O_RDWR | O_CREAT | O_APPEND)
+        options.passing = [.init(from: log.raw, to: 1), .init(from: log.raw, to: 2)]
+        options.parentDeathSignal = SIGTERM
+        store = try ChildProcess(inside + ["/run/programs/quired", "--limit", "1G", "--candidates", "4M"], options)
+        try waitUntil("quired to listen", state: { self.log }) { Files.identity(of: root + "/run/quired/store.sock") != nil }
+    }
+
+    func write(_ name: String, _ text: String) throws -> String {
+        let file = try Descriptor.open(folder.path + "/" + name, O_RDWR | O_CREAT | O_TRUNC)
+        try file.replaceContent(text)
+        return folder.path + "/" + name
+    }
+
+    /// A guest of the tests as a domain of libvirt.
+    func define(_ name: String, memory: Int = 512, disk: String = "") throws {
+        let xml = """
+            <domain type='\(QEMU.hasKVM ? "kvm" : "qemu")'>
+              <name>\(name)</name>
+              <description>made &amp; kept by "hand"</description>
+              <metadata>
+                <x:thing xmlns:x='urn:x'><x:a/> text </x:thing>
+              </metadata>
+              <memory unit='MiB'>\(memory)</memory>
+              <vcpu>2</vcpu>
+              <os><type arch='x86_64' machine='q35'>hvm</type>\(Self.boot)</os>
+              <features><acpi/><apic/></features>
+              <devices>
+                \(disk)\(Self.console(name))
+                <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
+                <memballoon model='none'/>
+              </devices>
+            </domain>
+            """
+        try virsh("define", write("\(name).xml", xml))
+    }
+
+    static let boot =
+        "<kernel>/run/guest/vmlinux</kernel><initrd>/run/guest/initramfs</initrd><cmdline>console=ttyS0 cryptomgr.notests panic=1 quiet</cmdline>"
+    static func console(_ name: String) -> String {
+        "<serial type='unix'><source mode='bind' path='/run/libvirt/\(name).console'/><target port='0'/></serial>"
+    }
+
+    func definition(_ name: String) throws -> String { try virsh("dumpxml", "--inactive", name) }
+
+    func status(_ name: String) -> StatusReport { StatusReport.read(name, in: runtime) }
+
+    func wait(for what: String, _ console: Console? = nil, _ condition: () throws -> Bool) throws {
+        try waitUntil(what, state: { "\(self.log)\n\(console?.log.suffix(2000) ?? "")" }) {
+            try console?.drain()
+            return try condition()
+        }
+    }
+
+    /// Its serial console, from now on.
+    func console(_ name: String) throws -> Console {
+        var connected: UnixSocket?
+        try waitUntil("the console of \(name)") {
+            connected = try? UnixSocket.connect(to: root + "/run/libvirt/\(name).console")
+            return connected != nil
+        }
+        let socket = connected.take()!
+        return Console(input: try socket.descriptor.duplicate(), output: try socket.descriptor.duplicate())
+    }
+
+    /// Starts it; returns when its shell is ready.
+    func boot(_ name: String) throws -> Console {
+        try virsh("start", name)
+        let console = try console(name)
+        try console.expectReady()
+        return console
+    }
+}
+
+extension Console {
+    @discardableResult func sh(_ command: String, within seconds: Double = Effort.patience) throws -> String {
+        let (text, status) = try finish(start(command), within: seconds)
+        guard status == 0 else { throw Trouble("in the guest: \(command): status \(status): \(text)") }
+        return text
+    }
+}

@@ -1,0 +1,177 @@
+import Host
+import Libvirt
+import Platform
+import Testing
+
+@Suite struct DomainTests {
+    static let request: Domain.Request = {
+        var request = Domain.Request(directory: RuntimeDirectory(base: "/run/quire"))
+        request.agent = "/usr/lib/quire/libquire-agent.so"
+        return request
+    }()
+
+    /// A domain, with what a test is about.
+    static func domain(_ more: String = "", devices: String = "", type: String = "kvm") -> String {
+        """
+        <domain type='\(type)'>
+          <name>web1</name>
+          <uuid>c4193e6b-7172-4466-b17c-554d14946c89</uuid>
+          <memory unit='KiB'>524288</memory>
+          <vcpu>2</vcpu>
+          <os><type arch='x86_64'>hvm</type></os>
+          \(more)
+          <devices>
+            <emulator>/usr/bin/qemu-system-x86_64</emulator>
+            \(devices)
+          </devices>
+        </domain>
+        """
+    }
+
+    /// In every shape that an operator may have written them.
+    static let shapes: [String] = [
+        domain(),
+        domain("<memoryBacking/>"), domain("<memoryBacking />"), domain("<memoryBacking></memoryBacking>"),
+        domain("<memoryBacking>\n    <discard/>\n  </memoryBacking>"),
+        domain("<memoryBacking><source type='anonymous'/><access mode=\"private\"/></memoryBacking>"),
+        domain("<memoryBacking>\n    <!-- ours -->\n    <access mode='shared'/>\n  </memoryBacking>"),
+        domain("<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"),
+        domain("<metadata/>"), domain("<metadata>\n  </metadata>"),
+        domain("<metadata><x:y xmlns:x='urn:x'> <x:z/></x:y><!-- end --></metadata>"),
+        domain(devices: "<disk type='file' device='disk'><source file='/a'/><target dev='vda' bus='virtio'/></disk>\n    <future nobody='knows'/>"),
+        domain(devices: "<disk type='file'><target dev='vdz'/></disk><disk type='file'><target dev='sda'/></disk>"),
+        domain("<description>a &lt; b &amp; \"c\"</description><unknown xmlns='urn:u'><memoryBacking/></unknown>"),
+        domain().replacing("\n", with: "\r\n"),
+        "<domain type='kvm'><name>web1</name><memory>1</memory><devices/></domain>",
+        "<?xml version='1.0'?>\n<!-- made by hand -->\n<domain type='qemu'>\n\t<name>web1</name>\n\t<memory>1</memory>\n\t<devices>\n\t</devices>\n</domain>\n<!-- end -->\n",
+        domain("<q:commandline xmlns:q='http://libvirt.org/schemas/domain/qemu/1.0'><q:arg value='-s'/></q:commandline>"),
+        domain("<q:commandline xmlns:q='http://libvirt.org/schemas/domain/qemu/1.0'/>"),
+    ]
+
+    @Test(arguments: shapes, [nil, UInt64(1) << 30])
+    func disablingGivesBackEveryByte(_ text: String, swap: UInt64?) throws {
+        var request = Self.request
+        request.swapBytes = swap
+        let domain = try Domain(text)
+        let enabled = try Domain(domain.enabled(request))
+        #expect(enabled.xml.bytes != domain.xml.bytes)
+        let mark = try #require(enabled.mark)
+        #expect(mark.name == "web1" && mark.swapBytes == swap && mark.agent == request.agent)
+        #expect(enabled.xml.root.find("memoryBacking", "source")?["type"] == "memfd")
+        #expect(enabled.xml.root.find("memoryBacking", "access")?["mode"] == "shared")
+        let disks = try #require(enabled.xml.root.first("devices")).all("disk").filter(mark.owns)
+        #expect(disks.count == (swap == nil ? 1 : 2))
+        #expect(enabled.variables.count == 2)
+        #expect(try enabled.disabled().text == text)
+    }
+
+    /// Doing it again changes nothing; asking for something else changes that, and it still goes away without a trace.
+    @Test(arguments: shapes) func enablingIsIdempotent(_ text: String) throws {
+        let once = try Domain(Domain(text).enabled(Self.request))
+        #expect(try once.enabled(Self.request).bytes == once.xml.bytes)
+        var other = Self.request
+        other.agent = nil
+        other.group = "a & b"
+        let changed = try Domain(once.enabled(other))
+        #expect(changed.mark?.group == "a & b" && changed.mark?.agent == nil && changed.variables.isEmpty)
+        #expect(try changed.disabled().text == text)
+        #expect(try Domain(text).disabled().text == text)
+    }
+
+    /// What somebody has changed meanwhile stays.
+    @Test func keepsWhatOthersAdded() throws {
+        let enabled = try Domain(Self.domain()).enabled(Self.request).text
+        let edited = enabled
+            .replacing("<memoryBacking>", with: "<memoryBacking>\n    <discard/>")
+            .replacing("<metadata>", with: "<metadata>\n    <x:y xmlns:x='urn:x'/>")
+            .replacing("</qemu:commandline>", with: "<qemu:arg value='-s'/></qemu:commandline>")
+            .replacing("</devices>", with: "  <disk type='file'><target dev='vdc'/></disk>\n  </devices>")
+        let disabled = try Domain(edited).disabled()
+        for kept in ["<discard/>", "<x:y xmlns:x='urn:x'/>", "<qemu:arg value='-s'/>", "vdc"] { #expect(disabled.text.contains(kept)) }
+        for gone in ["memfd", "quire", "vhostuser", "LD_PRELOAD"] { #expect(!disabled.text.contains(gone), "\(disabled.text)") }
+    }
+
+    /// A disk keeps its name: ours come behind.
+    @Test func diskNames() throws {
+        func name(_ disks: String...) throws -> String? {
+            let text = Self.domain(devices: disks.map { "<disk type='file'><target dev='\($0)'/></disk>" }.joined())
+            let enabled = try Domain(Domain(text).enabled(Self.request))
+            return enabled.xml.root.first("devices")?.all("disk").last?.first("target")?["dev"]
+        }
+        #expect(try name() == "vda")
+        #expect(try name("sda", "hdb") == "vda")
+        #expect(try name("vda", "vdc") == "vdd")
+        #expect(try name("vdz") == "vdaa")
+        #expect(try name("vdaz") == "vdba")
+    }
+
+    /// Controllers that came for our disks go with them, unless somebody else has come to use them.
+    @Test func controllers() throws {
+        func port(_ index: Int) -> String { "<controller type='pci' index='\(index)' model='pcie-root-port'/>\n    " }
+        let with = Self.domain(devices: port(4) + port(5) + port(6) + "<rng><address type='pci' bus='0x06'/></rng>")
+        let enabled = try Domain(Domain(with).enabled(Self.request))
+        let changed = try enabled.noting(controllers: [5, 6])
+        let noted = try Domain(#require(changed))
+        let text = try noted.disabled().text
+        #expect(text.contains("index='4'") && !text.contains("index='5'") && text.contains("index='6'"))
+    }
+
+    static let obstacles: [(String, String, String)] = [
+        ("<memoryBacking><hugepages/></memoryBacking>", "", "huge pages"),
+        ("<memoryBacking><locked/></memoryBacking>", "", "<locked/>"),
+        ("<memoryBacking><nosharepages/></memoryBacking>", "", "<nosharepages/>"),
+        ("<memoryBacking><allocation mode='immediate'/></memoryBacking>", "", "immediate"),
+        ("<memoryBacking><source type='file'/></memoryBacking>", "", "source type 'file'"),
+        ("<launchSecurity type='sev'/>", "", "encrypted"),
+        ("<cputune><vcpusched vcpus='0' scheduler='fifo' priority='1'/></cputune>", "", "real time"),
+        ("<cpu><numa><cell id='0' memory='1' memAccess='private'/></numa></cpu>", "", "NUMA cell 0"),
+        ("", "<hostdev mode='subsystem' type='pci'/>", "VFIO"),
+        ("", "<hostdev mode='subsystem' type='mdev'/>", "VFIO"),
+        ("", "<interface type='hostdev'/>", "VFIO"),
+        ("", "<disk type='nvme'><target dev='vda'/></disk>", "VFIO"),
+        ("", "<memory model='nvdimm'/>", "nvdimm"),
+        ("", "<memory model='dimm'><source><pagesize>2048</pagesize></source></memory>", "pagesize"),
+        (
+            "<qemu:commandline xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><qemu:arg value='memory-backend-file,id=x'/></qemu:commandline>",
+            "", "memory-backend"
+        ),
+        (
+            "<qemu:commandline xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><qemu:env name='LD_PRELOAD' value='/x.so'/></qemu:commandline>",
+            "", "LD_PRELOAD"
+        ),
+    ]
+
+    @Test(arguments: obstacles) func refuses(_ obstacle: (String, String, String)) throws {
+        let domain = try Domain(Self.domain(obstacle.0, devices: obstacle.1))
+        let said = message { try domain.enabled(Self.request) }
+        #expect(said?.hasPrefix("web1: ") == true && said?.contains(obstacle.2) == true, "\(said ?? "no error")")
+        #expect(said?.contains("\n") != true)
+    }
+
+    @Test func refusesOtherHypervisors() throws {
+        #expect(message { try Domain(Self.domain(type: "xen")).enabled(Self.request) }?.contains("its type is xen") == true)
+        #expect(message { try Domain("<network/>") } == "this is no libvirt domain: its XML begins with <network>")
+        #expect(message { try Domain("<domain type='kvm'/>") }?.contains("no <name>") == true)
+        #expect(message { try Domain("<domain><name>a b/c</name></domain>").enabled(Self.request) }?.contains("no <uuid>") == true)
+        #expect(message { try Domain(Self.domain("<metadata><q:vm xmlns:q='urn:quire:libvirt:1'/></metadata>")) }?.contains("damaged") == true)
+    }
+
+    @Test func limits() throws {
+        func limits(_ devices: String) throws -> [String] { try Domain(Self.domain(devices: devices)).limits }
+        #expect(try limits("").isEmpty)
+        #expect(try limits("<disk><driver cache='writeback'/></disk>").isEmpty)
+        #expect(try limits("<disk><driver cache='none'/><target dev='vda'/></disk>")[0].hasPrefix("disk vda bypasses the page cache"))
+        #expect(try limits("<disk><driver io='io_uring'/><target dev='vda'/></disk>").count == 1)
+        #expect(try limits("<interface type='vhostuser'/>").count == 1)
+        #expect(try limits("<filesystem><driver type='virtiofs'/></filesystem>").count == 1)
+        // Our own are no limit.
+        #expect(try Domain(Domain(Self.domain()).enabled(Self.request)).limits.isEmpty)
+    }
+
+    @Test func differences() {
+        #expect(lineDifference("a\nb\nc", "a\nx\nc") == "  a\n- b\n+ x\n  c")
+        #expect(lineDifference("a\nb", "a\nb") == "")
+        let long = (0..<20).map { "\($0)" }.joined(separator: "\n")
+        #expect(lineDifference(long, "new\n" + long + "\nend") == "+ new\n  0\n  1\n  2\n  …\n  17\n  18\n  19\n+ end")
+    }
+}
