@@ -377,10 +377,11 @@ private let zeros = [UInt8](repeating: 0, count: pageSize)
             result.update { $0 = text }
         }
         let sink = DataSink(writer)
-        try sink.write(Array(file[..<40_000]))
+        // More than a pipe holds: when it is written, the restore is under way.
+        try sink.write(Array(file[..<120_000]))
         #expect(message { try Self.saved(disk) } == "the swap disk is being saved or restored: wait for that")
         bench.start(disk)
-        try sink.write(Array(file[40_000...]))
+        try sink.write(Array(file[120_000...]))
         _ = consume sink
         thread.join()
         #expect(result.read { $0 } == "the guest was started meanwhile: it keeps the content that it had")
