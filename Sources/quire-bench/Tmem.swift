@@ -9,7 +9,7 @@ struct TmemBench: ParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "tmem",
         abstract: "The transcendent memory engine, beside the host's zram.",
-        discussion: "Parts: pages (as root: makes a zram device and removes it), churn, restart, capacity and guest (boot guests).")
+        discussion: "Parts: pages (as root: makes a zram device and removes it), threads, churn, restart, capacity and guest (boot guests).")
 
     @Flag(help: "Fewer repetitions and less memory: for a look, not for figures to quote.")
     var quick = false
@@ -20,7 +20,7 @@ struct TmemBench: ParsableCommand {
     @Option(help: ArgumentHelp("Only this part; repeatable.", valueName: "part"))
     var only: [String] = []
 
-    static let parts = ["pages", "churn", "restart", "capacity", "guest"]
+    static let parts = ["pages", "threads", "churn", "restart", "capacity", "guest"]
 
     func validate() throws {
         for name in only where !Self.parts.contains(name) {
@@ -47,6 +47,9 @@ struct TmemBench: ParsableCommand {
         }
         part("pages", bars: TmemPages.bars) {
             try TmemPages(pageCount: quick ? 8192 : 32768, rounds: quick ? 3 : 7).run(into: &$0)
+        }
+        part("threads", bars: TmemPages.threadBars) {
+            try TmemPages(pageCount: quick ? 8192 : 32768, rounds: quick ? 3 : 7).threads(into: &$0)
         }
         part("churn", bars: TmemChurn.bars) {
             try TmemChurn(pageCount: quick ? 60_000 : 400_000, steps: quick ? 400_000 : 6_000_000).run(into: &$0)

@@ -25,8 +25,9 @@ struct TmemPages {
         Bar("\(what) with two threads on \(ProcessCalls.processorCount) cores, of one thread's throughput", value, atLeast: 1.3, "times")
     }
     static var bars: [Bar] {
-        Kind.allCases.flatMap { [putBar($0, nil), getBar($0, nil)] } + [growthBar("put", nil), growthBar("get", nil)]
+        Kind.allCases.flatMap { [putBar($0, nil), getBar($0, nil)] }
     }
+    static var threadBars: [Bar] { [growthBar("put", nil), growthBar("get", nil)] }
 
     private static let words: [String] = {
         var random = BenchRandom(state: 17)
@@ -117,19 +118,19 @@ struct TmemPages {
         }
         table.note("In random order of pages, one thread; zram with lz4, by O_DIRECT. Bytes a page: everything that is used, at the end.")
         report.add("pages", .array(results), table: table)
-        try threads(&report)
     }
 
-    /// Throughput of one thread and of two, which put and get different pages of the same pool.
-    private func threads(_ report: inout Report) throws {
+    /// Throughput of one thread and of two, which put and get different pages of the same pool. It needs both cores: the
+    /// CPU time a page says what else was going on (as much with two as with one: the threads don't hinder each other).
+    func threads(into report: inout Report) throws {
         let set = try PageSet(pageCount), back = try PageSet(pageCount)
         for page in 0..<pageCount { set.fill(page, Self.page(page % 2 == 0 ? .compressible : .text, page)) }
         let tmem = try Tmem(Tmem.makeFile(name: "bench"))
         let pool = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "bench", client: "bench"))
         let failed = Atomic<Int>(0)
         let pageCount = pageCount
-        func rate(_ threads: Int, _ body: @escaping @Sendable (Int) throws -> Void) throws -> Double {
-            let began = monotonicNanoseconds()
+        func rate(_ threads: Int, _ body: @escaping @Sendable (Int) throws -> Void) throws -> (pages: Double, cpu: Double) {
+            let began = monotonicNanoseconds(), cpu = processCPUNanoseconds()
             var all: [JoinableThread] = []
             for thread in 0..<threads {
                 all.append(try JoinableThread("bench-\(thread)") {
@@ -139,9 +140,13 @@ struct TmemPages {
                 })
             }
             for thread in all { thread.join() }
-            return Double(pageCount) / Double(monotonicNanoseconds() - began) * 1e9
+            return (
+                Double(pageCount) / Double(monotonicNanoseconds() - began) * 1e9,
+                Double(processCPUNanoseconds() - cpu) / Double(pageCount)
+            )
         }
-        var table = Table(title: "pages a second, \(rounds) rounds in turn", columns: ["", "1 thread", "2 threads", "ratio"])
+        var table = Table(title: "pages a second, \(rounds) rounds in turn", columns: ["", "1 thread", "2 threads", "ratio", "CPU ns a page", "with two"])
+        var putCPU: [[Double]] = [[], []], getCPU: [[Double]] = [[], []]
         var puts: [[Double]] = [[], []], gets: [[Double]] = [[], []]
         for round in 0...rounds {
             for threads in 1...2 {
@@ -150,18 +155,21 @@ struct TmemPages {
                 let put = try rate(threads) { try set.put($0, to: pool, $0) }
                 let get = try rate(threads) { _ = try back.get($0, from: pool, $0) }
                 guard round > 0 else { continue }
-                puts[threads - 1].append(put)
-                gets[threads - 1].append(get)
+                puts[threads - 1].append(put.pages)
+                gets[threads - 1].append(get.pages)
+                putCPU[threads - 1].append(put.cpu)
+                getCPU[threads - 1].append(get.cpu)
             }
         }
         guard failed.load(ordering: .relaxed) == 0 else { throw QuireError(.system, "a put or get failed") }
-        for (what, rates) in [("put", puts), ("get", gets)] {
+        for (what, rates, cpu) in [("put", puts, putCPU), ("get", gets, getCPU)] {
             let ratio = median(zip(rates[1], rates[0]).map { $0 / $1 })
-            table.row(what, rates[0].spread, rates[1].spread, Table.number(ratio))
+            table.row(what, rates[0].spread, rates[1].spread, Table.number(ratio), cpu[0].spread, cpu[1].spread)
             report.add(Self.growthBar(what, ratio))
         }
         report.add("threads", [
             "put_1": puts[0].json, "put_2": puts[1].json, "get_1": gets[0].json, "get_2": gets[1].json,
+            "put_cpu_ns_1": putCPU[0].json, "put_cpu_ns_2": putCPU[1].json, "get_cpu_ns_1": getCPU[0].json, "get_cpu_ns_2": getCPU[1].json,
         ], table: table)
     }
 }
