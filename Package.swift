@@ -81,7 +81,7 @@ let package = Package(
         .executableTarget(
             name: "quire",
             dependencies: [
-                "Host", .product(name: "ArgumentParser", package: "swift-argument-parser"),
+                "Host", "Metrics", .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             swiftSettings: settings),
         // What the running VMs say, for programs and people; and the program that serves it.

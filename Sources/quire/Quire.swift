@@ -15,7 +15,7 @@ struct Quire: ParsableCommand {
             $XDG_RUNTIME_DIR/quire.
             """,
         version: "quire \(quireVersion)",
-        subcommands: [Run.self, Status.self, Unmerge.self, Merge.self])
+        subcommands: [Run.self, Status.self, Top.self, Unmerge.self, Merge.self])
 }
 
 /// A failure of ours: one line on stderr, status 1.
