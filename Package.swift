@@ -107,12 +107,14 @@ let package = Package(
             name: "quire-bench",
             dependencies: [
                 "Bench", "CBench", "CQuireLayout", "Platform", "GuestMemory", "Engines", "Host", "StoreProtocol",
+                "TestSupport",
                 .product(name: "Logging", package: "swift-log"),
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             swiftSettings: settings),
-        // What test targets have in common.
-        .target(name: "TestSupport", dependencies: ["Platform"], path: "Tests/Support", swiftSettings: settings),
+        // What test targets have in common, and a benchmark.
+        .target(
+            name: "TestSupport", dependencies: ["CQuireLayout", "Host", "Platform", "StoreProtocol"], path: "Tests/Support", swiftSettings: settings),
         .testTarget(name: "BenchTests", dependencies: ["Bench"], swiftSettings: settings),
         .testTarget(
             name: "HostTests",

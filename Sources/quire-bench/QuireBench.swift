@@ -15,7 +15,7 @@ struct QuireBench: ParsableCommand {
             """,
         version: quireVersion,
         subcommands: [
-            Recycle.self, Dedup.self, TouchMemory.self, FakeQEMU.self, KeepSettings.self, GuestStandIn.self,
+            Recycle.self, Dedup.self, StatusCost.self, TouchMemory.self, FakeQEMU.self, KeepSettings.self, GuestStandIn.self,
         ])
 }
 
