@@ -15,11 +15,13 @@ let package = Package(
         .executable(name: "quire", targets: ["quire"]),
         .executable(name: "quire-backend", targets: ["quire-backend"]),
         .executable(name: "quired", targets: ["quired"]),
+        .executable(name: "quire-exporter", targets: ["quire-exporter"]),
         .executable(name: "quire-bench", targets: ["quire-bench"]),
     ],
     dependencies: [
         .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
         .package(url: "https://github.com/apple/swift-log", from: "1.16.2"),
+        .package(url: "https://github.com/apple/swift-nio", from: "2.101.2"),
     ],
     targets: [
         .target(name: "CQuireLayout"),
@@ -85,7 +87,23 @@ let package = Package(
         .executableTarget(
             name: "quire",
             dependencies: [
-                "Host", "Libvirt", "StoreProtocol", .product(name: "ArgumentParser", package: "swift-argument-parser"),
+                "Host", "Libvirt", "Metrics", "StoreProtocol", .product(name: "ArgumentParser", package: "swift-argument-parser"),
+            ],
+            swiftSettings: settings),
+        // What the running VMs say, for programs and people; and the program that serves it.
+        .target(
+            name: "Metrics", dependencies: ["CPlatform", "Host", "Platform", "StoreProtocol"],
+            resources: [
+                .embedInCode("Web/index.html"), .embedInCode("Web/page.css"), .embedInCode("Web/page.js"),
+                .embedInCode("Web/openapi.json"),
+            ],
+            swiftSettings: settings),
+        .executableTarget(
+            name: "quire-exporter",
+            dependencies: [
+                "Host", "Metrics", "Platform", .product(name: "ArgumentParser", package: "swift-argument-parser"),
+                .product(name: "NIOCore", package: "swift-nio"), .product(name: "NIOHTTP1", package: "swift-nio"),
+                .product(name: "NIOPosix", package: "swift-nio"),
             ],
             swiftSettings: settings),
         // Benchmarks: what they have in common, and the program. Nothing depends on them.
@@ -95,12 +113,14 @@ let package = Package(
             name: "quire-bench",
             dependencies: [
                 "Bench", "CBench", "CQuireLayout", "Platform", "GuestMemory", "Engines", "Host", "StoreProtocol",
+                "TestSupport",
                 .product(name: "Logging", package: "swift-log"),
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             swiftSettings: settings),
-        // What test targets have in common.
-        .target(name: "TestSupport", dependencies: ["Platform"], path: "Tests/Support", swiftSettings: settings),
+        // What test targets have in common, and a benchmark.
+        .target(
+            name: "TestSupport", dependencies: ["CQuireLayout", "Host", "Platform", "StoreProtocol"], path: "Tests/Support", swiftSettings: settings),
         .testTarget(name: "BenchTests", dependencies: ["Bench"], swiftSettings: settings),
         .testTarget(
             name: "HostTests",

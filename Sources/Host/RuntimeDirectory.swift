@@ -132,9 +132,10 @@ public struct RuntimeDirectory: Sendable, Equatable {
     }
 
     public func isRunning(_ name: String) -> Bool {
-        guard Self.isValidName(name), let lock = try? Descriptor.open(lockPath(name), O_RDWR | O_NOFOLLOW) else {
-            return false
-        }
+        // Whoever may only read can ask; and what another user has put there must not keep us waiting.
+        guard Self.isValidName(name),
+            let lock = try? Descriptor.open(lockPath(name), O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
+        else { return false }
         return lock.isLockedByOther()
     }
 

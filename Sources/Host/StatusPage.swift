@@ -374,12 +374,33 @@ public enum StatusPage {
         /// Throws `.invalid` if the file is no status page, `.unsupported` if it is one of another version, `.closed`
         /// if no backend has written it yet.
         public init(path: String) throws(QuireError) {
-            let file = try Descriptor.open(path, O_RDONLY | O_NOFOLLOW)
-            // Beyond the end of a file its mapping raises SIGBUS.
-            guard try file.status().byteCount >= UInt64(byteCount) else {
+            let file = try Self.open(path)
+            try self.init(Mapping(file, byteCount: byteCount, access: .readOnly), path)
+        }
+
+        /// The page as it is now, copied: for pages of other users, who can cut their file off at any time, which would
+        /// end whoever has it mapped.
+        public init(copying path: String) throws(QuireError) {
+            let file = try Self.open(path)
+            let copy = try Mapping(anonymousByteCount: byteCount)
+            guard copy.read(file.raw, at: 0, to: 0, count: byteCount) == byteCount else {
                 throw QuireError(.invalid, "\(path) is no status page: it has less than \(byteCount) bytes")
             }
-            let mapped = try Mapping(file, byteCount: byteCount, access: .readOnly)
+            try self.init(copy, path)
+        }
+
+        private static func open(_ path: String) throws(QuireError) -> Descriptor {
+            // Not to wait for what is no file.
+            let file = try Descriptor.open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
+            let status = try file.status()
+            // Beyond the end of a file its mapping raises SIGBUS.
+            guard status.isRegularFile, status.byteCount >= UInt64(byteCount) else {
+                throw QuireError(.invalid, "\(path) is no status page: it has less than \(byteCount) bytes")
+            }
+            return file
+        }
+
+        private init(_ mapped: consuming Mapping, _ path: String) throws(QuireError) {
             let found = mapped.copyOut(magicAt, count: magic.count)
             if found.allSatisfy({ $0 == 0 }) {
                 throw QuireError(.closed, "\(path): no backend has written its status yet")

@@ -200,7 +200,7 @@ public struct StatusReport: Sendable, Equatable, Codable {
     /// Of one running VM, as its page says now.
     public static func read(_ name: String, in directory: RuntimeDirectory) -> StatusReport {
         do {
-            let page = try StatusPage.Reader(path: directory.statusPath(name)).snapshot()
+            let page = try StatusPage.Reader(copying: directory.statusPath(name)).snapshot()
             return StatusReport(
                 name: name, page: page, started: ProcessCalls.startTime(of: page.pid), now: monotonicNanoseconds())
         } catch {
@@ -368,7 +368,7 @@ extension StatusReport.Merging {
 
 extension StatusReport.State {
     /// An ANSI colour.
-    var colour: Int {
+    package var colour: Int {
         switch self {
         case .active: 32
         case .paused, .starting: 33

@@ -358,6 +358,28 @@ public final class PageStore: Sendable {
                 registry.machines.values.filter { machine == nil || $0.share === machine!.share }
             )
         }
+        var figures = self.figures(shares, machines)
+        figures.full = counters.full.load(ordering: .relaxed)
+        figures.lackingBytes = lackingBytes
+        guard machine == nil else { return figures }
+        figures.candidateBytes = UInt64(candidates.byteCount)
+        figures.promotions = counters.promotions.load(ordering: .relaxed)
+        figures.hits = counters.hits.load(ordering: .relaxed)
+        figures.stale = counters.stale.load(ordering: .relaxed)
+        return figures
+    }
+
+    /// Of each share, by the names of their groups.
+    package func groupFigures() -> [GroupFigures] {
+        let (shares, machines) = registry.withLock { ($0.shares.sorted { $0.key < $1.key }.map(\.value), Array($0.machines.values)) }
+        return shares.map { share in
+            GroupFigures(
+                name: share.group, node: UInt32(share.node),
+                figures: figures([share], machines.filter { $0.share === share }))
+        }
+    }
+
+    private func figures(_ shares: [Share], _ machines: [Machine]) -> StoreFigures {
         var figures = StoreFigures()
         figures.machines = UInt64(machines.count)
         for machine in machines {
@@ -376,13 +398,6 @@ public final class PageStore: Sendable {
         let saved = figures.sharingPages > figures.sharedPages ? figures.sharingPages - figures.sharedPages : 0
         figures.savedBytes = saved * UInt64(StoreFile.slotBytes)
         figures.limitPages = UInt64(budget.limit)
-        figures.full = counters.full.load(ordering: .relaxed)
-        figures.lackingBytes = lackingBytes
-        guard machine == nil else { return figures }
-        figures.candidateBytes = UInt64(candidates.byteCount)
-        figures.promotions = counters.promotions.load(ordering: .relaxed)
-        figures.hits = counters.hits.load(ordering: .relaxed)
-        figures.stale = counters.stale.load(ordering: .relaxed)
         return figures
     }
 }

@@ -225,10 +225,11 @@ public final class StoreServer: Sendable {
             let slots = try PageStore.readOnlyStore(of: machine)
             try connection.socket.sendMessage(StoreReply.welcome(welcome).encoded(), passing: [slots.raw])
         case (.status(_), nil):
-            guard connection.uid == 0 || connection.uid == ProcessCalls.ownUID else {
-                throw QuireError(.invalid, "figures of the whole host are for root and quired's own user")
-            }
+            try Self.checkMayObserve(connection)
             try reply(connection, .figures(store.figures(of: nil)))
+        case (.groups(let first), nil):
+            try Self.checkMayObserve(connection)
+            try reply(connection, .groups(Array(store.groupFigures().dropFirst(first).prefix(StoreReply.maxGroups))))
         case (_, nil): throw ProtocolViolation("the first request must be HELLO")
         case (.hello, _?): throw ProtocolViolation("HELLO came twice")
         case (.memory(let regions), let machine?):
@@ -247,6 +248,13 @@ public final class StoreServer: Sendable {
         case (.status(let zeroPages), let machine?):
             machine.noteZeroPages(zeroPages)
             try reply(connection, .figures(store.figures(of: machine)))
+        case (.groups, _?): throw ProtocolViolation("GROUPS came after HELLO")
+        }
+    }
+
+    private static func checkMayObserve(_ connection: Connection) throws(QuireError) {
+        guard connection.uid == 0 || connection.uid == ProcessCalls.ownUID else {
+            throw QuireError(.invalid, "figures of the whole host are for root and quired's own user")
         }
     }
 

@@ -13,6 +13,8 @@ public enum StoreRequest: Equatable, Sendable {
     case report([Report])
     /// How many pages of zeros the VM has merged, which quired hears of in no other way.
     case status(zeroPages: UInt32)
+    /// Of all share groups but the first so many.
+    case groups(passingOver: Int)
 
     public struct Hello: Equatable, Sendable {
         public var version = UInt32(QUIRE_STORE_VERSION)
@@ -122,6 +124,7 @@ public enum StoreRequest: Equatable, Sendable {
                 out.word32(report.what.rawValue)
             }
         case .status(let zeroPages): header(QUIRE_STORE_STATUS, Int(zeroPages))
+        case .groups(let first): header(QUIRE_STORE_GROUPS, first)
         }
         return out.bytes
     }
@@ -205,6 +208,9 @@ public enum StoreRequest: Equatable, Sendable {
         case QUIRE_STORE_STATUS:
             try input.end()
             self = .status(zeroPages: UInt32(count))
+        case QUIRE_STORE_GROUPS:
+            try input.end()
+            self = .groups(passingOver: count)
         default: throw ProtocolViolation("there is no request \(kind)")
         }
     }
@@ -226,6 +232,8 @@ public enum StoreReply: Equatable, Sendable {
     /// `lacking`: as `StoreFigures.lackingBytes`.
     case slots([SlotRun], offers: UInt64, lacking: UInt64)
     case figures(StoreFigures)
+    /// At most `maxGroups`.
+    case groups([GroupFigures])
     /// One line for a person; and whether the same request may do better in a moment.
     case error(String, isBusy: Bool = false)
 
@@ -243,6 +251,8 @@ public enum StoreReply: Equatable, Sendable {
         public init() {}
     }
 
+    public static let maxGroups = Int(QUIRE_STORE_MAX_GROUPS)
+    private static let groupNameBytes = 72
     private static let textBytes = MemoryLayout<quire_store_error>.size - MemoryLayout<quire_store_header>.size
 
     public func encoded() -> [UInt8] {
@@ -277,8 +287,16 @@ public enum StoreReply: Equatable, Sendable {
             }
         case .figures(let figures):
             header(QUIRE_STORE_FIGURES, 0)
-            for value in figures.fields { out.word64(value) }
-            for value in figures.histogram { out.word64(value) }
+            figures.write(to: &out)
+        case .groups(let groups):
+            out = ByteWriter(reserving: 8 + groups.count * MemoryLayout<quire_store_group>.size)
+            header(QUIRE_STORE_GROUP_LIST, groups.count)
+            for group in groups {
+                out.raw(paddedText(group.name, capacity: Self.groupNameBytes))
+                out.word32(group.node)
+                out.word32(0)
+                group.figures.write(to: &out)
+            }
         case .error(let text, let isBusy):
             header(QUIRE_STORE_ERROR, isBusy ? 1 : 0)
             out.raw(paddedText(text, capacity: Self.textBytes))
@@ -314,10 +332,17 @@ public enum StoreReply: Equatable, Sendable {
             }
             self = .slots(runs, offers: offers, lacking: lacking)
         case QUIRE_STORE_FIGURES:
-            var figures = StoreFigures()
-            for field in StoreFigures.order { figures[keyPath: field] = try input.word64() }
-            for index in figures.histogram.indices { figures.histogram[index] = try input.word64() }
-            self = .figures(figures)
+            self = .figures(try StoreFigures(&input))
+        case QUIRE_STORE_GROUP_LIST:
+            guard count <= Self.maxGroups else { throw ProtocolViolation("\(count) groups are too many") }
+            var groups: [GroupFigures] = []
+            for _ in 0..<count {
+                let name = try input.text(Self.groupNameBytes)
+                let node = try input.word32()
+                _ = try input.word32()
+                groups.append(GroupFigures(name: name, node: node, figures: try StoreFigures(&input)))
+            }
+            self = .groups(groups)
         case QUIRE_STORE_ERROR: self = .error(try input.text(Self.textBytes), isBusy: count == 1)
         default: throw ProtocolViolation("there is no reply \(kind)")
         }
@@ -357,7 +382,28 @@ public struct StoreFigures: Equatable, Sendable {
             \.candidateBytes, \.ledgerBytes, \.limitPages, \.promotions, \.hits, \.stale, \.full, \.lackingBytes,
         ]
     }
-    var fields: [UInt64] { Self.order.map { self[keyPath: $0] } }
+
+    func write(to out: inout ByteWriter) {
+        for field in Self.order { out.word64(self[keyPath: field]) }
+        for value in histogram { out.word64(value) }
+    }
+
+    init(_ input: inout ByteReader) throws(ProtocolViolation) {
+        for field in Self.order { self[keyPath: field] = try input.word64() }
+        for index in histogram.indices { histogram[index] = try input.word64() }
+    }
+}
+
+/// Figures of one share group on one NUMA node; what is counted for the whole host only is 0.
+public struct GroupFigures: Equatable, Sendable {
+    public let name: String
+    public let node: UInt32
+    public let figures: StoreFigures
+    public init(name: String, node: UInt32, figures: StoreFigures) {
+        self.name = name
+        self.node = node
+        self.figures = figures
+    }
 }
 
 /// 1 to 64 of A-Z a-z 0-9 . _ - and no dot in front: names of VMs and of share groups.

@@ -117,7 +117,7 @@ public struct StoreClient: ~Copyable, Sendable {
 
     // MARK: - One request and its reply
 
-    private static var unexpected: QuireError { QuireError(.invalid, "quired answered something else than was asked") }
+    static var unexpected: QuireError { QuireError(.invalid, "quired answered something else than was asked") }
 
     private func done(_ request: StoreRequest, passing: [Int32] = []) throws(QuireError) -> UInt64 {
         guard case .done(let pages) = try exchange(request, passing: passing) else { throw Self.unexpected }
@@ -137,7 +137,7 @@ public struct StoreClient: ~Copyable, Sendable {
         return try Self.receive(socket, patience, &none)
     }
 
-    private static func receive(
+    static func receive(
         _ socket: borrowing UnixSocket, _ patience: Int32, _ descriptors: inout UnixSocket.PassedDescriptors
     ) throws(QuireError) -> StoreReply {
         guard !waitReadable([socket.descriptor.raw], timeoutMilliseconds: patience).isEmpty else {

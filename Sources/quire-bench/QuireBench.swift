@@ -15,7 +15,8 @@ struct QuireBench: ParsableCommand {
             """,
         version: quireVersion,
         subcommands: [
-            Recycle.self, Dedup.self, TmemBench.self, TouchMemory.self, FakeQEMU.self, KeepSettings.self, GuestStandIn.self,
+            Recycle.self, Dedup.self, TmemBench.self, StatusCost.self, TouchMemory.self, FakeQEMU.self, KeepSettings.self,
+            GuestStandIn.self,
         ])
 }
 

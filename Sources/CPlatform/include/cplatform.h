@@ -55,6 +55,14 @@ static inline void cp_add_u64(void *p, uint64_t n) { __atomic_fetch_add((uint64_
 unsigned cp_census(const uint8_t *bytes, unsigned blocks, uint64_t *others);
 static inline void cp_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
+/* Whether two secrets are equal; looks at all bytes, whatever it finds. */
+static inline bool cp_equal_secret(const uint8_t *a, const uint8_t *b, size_t count)
+{
+	volatile uint8_t difference = 0;
+	for (size_t i = 0; i < count; i++) difference |= a[i] ^ b[i];
+	return difference == 0;
+}
+
 static inline int cp_open(const char *path, int flags, mode_t mode) { return open(path, flags, mode); }
 int cp_memfd_create(const char *name, unsigned flags);
 int cp_seal_size(int fd);                          /* F_SEAL_SHRINK | F_SEAL_GROW */

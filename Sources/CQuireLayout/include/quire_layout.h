@@ -528,6 +528,7 @@ struct quire_agent_gate {
  *     REPORT    -                     DONE      merged, or released: I map these slots, or do not map them (any more)
  *     STATUS    -                     STATUS    figures: of my group after HELLO; of the host for root and quired's user.
  *                                               count: pages of zeros that I have merged
+ *     GROUPS    -                     GROUP_LIST  figures of each share group, without HELLO: for root and quired's user
  *
  *     `life` becomes readable or hangs up when no process maps slots for this VM any more: a pidfd of QEMU. Everything
  *     that the VM holds is given back then, and only then: not when a backend dies.
@@ -543,6 +544,7 @@ struct quire_agent_gate {
 #define QUIRE_STORE_MAGIC        "QUIRESTO"
 #define QUIRE_STORE_VERSION      1u
 #define QUIRE_STORE_MESSAGE_MAX  65536u
+#define QUIRE_STORE_MAX_GROUPS   128u
 #define QUIRE_STORE_MAX_RUNS     1024u
 #define QUIRE_STORE_MAX_PAGES    1024u        /* in a LOOKUP, and in the SLOTS that answer OFFERS */
 #define QUIRE_STORE_MAX_REPORT   65536u       /* pages in a REPORT */
@@ -559,11 +561,13 @@ enum quire_store_kind {
 	QUIRE_STORE_OFFERS = 4,
 	QUIRE_STORE_REPORT = 5,
 	QUIRE_STORE_STATUS = 6,
+	QUIRE_STORE_GROUPS = 7,
 	QUIRE_STORE_WELCOME = 65,
 	QUIRE_STORE_DONE = 66,
 	QUIRE_STORE_SLOTS = 67,
 	QUIRE_STORE_FIGURES = 68,
 	QUIRE_STORE_ERROR = 69,
+	QUIRE_STORE_GROUP_LIST = 70,
 };
 
 struct quire_store_header {
@@ -648,6 +652,15 @@ struct quire_store_figures {
 	quire_u64 full;              /* 112 pages without a slot because the limit was reached */
 	quire_u64 lacking_bytes;     /* 120 memory that the host is short of to give every merged page its own; 0: merge on */
 	quire_u64 histogram[32];     /* 128 slots that are used 2^i ..< 2^(i+1) times */
+};
+
+/* The answer to GROUPS, whose count says how many share groups to pass over, in the order of their names: `count` of
+ * these, at most QUIRE_STORE_MAX_GROUPS; the next request goes on behind them, until none is left. */
+struct quire_store_group {
+	quire_u8  name[72];          /*  0 zero-padded */
+	quire_u32 node;              /* 72 NUMA node: a group has one store a node */
+	quire_u32 reserved;
+	quire_u64 figures[47];       /* 80 as in quire_store_figures, from `machines` on */
 };
 
 struct quire_store_error {
@@ -739,6 +752,8 @@ QUIRE_ASSERT(sizeof(struct quire_store_done) == 16);
 QUIRE_ASSERT(sizeof(struct quire_store_figures) == 384);
 QUIRE_ASSERT(offsetof(struct quire_store_figures, histogram) == 128);
 QUIRE_ASSERT(sizeof(struct quire_store_error) == 512);
+QUIRE_ASSERT(sizeof(struct quire_store_group) == 456);
+QUIRE_ASSERT(sizeof(struct quire_store_group) - 80 == sizeof(struct quire_store_figures) - 8);
 QUIRE_ASSERT(sizeof(struct quire_slot_table_header) == QUIRE_PAGE_BYTES);
 QUIRE_ASSERT(sizeof(struct quire_ledger_header) == QUIRE_PAGE_BYTES);
 

@@ -1,0 +1,73 @@
+import Host
+import Platform
+import StoreProtocol
+
+/// Reads what there is to read, on a thread of its own: when somebody asks, and at even distances for the history.
+///
+/// Whoever asks gets an answer that is at most `maxAge` old. So however many ask, the VMs' pages are read twice a second
+/// at most.
+public final class Collector: Sendable {
+    /// What there is to tell.
+    public struct Findings: Sendable {
+        public var host = HostSnapshot()
+        public var history: History
+    }
+
+    public typealias Answer = @Sendable (Findings) -> Void
+
+    private struct State {
+        var waiting: [Answer] = []
+        var isEnded = false
+    }
+
+    private let state: Monitor<State>
+    private let thread: JoinableThread
+    private static let maxAge: UInt64 = 500_000_000
+
+    public init(
+        _ directories: RuntimeDirectories, storePath: String, history: History = History()
+    ) throws(QuireError) {
+        let state = Monitor(State())
+        self.state = state
+        thread = try JoinableThread("collector") {
+            Self.work(directories, StoreObserver(path: storePath), history, state)
+        }
+    }
+
+    /// Calls `answer` once, on the collector's thread; not at all once it has ended.
+    public func ask(_ answer: @escaping Answer) { state.update { $0.waiting.append(answer) } }
+
+    /// Call it once.
+    public func end() {
+        state.update { $0.isEnded = true }
+        thread.join()
+    }
+
+    private static func work(
+        _ directories: RuntimeDirectories, _ observer: consuming StoreObserver, _ history: History, _ state: Monitor<State>
+    ) {
+        var store = observer
+        var found = Findings(history: history)
+        var readAt: UInt64 = 0
+        var nextSample = monotonicNanoseconds()
+        while true {
+            // Nil: it is time for a sample.
+            let asked = state.wait(until: nextSample) { state -> (answers: [Answer], isEnd: Bool)? in
+                guard state.isEnded || !state.waiting.isEmpty else { return nil }
+                defer { state.waiting = [] }
+                return (state.waiting, state.isEnded)
+            }
+            if asked?.isEnd == true { return }
+            let now = monotonicNanoseconds()
+            if asked == nil || readAt == 0 || now - readAt > maxAge {
+                found.host = HostSnapshot.read(directories, store: &store)
+                readAt = monotonicNanoseconds()
+            }
+            if now >= nextSample {
+                found.history.add(found.host)
+                nextSample = max(nextSample + found.history.intervalMilliseconds * 1_000_000, now)
+            }
+            for answer in asked?.answers ?? [] { answer(found) }
+        }
+    }
+}

@@ -1,0 +1,155 @@
+import ArgumentParser
+import Glibc
+import Host
+import Metrics
+import NIOCore
+import Platform
+
+/// A program of its own beside quired: HTTP is parsed where neither a guest's page nor the page store can be reached, and a
+/// fault in here costs a scrape and no more.
+@main
+struct QuireExporter: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "quire-exporter",
+        abstract: "Tells Prometheus, programs and people what Quire does on this host.",
+        discussion: """
+            Serves /metrics (Prometheus), /api/v1 (JSON; described in /api/v1/openapi.json) and a page at /. Only reads: the \
+            status of running VMs, as far as its user may, and quired's figures.
+
+            Any other address than loopback needs a token, which is sent as 'Authorization: Bearer TOKEN'. There is no TLS: \
+            put a proxy in front where the network is not trusted.
+
+            Example: curl http://127.0.0.1:9750/metrics
+
+            Exit status: 0 after SIGTERM or SIGINT, 1 on a failure (one line on stderr says why), 64 on wrong usage.
+            """,
+        version: "quire-exporter \(quireVersion)")
+
+    @Option(help: ArgumentHelp("Address and port to listen on, such as 127.0.0.1:9750 or [::1]:9750; or 'off'.", valueName: "address:port"))
+    var http = "127.0.0.1:9750"
+
+    @Option(help: ArgumentHelp("Unix socket to listen on as well, or 'off' (default: metrics.sock in quired's directory).", valueName: "path"))
+    var httpSocket: String?
+
+    @Option(help: ArgumentHelp("A file with a token of 16 bytes or more, which everybody on the TCP port has to send.", valueName: "path"))
+    var httpTokenFile: String?
+
+    @Option(help: ArgumentHelp("A name by which browsers and programs reach this server. Repeatable.", valueName: "name"))
+    var httpHost: [String] = []
+
+    @Option(
+        help: ArgumentHelp("How long a request may take to arrive, and its answer to be taken.", valueName: "time"),
+        transform: Self.milliseconds)
+    var httpTimeout: UInt64 = 30_000
+
+    @Option(
+        help: ArgumentHelp("Time between the pictures that are kept, 60 of them; each costs what a scrape does.", valueName: "time"),
+        transform: Self.milliseconds)
+    var historyInterval: UInt64 = 15_000
+
+    @Option(help: ArgumentHelp("quired's socket (default: as for quire run).", valueName: "path"))
+    var store: String?
+
+    @Option(help: ArgumentHelp("Look for VMs in this runtime directory only. Repeatable (default: those of all users for root, your own otherwise).", valueName: "path"))
+    var runtimeDirectory: [String] = []
+
+    static func milliseconds(_ text: String) throws -> UInt64 {
+        guard let value = Size.milliseconds(text), (100...600_000).contains(value) else {
+            throw ValidationError("'\(text)' is no such time: use 100ms to 10m")
+        }
+        return value
+    }
+
+    func run() throws {
+        do { try serve() } catch let error as QuireError {
+            writeStandardError("quire-exporter: \(error)")
+            throw ExitCode(1)
+        }
+    }
+
+    private func serve() throws {
+        ProcessCalls.ignoreBrokenPipes()
+        ProcessCalls.raiseFileLimit()
+        // Before any thread.
+        let signals = try SignalDescriptor([SIGTERM, SIGINT])
+        let token = try readToken()
+        let address = try tcpAddress(token)
+        let socketPath = try unixPath()
+        guard address != nil || socketPath != nil else {
+            throw QuireError(.invalid, "there is nothing to listen on: --http and --http-socket are both off")
+        }
+        let directories = runtimeDirectory.isEmpty ? try RuntimeDirectories.standard() : RuntimeDirectories(runtimeDirectory)
+        let collector = try Collector(
+            directories, storePath: store ?? StoreLink.standardPath(),
+            history: History(intervalMilliseconds: historyInterval))
+        let server = WebServer(Web(collector), patience: .milliseconds(Int64(httpTimeout)))
+        var hosts = Set(httpHost.map { $0.lowercased() })
+        if let address {
+            let bound: SocketAddress?
+            do { bound = try server.listen(on: .tcp(address), gate: Gate(hosts: hosts, token: token)) } catch {
+                throw QuireError(.system, "cannot listen on \(http)", errno: (error as? IOError)?.errnoCode)
+            }
+            writeStandardError("quire-exporter: listening on http://\(Self.text(bound ?? address))/")
+        }
+        if let socketPath {
+            hosts.insert("localhost")
+            // Who may open the socket may read: its group, beside its owner.
+            let socket = try UnixSocket.listen(at: socketPath, backlog: 128)
+            guard unsafe chmod(socketPath, 0o660) == 0 else { throw QuireError.system("cannot set the mode of \(socketPath)") }
+            // SwiftNIO closes what it is given.
+            let raw = try socket.descriptor.duplicate().release()
+            do { _ = try server.listen(on: .unix(raw), gate: Gate(hosts: hosts)) } catch {
+                throw QuireError(.system, "cannot listen on \(socketPath)", errno: (error as? IOError)?.errnoCode)
+            }
+            writeStandardError("quire-exporter: listening on \(socketPath)")
+        }
+        _ = waitReadable([signals.descriptor.raw])
+        if let socketPath { Files.remove(socketPath) }
+        server.end()
+        collector.end()
+    }
+
+    private func readToken() throws(QuireError) -> [UInt8]? {
+        guard let path = httpTokenFile else { return nil }
+        let token = try Array(Files.read(path, limit: 4096).utf8.prefix { $0 != 0x0A })
+        guard token.count >= 16, token.allSatisfy({ (0x21...0x7E).contains($0) }) else {
+            throw QuireError(
+                .invalid, "\(path) holds no token: write one line of at least 16 printable characters without blanks, such as 'openssl rand -hex 24' prints")
+        }
+        return token
+    }
+
+    private func tcpAddress(_ token: [UInt8]?) throws(QuireError) -> SocketAddress? {
+        guard http != "off" else { return nil }
+        guard let colon = http.lastIndex(of: ":"), let port = UInt16(http[http.index(after: colon)...]) else {
+            throw QuireError(.invalid, "--http \(http): give ADDRESS:PORT, such as 127.0.0.1:9750, or off")
+        }
+        var host = String(http[..<colon])
+        if host.hasPrefix("["), host.hasSuffix("]") { host = String(host.dropFirst().dropLast()) }
+        if host == "localhost" { host = "127.0.0.1" }
+        guard let address = try? SocketAddress(ipAddress: host, port: Int(port)) else {
+            throw QuireError(.invalid, "--http \(http): '\(host)' is no address, give one in figures such as 127.0.0.1:9750")
+        }
+        let isLoopback = host.hasPrefix("127.") || host == "::1"
+        guard isLoopback || token != nil else {
+            throw QuireError(.invalid, "--http \(http) is not loopback: give --http-token-file, so that not everybody can read it")
+        }
+        return address
+    }
+
+    private static func text(_ address: SocketAddress) -> String {
+        let ip = address.ipAddress ?? "?"
+        return (ip.contains(":") ? "[\(ip)]" : ip) + ":\(address.port ?? 0)"
+    }
+
+    /// Beside quired's socket unless told otherwise.
+    private func unixPath() throws(QuireError) -> String? {
+        if httpSocket == "off" { return nil }
+        if let path = httpSocket { return path }
+        let store = StoreLink.standardPath()
+        guard let slash = store.lastIndex(of: "/") else { return nil }
+        let folder = String(store[..<slash])
+        try Files.makeDirectory(folder, mode: 0o750)
+        return folder + "/metrics.sock"
+    }
+}
