@@ -23,7 +23,7 @@ public struct StoreObserver: ~Copyable, Sendable {
 
     /// Of the whole host.
     public mutating func figures() throws(QuireError) -> StoreFigures {
-        guard case .figures(let figures) = try exchange(.status) else { throw StoreClient.unexpected }
+        guard case .figures(let figures) = try exchange(.status(zeroPages: 0)) else { throw StoreClient.unexpected }
         return figures
     }
 
