@@ -7,6 +7,7 @@
 #   make bench-recycle   the recycle engine and the guest module against their bars (BENCH=--quick: a shorter run)
 #   make bench-dedup     merging beside the kernel's own (KSM), as root; needs 8 GiB free (BENCH=--quick: a shorter run)
 #   make bench-tmem      transcendent memory beside the host's zram, as root (BENCH=--quick: a shorter run)
+#   make bench-status    quire status, /metrics and idle cost with 500 VMs (no guests needed)
 #   make build           the programs, in .build/release; the agent, in build/agent
 #   make guest           what test guests boot, in build/guest
 #   make install         into DESTDIR/PREFIX
@@ -25,13 +26,14 @@ AGENT := build/agent/libquire-agent.so
 AGENT_CFLAGS := -O2 -g -Wall -Wextra -fPIC -fvisibility=hidden -ISources/QuireAgent/include -ISources/CQuireLayout/include \
 	-ISources/CPlatform/include
 
-.PHONY: build agent guest assets prerequisites demo test tests soak bench-recycle bench-dedup bench-tmem install install-files \
-	deb test-deb clean
+.PHONY: build agent guest assets prerequisites test-prerequisites demo test tests soak bench-recycle bench-dedup bench-tmem \
+	bench-status install install-files deb test-deb clean
 
 build: prerequisites agent
 	$(BUILD) --product quire
 	$(BUILD) --product quire-backend
 	$(BUILD) --product quired
+	$(BUILD) --product quire-exporter
 	install -m 755 $(AGENT) $(BIN)/
 
 agent: $(AGENT)
@@ -44,6 +46,10 @@ $(AGENT): $(wildcard Sources/QuireAgent/*.[ch] Sources/QuireAgent/include/*.h So
 prerequisites:
 	@scripts/prerequisites
 
+# With what only tests need: a browser, among others.
+test-prerequisites:
+	@scripts/prerequisites --tests
+
 assets: prerequisites
 	@scripts/guest-assets
 
@@ -54,11 +60,11 @@ demo: build guest
 	@scripts/demo
 
 # Guests and tests are built side by side: neither keeps two cores busy.
-test: prerequisites
+test: test-prerequisites
 	@$(MAKE) --no-print-directory -j2 guest tests
 	@scripts/test
 
-tests: prerequisites agent
+tests: test-prerequisites agent
 	$(BUILD) --build-tests
 	install -m 755 $(AGENT) $(BIN)/
 
@@ -77,6 +83,10 @@ bench-tmem: build guest
 	$(BUILD) --product quire-bench
 	@$(BIN)/quire-bench tmem --guests build/guest $(BENCH)
 
+bench-status: build
+	$(BUILD) --product quire-bench
+	@$(BIN)/quire-bench status $(BENCH)
+
 install: build install-files
 
 # What is built already. Configuration goes to SYSCONFDIR, which for a PREFIX of /usr has to be /etc.
@@ -90,10 +100,10 @@ install-files:
 		$(LIB)/systemd/system $(LIB)/sysctl.d $(LIB)/udev/rules.d $(LIB)/sysusers.d $(LIB)/tmpfiles.d \
 		$(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d $(SHARE)/man/man1 $(SHARE)/bash-completion/completions \
 		$(SHARE)/zsh/vendor-completions $(SHARE)/fish/vendor_completions.d
-	install -m 755 $(BIN)/quire $(BIN)/quire-backend $(BIN)/quired $(DESTDIR)$(PREFIX)/bin/
+	install -m 755 $(BIN)/quire $(BIN)/quire-backend $(BIN)/quired $(BIN)/quire-exporter $(DESTDIR)$(PREFIX)/bin/
 	install -m 755 $(AGENT) $(LIB)/quire/
 	$(PLACED) qemu-config/50-quire.json > $(SHARE)/qemu/vhost-user/50-quire.json
-	for unit in quired.service quire-backend@.service; do \
+	for unit in quired.service quire-backend@.service quire-exporter.service; do \
 		$(PLACED) packaging/systemd/$$unit > $(LIB)/systemd/system/$$unit || exit 1; done
 	install -m 644 packaging/sysctl.conf $(LIB)/sysctl.d/50-quire.conf
 	install -m 644 packaging/udev.rules $(LIB)/udev/rules.d/60-quire.rules
@@ -102,7 +112,7 @@ install-files:
 	$(PLACED) qemu-config/libvirt-hook > $(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d/quire
 	chmod 755 $(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d/quire
 	install -m 644 qemu-config/domain.xml packaging/apparmor-libvirt-qemu $(SHARE)/doc/quire/examples/
-	for program in quire quire-backend quired; do \
+	for program in quire quire-backend quired quire-exporter; do \
 		scripts/manual $(BIN)/$$program > $(SHARE)/man/man1/$$program.1 && \
 		$(BIN)/$$program --generate-completion-script bash > $(SHARE)/bash-completion/completions/$$program && \
 		$(BIN)/$$program --generate-completion-script zsh > $(SHARE)/zsh/vendor-completions/_$$program && \
@@ -113,6 +123,7 @@ deb: prerequisites agent
 	$(BUILD) --static-swift-stdlib --product quire
 	$(BUILD) --static-swift-stdlib --product quire-backend
 	$(BUILD) --static-swift-stdlib --product quired
+	$(BUILD) --static-swift-stdlib --product quire-exporter
 	@scripts/package build/deb
 
 # Installs, uses and purges the packages in a fresh Debian 12, as root.

@@ -157,6 +157,11 @@ let package = Package(
             swiftSettings: settings),
         .testTarget(
             name: "LibvirtTests", dependencies: ["Host", "Libvirt", "Platform", "TestSupport"], swiftSettings: settings),
+        // A real browser, Prometheus' own checker, and a terminal in tmux.
+        .testTarget(
+            name: "MetricsTests",
+            dependencies: ["Host", "Metrics", "Platform", "StoreProtocol", "quire", "quire-exporter", "quired", "TestSupport"],
+            exclude: ["openapi-check", "alerts-test.yml"], swiftSettings: settings),
         // Real guests: what `make guest` prepares has to be there.
         .testTarget(
             name: "IntegrationTests",

@@ -146,13 +146,23 @@ public enum ProcessCalls {
 
     /// When the process was started, in nanoseconds of the monotonic clock; nil if it is gone. proc(5), field 22.
     public static func startTime(of pid: pid_t) -> UInt64? {
-        guard let text = try? Files.read("/proc/\(pid)/stat", limit: 4096),
-            let paren = text.lastIndex(of: ")")
+        // One read, and bytes: it is asked for each of many VMs.
+        guard let file = try? Descriptor.open("/proc/\(pid)/stat", O_RDONLY),
+            let bytes = try? file.readBytes(at: 0, count: 1024), let paren = bytes.lastIndex(of: UInt8(ascii: ")"))
         else { return nil }
-        let fields = text[text.index(after: paren)...].split(separator: " ")
-        guard fields.count > 19, let ticks = UInt64(fields[19]) else { return nil }
-        // Ticks since boot, where CLOCK_MONOTONIC starts too (suspended time apart, which ages nothing here).
-        return ticks * (1_000_000_000 / UInt64(max(1, sysconf(Int32(_SC_CLK_TCK)))))
+        var field = 2
+        var ticks: UInt64 = 0
+        for byte in bytes[(paren + 1)...] {
+            if byte == UInt8(ascii: " ") {
+                // Ticks since boot, where CLOCK_MONOTONIC starts too (suspended time apart, which ages nothing here).
+                if field == 22 { return ticks &* (1_000_000_000 / UInt64(max(1, sysconf(Int32(_SC_CLK_TCK))))) }
+                field += 1
+            } else if field == 22 {
+                guard (UInt8(ascii: "0")...UInt8(ascii: "9")).contains(byte) else { return nil }
+                ticks = ticks &* 10 &+ UInt64(byte - UInt8(ascii: "0"))
+            }
+        }
+        return nil
     }
 }
 

@@ -44,7 +44,7 @@ public final class SyntheticVMs {
         var merging = MergeSnapshot()
         merging.state = .active
         merging.periodMilliseconds = 10_000
-        merging.sharingPages = 20_000 + (number * 7919) % 1000
+        merging.sharingPages = 20_000 + (number * 389) % 1000
         merging.zeroPages = 5_000 + number
         merging.divergedPages = number % 100
         merging.hashedTotalPages = number * 100_000
