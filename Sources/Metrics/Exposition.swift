@@ -42,6 +42,9 @@ public enum Exposition {
         write([host], ofHost, to: &out) { _ in "" }
         info(host, to: &out)
         write(host.vms, ofVM, to: &out) { labels([("vm", $0.report.name), ("uid", "\($0.uid)")]) }
+        write(host.vms.flatMap { vm in vm.report.tmem.pools.map { Pool(vm: vm, pool: $0) } }, ofPool, to: &out) {
+            labels([("vm", $0.vm.report.name), ("uid", "\($0.vm.uid)"), ("pool", $0.pool.name), ("kind", $0.pool.kind)])
+        }
         write(host.store.map { [$0] } ?? [], ofStore, to: &out) { _ in "" }
         write(host.groups, ofGroup, to: &out) { labels([("group", $0.name), ("node", "\($0.node)")]) }
         return out
@@ -163,12 +166,32 @@ public enum Exposition {
         vm(.gauge, "merge_period_seconds", "A page is merged when it was not written for two of these.") {
             seconds($0.merging.periodMilliseconds)
         },
+        vm(.gauge, "tmem_bytes", "Memory of the host for the VM's transcendent memory, tables included.") {
+            .whole($0.tmem.usedBytes)
+        },
         vm(.gauge, "mappings", "Memory mappings of QEMU.") { .whole($0.merging.mappings) },
         vm(.gauge, "mappings_limit", "Mappings of QEMU above which nothing is merged.") { .whole($0.merging.mappingLimit) },
         vm(.counter, "backend_cpu_seconds_total", "CPU time of the VM's backend process.") { .real($0.cpuSeconds) },
         vm(.counter, "backend_restarts_total", "Backends that had to be replaced.") { .whole($0.restarts) },
         vm(.gauge, "metadata_bytes", "Memory of the host for bookkeeping about this VM.") { .whole($0.mapBytes) },
         vm(.gauge, "status_age_seconds", "Time since the backend wrote these numbers.") { seconds($0.ageMilliseconds) },
+    ]
+
+    /// A pool of transcendent memory, and whose it is.
+    struct Pool: Sendable {
+        let vm: VM
+        let pool: StatusReport.Tmem.Pool
+    }
+
+    private static let ofPool: [Family<Pool>] = [
+        Family(.gauge, "quire_tmem_pool_bytes", "Pages of the pool, as the guest sees them.") { .whole($0.pool.bytes) },
+        Family(.gauge, "quire_tmem_pool_stored_bytes", "Memory that their contents take.") { .whole($0.pool.storedBytes) },
+        Family(.counter, "quire_tmem_pool_puts_total", "Pages that the guest put.") { .whole($0.pool.puts) },
+        Family(.counter, "quire_tmem_pool_puts_failed_total", "Pages that were not taken.") { .whole($0.pool.putsFailed) },
+        Family(.counter, "quire_tmem_pool_hits_total", "Pages that the guest got back.") { .whole($0.pool.hits) },
+        Family(.counter, "quire_tmem_pool_misses_total", "Pages that the guest asked for in vain.") { .whole($0.pool.misses) },
+        Family(.counter, "quire_tmem_pool_flushes_total", "Pages that the guest gave up.") { .whole($0.pool.flushes) },
+        Family(.counter, "quire_tmem_pool_evictions_total", "Ephemeral pages that the host gave up.") { .whole($0.pool.evictions) },
     ]
 
     private static let ofStore: [Family<StoreFigures>] = [

@@ -38,6 +38,7 @@ extension History: Encodable {
             case zeroBytes = "zero_bytes"
             case recycledBytes = "recycled_bytes"
             case untouchedBytes = "untouched_bytes"
+            case tmemBytes = "tmem_bytes"
         }
 
         func encode(to encoder: any Encoder) throws {
@@ -47,6 +48,7 @@ extension History: Encodable {
             try out.encode(pictures.map { $0?.zeroBytes }, forKey: .zeroBytes)
             try out.encode(pictures.map { $0?.recycledBytes }, forKey: .recycledBytes)
             try out.encode(pictures.map { $0?.untouchedBytes }, forKey: .untouchedBytes)
+            try out.encode(pictures.map { $0?.tmemBytes }, forKey: .tmemBytes)
         }
     }
 

@@ -35,7 +35,7 @@ public struct VM: Sendable, Equatable, Identifiable {
     public var picture: Picture { Picture(report) }
 }
 
-/// Guest RAM in parts that do not overlap, in bytes. Their sum is the guest's RAM, give or take pages that changed from
+/// Guest RAM in parts that do not overlap, in bytes. Without tmem their sum is the guest's RAM, give or take pages that changed from
 /// one part into another while they were counted.
 public struct Picture: Sendable, Equatable, Encodable {
     /// The host has memory for it that is this VM's alone.
@@ -46,6 +46,8 @@ public struct Picture: Sendable, Equatable, Encodable {
     public var recycledBytes: UInt64 = 0
     /// The rest: what the guest has never touched.
     public var untouchedBytes: UInt64 = 0
+    /// Beside guest RAM: what the host keeps for the guest in transcendent memory, tables included.
+    public var tmemBytes: UInt64 = 0
 
     public init() {}
 
@@ -54,6 +56,7 @@ public struct Picture: Sendable, Equatable, Encodable {
         sharedBytes = report.merging.sharingPages &* 4096
         zeroBytes = report.merging.zeroPages &* 4096
         recycledBytes = report.recycledBytes
+        tmemBytes = report.tmem.usedBytes
         let known = privateBytes &+ sharedBytes &+ zeroBytes &+ recycledBytes
         untouchedBytes = report.ramBytes > known ? report.ramBytes - known : 0
     }
@@ -65,6 +68,7 @@ public struct Picture: Sendable, Equatable, Encodable {
         sum.zeroBytes &+= b.zeroBytes
         sum.recycledBytes &+= b.recycledBytes
         sum.untouchedBytes &+= b.untouchedBytes
+        sum.tmemBytes &+= b.tmemBytes
         return sum
     }
 
@@ -74,6 +78,7 @@ public struct Picture: Sendable, Equatable, Encodable {
         case zeroBytes = "zero_bytes"
         case recycledBytes = "recycled_bytes"
         case untouchedBytes = "untouched_bytes"
+        case tmemBytes = "tmem_bytes"
     }
 }
 

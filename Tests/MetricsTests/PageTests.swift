@@ -25,6 +25,7 @@ import Testing
 
     private struct Picture: Decodable {
         let private_bytes: UInt64, shared_bytes: UInt64, zero_bytes: UInt64, recycled_bytes: UInt64
+        let tmem_bytes: UInt64
     }
     private struct VM: Decodable {
         let name: String, uid: UInt32, ram_bytes: UInt64, saved_bytes: UInt64, picture: Picture, state: String
@@ -52,6 +53,7 @@ import Testing
             #expect(value(row, "ram") == vm.ram_bytes && value(row, "saved") == vm.saved_bytes, "\(vm.name)")
             #expect(value(row, "private") == vm.picture.private_bytes && value(row, "shared") == vm.picture.shared_bytes)
             #expect(value(row, "zero") == vm.picture.zero_bytes && value(row, "recycled") == vm.picture.recycled_bytes)
+            #expect(value(row, "tmem") == vm.picture.tmem_bytes && vm.picture.tmem_bytes > 0)
             #expect(row.contains(">\(vm.state)</td>"))
             // A part is drawn for each number that is not zero.
             for part in ["private", "shared", "zero", "recycled"] { #expect(row.contains("<rect class=\"\(part)\""), "\(part)") }

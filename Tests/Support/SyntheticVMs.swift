@@ -54,6 +54,19 @@ public final class SyntheticVMs {
         merging.mappings = 1000 + number
         merging.mappingLimit = 57_339
         writer.setMerging(merging)
+        var tmem = TmemSnapshot()
+        tmem.isPresent = true
+        tmem.usedBytes = (8 << 20) + number * 4096
+        tmem.metadataBytes = number * 512
+        var pool = PoolSnapshot()
+        pool.name = "swap"
+        pool.isPersistent = true
+        pool.pages = 4000 + number
+        pool.storedBytes = (7 << 20) + number
+        pool.puts = number * 13
+        pool.hits = number * 5
+        tmem.pools = [pool]
+        writer.setTmem(tmem)
         writer.setUpdated(nanoseconds: monotonicNanoseconds())
         if index % 10 == 9 {
             writer.setState(.paused, reason: hostileReason)

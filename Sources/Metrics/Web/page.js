@@ -7,6 +7,7 @@ const parts = [
   ["zero", "zero: pages of zeros, kept nowhere"],
   ["recycled", "recycled: freed by the guest"],
   ["untouched", "untouched: never used"],
+  ["tmem", "tmem: kept for the guest beside its RAM"],
 ];
 const pollMilliseconds = 5000;
 const byId = (id) => document.getElementById(id);
@@ -103,7 +104,7 @@ function show(host, vms, groups) {
     total("RAM of the guests", whole, "total-ram"), total("private", picture.private_bytes, "total-private"),
     total("recycled", picture.recycled_bytes, "total-recycled"), total("saved", host.saved_bytes, "total-saved"),
     total("the host has free", host.memory_available_bytes, "total-available"));
-  byId("host-bar").replaceChildren(bar(picture, whole));
+  byId("host-bar").replaceChildren(bar(picture, whole + picture.tmem_bytes));
   if (record) {
     const times = record.times_unix_ms;
     byId("host-chart").replaceChildren(chart(record.host, times, "The same over time"));
@@ -122,9 +123,9 @@ function show(host, vms, groups) {
     const line = past.get(vm.uid + "/" + vm.name);
     row.append(name,
       element("td", { title: vm.reason }, vm.state), element("td", { title: vm.merging.reason }, vm.merging.state),
-      element("td", {}, bar(vm.picture, vm.ram_bytes)), number("ram", vm.ram_bytes),
+      element("td", {}, bar(vm.picture, vm.ram_bytes + vm.picture.tmem_bytes)), number("ram", vm.ram_bytes),
       number("private", vm.picture.private_bytes), number("shared", vm.picture.shared_bytes),
-      number("zero", vm.picture.zero_bytes), number("recycled", vm.picture.recycled_bytes), number("saved", vm.saved_bytes),
+      number("zero", vm.picture.zero_bytes), number("recycled", vm.picture.recycled_bytes), number("tmem", vm.picture.tmem_bytes), number("saved", vm.saved_bytes),
       element("td", {}, line ? chart(line, record.times_unix_ms, vm.name + " over time") : ""));
     return row;
   }));
