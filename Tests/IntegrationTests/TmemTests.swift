@@ -80,10 +80,10 @@ extension Integration {
             try guest.watched {
                 let disk = try guest.swapOn()
                 // It cannot be compressed; 64 MiB and what memory is left do not hold it: the kernel ends it, or it waits.
-                try guest.sh("(quire-load hold \(Self.much + 100) --full </dev/null >/tmp/hold 2>&1; echo $? >/tmp/held) & true")
+                try guest.sh("(quire-load hold \(Self.much + 100) --full </dev/null >/tmp/hold 2>&1 & echo $! >/tmp/holder; wait $!; echo $? >/tmp/held) & true")
                 try guest.wait(for: "a write that finds no room", within: Effort.patience * 2) { try guest.swapPool().putsFailed > 0 }
                 try guest.wait(for: "the load's end", within: Effort.patience * 2) {
-                    try guest.run("[ -s /tmp/held ] || pkill quire-load; [ -s /tmp/held ]").status == 0
+                    try guest.run("[ -s /tmp/held ] || kill -9 $(cat /tmp/holder); [ -s /tmp/held ]").status == 0
                 }
                 #expect(guest.isRunning)
                 #expect(try guest.sh("cat /tmp/hold; true").contains("WRONG") == false)
