@@ -122,13 +122,14 @@ public struct Domain: Sendable {
         func limit(_ what: String, _ advice: String) {
             found.append("\(what): equal pages are not merged, freed pages still go back; \(advice)")
         }
+        func isDirect(_ disk: XMLText.Element) -> Bool { ["none", "directsync"].contains(disk.first("driver")?["cache"] ?? "") }
+        // Transfers of these go on when the call that began them has returned; with direct I/O, in the guest's own pages. Direct
+        // I/O by threads is over when its call is, which the agent sees.
+        let hasDirect = devices("disk").contains(where: isDirect)
         for disk in devices("disk") {
-            let driver = disk.first("driver"), target = disk.first("target")?["dev"] ?? "?"
-            let cache = driver?["cache"] ?? "", io = driver?["io"] ?? ""
-            if cache == "none" || cache == "directsync" {
-                limit("disk \(target) bypasses the page cache (cache='\(cache)')", "to merge them: cache='writeback'")
-            } else if io == "io_uring" || io == "native" {
-                limit("disk \(target) has io='\(io)'", "to merge them: io='threads'")
+            let target = disk.first("target")?["dev"] ?? "?", io = disk.first("driver")?["io"] ?? ""
+            if hasDirect, io == "io_uring" || io == "native" {
+                limit("disk \(target) has io='\(io)', and \(isDirect(disk) ? "it" : "another disk") bypasses the page cache", "to merge them: io='threads'")
             }
             if disk["type"] == "vhostuser", !(mark?.owns(disk) ?? false) {
                 limit("disk \(target) is served by another vhost-user back end", "that back end has guest memory mapped")
