@@ -18,7 +18,7 @@ enum Effort {
     static let cpuCycles = scaled(5)
     /// Rounds of the comparison with the free lists: those that must be clean, and those within which a control must fail.
     static let checkRounds = scaled(40)
-    static let controlRounds = 1000
+    static let controlRounds = 5000
 
     /// How long to wait for something that has no speed to be measured: the machine may be busy with anything.
     static let patience = 90.0
