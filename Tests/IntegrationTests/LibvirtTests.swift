@@ -139,8 +139,10 @@ extension Integration {
             let saved = try tmem("save")
             #expect(saved.status == 0, "\(saved.text)")
             try host.virsh("managedsave", "web1")
+            // As it was saved: paused.
             try host.virsh("start", "web1")
             console = try host.console("web1")
+            try host.virsh("resume", "web1")
             #expect(host.status("web1").tmem.reason.contains("waits for its content"), "\(host.status("web1").tmem)")
             #expect(try console.sh("\(find); dd if=$d bs=4096 count=8 iflag=direct >/dev/null 2>&1 && echo read || echo error") == "error\n")
             try host.virsh("suspend", "web1")
