@@ -37,7 +37,7 @@ let package = Package(
             ],
             path: "Tests/AgentBackend", swiftSettings: settings),
         .executableTarget(
-            name: "tmem-putter", dependencies: ["CPlatform", "Engines", "Platform"], path: "Tests/TmemPutter"),
+            name: "tmem-putter", dependencies: ["CPlatform", "Engines", "Platform", "TestSupport"], path: "Tests/TmemPutter"),
         .target(name: "Platform", dependencies: ["CPlatform"], swiftSettings: settings),
         .target(name: "GuestMemory", dependencies: ["Platform"], swiftSettings: settings),
         .target(

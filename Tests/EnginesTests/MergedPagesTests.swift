@@ -3,6 +3,7 @@ import Glibc
 import GuestMemory
 import Platform
 import Synchronization
+import TestSupport
 import Testing
 
 /// Guest memory of which a part is merged. QEMU's view of it is a second memory file, mapped in this very process,
@@ -88,7 +89,7 @@ private final class FakeMover: PageMover {
         let content = (0..<total).map { UInt8(truncatingIfNeeded: $0 / 7 &* 31) }
         #expect(unsafe pwrite(disk.raw, content, total, 0) == total)
         let scratch = try Memfd(name: "scratch", byteCount: UInt64(total)).takeDescriptor()
-        var random = SplitMix(state: 77)
+        var random = SplitMix(77)
         for round in 0..<3000 {
             for _ in 0..<3 {
                 let page = Int.random(in: 0..<TwoViews.pageCount, using: &random)

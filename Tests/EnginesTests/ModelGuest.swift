@@ -2,6 +2,7 @@ import Glibc
 import GuestMemory
 import Platform
 import Synchronization
+import TestSupport
 
 /// A guest in a memory file: RAM with a state table in it, seen through a mapping of its own, and threads that allocate,
 /// use and free its pages by the protocol of quire_layout.h, part 2. Written from the header's text, not from the engine.
@@ -178,7 +179,7 @@ final class Workload: Sendable {
     }
 
     private func use(_ range: Range<Int>, _ seed: UInt64) {
-        var random = SplitMix(state: seed)
+        var random = SplitMix(seed)
         var generation: UInt64 = 0
         /// What each page of ours must hold; nil: not ours.
         var owned = [Int: UInt64]()
@@ -247,17 +248,6 @@ final class Workload: Sendable {
             $0.fromRecycled += fromRecycled
             $0.waits += waits
         }
-    }
-}
-
-struct SplitMix: RandomNumberGenerator {
-    var state: UInt64
-    mutating func next() -> UInt64 {
-        state &+= 0x9e37_79b9_7f4a_7c15
-        var z = state
-        z = (z ^ (z >> 30)) &* 0xbf58_476d_1ce4_e5b9
-        z = (z ^ (z >> 27)) &* 0x94d0_49bb_1331_11eb
-        return z ^ (z >> 31)
     }
 }
 

@@ -2,6 +2,7 @@ import Engines
 import Glibc
 import GuestMemory
 import Platform
+import TestSupport
 import Testing
 
 /// The page map: what survives a back end.
@@ -49,7 +50,7 @@ import Testing
         let raw = try Mapping(opened.file, byteCount: Int(PageMap.byteCount(pageCount: 8192)))
         let locks = 4096 + 8 * 8192
         var model: [GFN: PageState] = [:]
-        var random = SplitMix(state: 20_240_607)
+        var random = SplitMix(20_240_607)
         // Pages on both sides of a lock's end, so that runs go over it.
         let gfns = Array(GFN(500)..<GFN(530)) + [0, 8191]
         var moved = 0

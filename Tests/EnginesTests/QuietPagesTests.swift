@@ -1,5 +1,6 @@
 import Engines
 import GuestMemory
+import TestSupport
 import Testing
 
 @Suite struct QuietPagesTests {
@@ -34,7 +35,7 @@ import Testing
 
     /// Against an array of ages, with all borders of words.
     @Test func agreesWithAnArray() {
-        var random = SplitMix(state: 4)
+        var random = SplitMix(4)
         let gfns: Range<GFN> = 100..<421
         var pages = QuietPages(gfns)
         var age = [GFN: Int](), due = Set<GFN>()
@@ -65,7 +66,7 @@ import Testing
 
 @Suite struct GFNSetTests {
     @Test func agreesWithASet() {
-        var random = SplitMix(state: 9)
+        var random = SplitMix(9)
         var set = GFNSet()
         var model = Set<GFN>()
         for _ in 0..<600 {

@@ -7,35 +7,15 @@ import Testing
 /// A process that puts pages and is killed, again and again, in one store (Tests/TmemPutter). For each key it notes which
 /// round it begins and which was acknowledged: after its death the key has the page of one of the two, whole.
 @Suite(.serialized) struct TmemCrashTests {
-    private static let keys = 512
-
-    /// The same as in the putter.
-    private static func page(_ key: Int, _ round: UInt64) -> [UInt8]? {
-        var state = UInt64(key) &* 0x9e37_79b9_7f4a_7c15 ^ round &* 0xbf58_476d_1ce4_e5b9
-        func next() -> UInt64 {
-            state = state &* 6_364_136_223_846_793_005 &+ 1_442_695_040_888_963_407
-            return state ^ state >> 29
-        }
-        var words = [UInt64](repeating: 0, count: 512)
-        switch round % 5 {
-        case 0: return nil
-        case 1: words = [UInt64](repeating: next() % 3, count: 512)
-        case 2: for index in 0..<512 { words[index] = next() }
-        case 3: for index in 0..<Int(next() % 400) { words[index] = next() }
-        default: for index in 0..<256 { words[index] = round / 5 % 7 &* 0x1234_5678_9abc_def1 &+ UInt64(index) }
-        }
-        return words.flatMap { word in (0..<8).map { UInt8(truncatingIfNeeded: word >> (8 * $0)) } }
-    }
-
     /// Kills putters `kills` times; how many keys had another page than they may have, and why a start failed.
     private func run(kills: Int, arguments: [String], stopsAtFirst: Bool) throws -> (wrong: Int, rounds: UInt64) {
         let fixture = try TmemFixture()
         defer { fixture.close() }
-        let file = try Memfd(name: "notes", byteCount: UInt64(Self.keys * 16)).takeDescriptor()
-        let notes = try Mapping(file, byteCount: Self.keys * 16)
+        let file = try Memfd(name: "notes", byteCount: UInt64(putterKeys * 16)).takeDescriptor()
+        let notes = try Mapping(file, byteCount: putterKeys * 16)
         var random = SystemRandomNumberGenerator()
         var wrong = 0
-        func rounds() -> UInt64 { (0..<Self.keys).reduce(0) { $0 + notes.load64($1 * 16 + 8) } }
+        func rounds() -> UInt64 { (0..<putterKeys).reduce(0) { $0 + notes.load64($1 * 16 + 8) } }
         for _ in 0..<kills {
             let before = rounds()
             let child = try ProcessCalls.spawn(
@@ -50,7 +30,7 @@ import Testing
             let tmem = try fixture.open()
             let pool = try #require(tmem.pool(named: "swap"))
             var pages: UInt64 = 0
-            for key in 0..<Self.keys {
+            for key in 0..<putterKeys {
                 let found: [UInt8]?
                 do { found = try pool.page(7, UInt32(key)) } catch {
                     // There is one, and it is damaged.
@@ -61,12 +41,12 @@ import Testing
                 if found != nil { pages += 1 }
                 let began = notes.load64(key * 16), acknowledged = notes.load64(key * 16 + 8)
                 if acknowledged == began {
-                    if found != Self.page(key, began) { wrong += 1 }
-                } else if found != Self.page(key, began), found != Self.page(key, acknowledged) {
+                    if found != putterPage(key, began) { wrong += 1 }
+                } else if found != putterPage(key, began), found != putterPage(key, acknowledged) {
                     wrong += 1
                 }
                 // The next putter goes on from here.
-                if found == Self.page(key, began) { notes.store64(key * 16 + 8, began) } else { notes.store64(key * 16, acknowledged) }
+                if found == putterPage(key, began) { notes.store64(key * 16 + 8, began) } else { notes.store64(key * 16, acknowledged) }
             }
             // Nothing leaked: what is charged is what is named.
             #expect(tmem.usage.pages == pages && pool.statistics.storedBytes == UInt64(tmem.unitBytes))

@@ -1,12 +1,13 @@
 import Engines
 import Glibc
 import Platform
+import TestSupport
 
 /// Pages to put: what they hold follows from a number, so that a test can say what must come back.
 enum TmemPages {
     /// `random` words at the front, and a counter behind: compresses to about 8 bytes for each word.
     static func page(_ seed: UInt64, randomWords: Int = 512) -> [UInt8] {
-        var random = SplitMix(state: seed)
+        var random = SplitMix(seed)
         return unsafe [UInt8](unsafeUninitializedCapacity: 4096) { bytes, count in
             for index in 0..<512 {
                 let word = index < randomWords ? random.next() : seed &+ UInt64(index / 64)
@@ -25,7 +26,7 @@ enum TmemPages {
     }
     /// Any kind: one word, few different ones, incompressible, compressible to any size.
     static func any(_ seed: UInt64) -> [UInt8] {
-        var random = SplitMix(state: seed ^ 0x5eed)
+        var random = SplitMix(seed ^ 0x5eed)
         switch random.next() % 8 {
         case 0: return filled(random.next() % 3)
         case 1: return page(random.next() % 50, randomWords: 100)

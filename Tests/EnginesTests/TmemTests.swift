@@ -3,6 +3,7 @@ import Glibc
 import PageContent
 import Platform
 import Synchronization
+import TestSupport
 import Testing
 
 @Suite struct TmemTests {
@@ -30,7 +31,7 @@ import Testing
     ) throws {
         let fixture = try TmemFixture()
         defer { fixture.close() }
-        var random = SplitMix(state: 42)
+        var random = SplitMix(42)
         var model: [Key: UInt64] = [:]
         var tmem = try fixture.open(.init(compression: compression))
         for (number, (kind, scope)) in Self.kinds.enumerated() {
@@ -254,7 +255,7 @@ import Testing
         // Two leaves for the same pages: stripes take 16 numbers at a time.
         #expect(try isRefused { $0.copyIn(heads + 256, $0.copyOut(heads + 16, count: 16)) })
         // Rubbish in the contents, in many ways.
-        var random = SplitMix(state: 9)
+        var random = SplitMix(9)
         for _ in 0..<20 {
             let bytes = (0..<4096).map { _ in UInt8(truncatingIfNeeded: random.next()) }
             #expect(try isRefused { $0.copyIn(contents + 16, bytes) })
@@ -270,7 +271,7 @@ import Testing
         defer { fixture.close() }
         let tmem = try fixture.open()
         let pool = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "p", client: "c"))
-        var random = SplitMix(state: 3)
+        var random = SplitMix(3)
         let span: UInt64 = 90_000
         for step in 0..<500_000 {
             let index = UInt32(random.next() % span)
@@ -302,7 +303,7 @@ import Testing
             try pool.put(0, index * 16, bytes: TmemPages.page(UInt64(index)))
             order.append(index)
         }
-        var random = SplitMix(state: 1)
+        var random = SplitMix(1)
         for _ in 0..<500 {
             let index = UInt32(random.next() % 2000)
             if scope == .shared {
@@ -450,7 +451,7 @@ import Testing
         #expect(errorCode { _ = try make("also too much", 2000) } == .noSpace)
         let cache = try make("cache", nil, .ephemeral)
         #expect(errorCode { try tmem.setCap(24 << 20) } == .busy)
-        var random = SplitMix(state: 5)
+        var random = SplitMix(5)
         // Somebody without a promise takes what he can get.
         var refused = 0
         for index in 0..<UInt32(5000) {
@@ -509,7 +510,7 @@ import Testing
         let wrong = Atomic<Int>(0), lost = Atomic<Int>(0), ended = Atomic<Int>(0)
         let deadline = monotonicNanoseconds() + 4_000_000_000
         try withThreads(4, until: { ended.load(ordering: .relaxed) == 3 }) { thread in
-            var random = SplitMix(state: UInt64(thread))
+            var random = SplitMix(UInt64(thread))
             if thread == 3 {
                 while ended.load(ordering: .relaxed) < 3 {
                     switch random.next() % 5 {
@@ -570,7 +571,7 @@ import Testing
                 .init(kind: round % 2 == 0 ? .persistent : .ephemeral, scope: .shared, name: "p", client: "c"))
             let puts = Atomic<Int>(0), ended = Atomic<Int>(0)
             try withThreads(3, until: { ended.load(ordering: .relaxed) == 2 }) { thread in
-                var random = SplitMix(state: UInt64(thread + round * 3))
+                var random = SplitMix(UInt64(thread + round * 3))
                 if thread == 2 {
                     while puts.load(ordering: .relaxed) < 2000 {
                         pool.flush(0, pages: 0..<UInt32.max)

@@ -151,7 +151,7 @@ import Testing
     /// Requests with bytes changed at random: whatever comes back, the server lives on.
     @Test func randomRequests() throws {
         let exporter = try exporter(["--http-timeout", "1s"])
-        var random = SplitMix(seed: 20_26)
+        var random = SplitMix(20_26)
         let good = Array("GET /api/v1/vms HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAccept: */*\r\n\r\n".utf8)
         for round in 0..<400 {
             var bytes = good
@@ -209,18 +209,5 @@ import Testing
         #expect(Response(try Exporter.exchange(held[0].value, request))?.status == 200)
         held = []
         #expect(try eventually { try exporter.get("/metrics").status == 200 })
-    }
-}
-
-/// Numbers that are the same in every run.
-struct SplitMix: RandomNumberGenerator {
-    private var state: UInt64
-    init(seed: UInt64) { state = seed }
-    mutating func next() -> UInt64 {
-        state &+= 0x9E37_79B9_7F4A_7C15
-        var z = state
-        z = (z ^ (z >> 30)) &* 0xBF58_476D_1CE4_E5B9
-        z = (z ^ (z >> 27)) &* 0x94D0_49BB_1331_11EB
-        return z ^ (z >> 31)
     }
 }

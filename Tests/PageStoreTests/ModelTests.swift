@@ -2,6 +2,7 @@ import PageContent
 import PageStore
 import Platform
 import StoreProtocol
+import TestSupport
 import Testing
 
 /// Random operations of several VMs, backends that die and a quired that is killed, against a model that is a few

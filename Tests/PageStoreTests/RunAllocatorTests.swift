@@ -1,4 +1,5 @@
 import PageStore
+import TestSupport
 import Testing
 
 struct RunAllocatorTests {

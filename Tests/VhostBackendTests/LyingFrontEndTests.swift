@@ -433,7 +433,7 @@ private typealias Kind = DriverDisk.Kind
 
     /// Random bytes, and random damage to valid sequences. The seed is in the failure's text.
     @Test(arguments: [UInt64(1), 2, UInt64.random(in: 3...UInt64.max)]) func fuzz(seed: UInt64) throws {
-        var random = SplitMix(state: seed)
+        var random = SplitMix(seed)
         let server = try TestServer(MemoryStorage(), queues: 2)
         for _ in 0..<150 {
             let props = try Props()
@@ -489,16 +489,5 @@ private typealias Kind = DriverDisk.Kind
             frontEnd.disconnect()
         }
         #expect(try server.servesHonestly(), "seed \(seed)")
-    }
-}
-
-struct SplitMix: RandomNumberGenerator {
-    var state: UInt64
-    mutating func next() -> UInt64 {
-        state &+= 0x9e37_79b9_7f4a_7c15
-        var z = state
-        z = (z ^ (z >> 30)) &* 0xbf58_476d_1ce4_e5b9
-        z = (z ^ (z >> 27)) &* 0x94d0_49bb_1331_11eb
-        return z ^ (z >> 31)
     }
 }

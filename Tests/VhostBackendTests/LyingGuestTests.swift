@@ -1,5 +1,6 @@
 import Glibc
 import Platform
+import TestSupport
 import Testing
 import VhostBackend
 
@@ -161,7 +162,7 @@ private typealias Kind = DriverDisk.Kind
         let ring = try DriverRing(ram, size: 16)
         let frontEnd = try server.connect()
         try frontEnd.handshake()
-        var random = SplitMix(state: 42)
+        var random = SplitMix(42)
         for round in 0..<60 {
             ring.reset()
             try frontEnd.start(ram, [ring], memory: round == 0)
