@@ -169,6 +169,46 @@ import Testing
         #expect(isRight == compares)
     }
 
+    /// Whoever reads a page while compaction moves it has its bytes. The control: where compaction doesn't wait for readers they
+    /// find what has come there since.
+    @Test(arguments: [true, false]) func readersOutlastCompaction(_ waits: Bool) throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let isCompacted = Monitor(false), reading = Monitor(0)
+        var seams = TmemSeams()
+        seams.waitsForReaders = waits
+        seams.whileReading = {
+            reading.update { $0 += 1 }
+            // In time, or never: compaction may be waiting for us.
+            let patience: UInt64 = waits ? 1_500_000_000 : 30_000_000_000
+            _ = isCompacted.wait(until: monotonicNanoseconds() + patience) { $0 ? () : nil }
+        }
+        let tmem = try fixture.open(seams: seams)
+        let pool = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "p", client: "c"))
+        // Four slabs of 16 pages that cannot be compressed; one page of each stays, and all four fit into one of them. Fewer
+        // are flushed than would begin a compaction.
+        for page in 0..<64 as Range<UInt64> { try pool.put(page, 0, bytes: TmemPages.page(page)) }
+        let kept: [UInt64] = [3, 19, 35, 51]
+        for page in 0..<64 as Range<UInt64> where !kept.contains(page) { pool.flush(page, 0) }
+        let before = tmem.usage.usedBytes
+        let wrong = Monitor(0)
+        var readers: [JoinableThread] = []
+        for page in kept {
+            readers.append(try JoinableThread("reader") {
+                let found = try? pool.page(page, 0)
+                if found != TmemPages.page(page) { wrong.update { $0 += 1 } }
+            })
+        }
+        // Two that have the same lock take turns.
+        _ = eventually(milliseconds: 500) { reading.read { $0 } == kept.count }
+        #expect(reading.read { $0 } >= 2)
+        tmem.compact()
+        isCompacted.update { $0 = true }
+        for reader in readers { reader.join() }
+        #expect(tmem.usage.usedBytes < before, "nothing was moved")
+        #expect(waits == (wrong.read { $0 } == 0), "\(wrong.read { $0 }) wrong pages")
+    }
+
     /// A put that fails leaves nothing. The control: with the old page left, a get finds it.
     @Test(arguments: [false, true]) func failedPutsLeaveNoOldPage(_ keepsOldPage: Bool) throws {
         let fixture = try TmemFixture()

@@ -407,6 +407,7 @@ final class Contents: SplitTableUser, Sendable {
             return true
         }
         let location = location(number)
+        seams.whileReading?()
         return unsafe cc_decompress(
             location.codec, file.data.address(location.offset, count: location.length), UInt32(location.length), page)
     }

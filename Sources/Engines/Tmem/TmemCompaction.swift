@@ -46,7 +46,7 @@ extension TmemStore {
         }
         let isDone = compaction!.next >= compaction!.end
         if isDone || compaction!.moved.count >= Self.graceAfter {
-            grace()
+            if seams.waitsForReaders { grace() }
             for unit in compaction!.moved { slabs.free(unit) }
             compaction!.moved = []
         }

@@ -10,5 +10,9 @@ package struct TmemSeams: Sendable {
     package var namesBeforeWriting = false
     /// Whether a put that fails leaves the old page.
     package var keepsOldPage = false
+    /// Called by who reads, after he has found where the bytes are.
+    package var whileReading: (@Sendable () -> Void)?
+    /// Whether compaction lets readers finish before it gives away where bytes were.
+    package var waitsForReaders = true
     package init() {}
 }
