@@ -151,7 +151,7 @@ public struct HostSnapshot: Sendable {
         var snapshot = HostSnapshot()
         snapshot.unixMilliseconds = currentUnixMilliseconds()
         (snapshot.vms, snapshot.unreadableDirectories) = directories.read()
-        (snapshot.memoryBytes, snapshot.availableBytes) = hostMemory()
+        if let memory = HostMemory() { (snapshot.memoryBytes, snapshot.availableBytes) = (memory.totalBytes, memory.availableBytes) }
         return snapshot
     }
 
@@ -165,15 +165,5 @@ public struct HostSnapshot: Sendable {
         } catch { snapshot.storeTrouble = error.description }
         snapshot.seconds = Double(monotonicNanoseconds() - started) / 1e9
         return snapshot
-    }
-
-    /// Bytes of memory, and what of it programs can still have.
-    static func hostMemory() -> (total: UInt64, available: UInt64) {
-        let lines = (try? Files.read("/proc/meminfo", limit: 8192))?.split(separator: "\n") ?? []
-        func field(_ name: String) -> UInt64 {
-            let words = lines.first { $0.hasPrefix(name) }?.split(separator: " ") ?? []
-            return words.count > 1 ? (UInt64(words[1]) ?? 0) * 1024 : 0
-        }
-        return (field("MemTotal:"), field("MemAvailable:"))
     }
 }

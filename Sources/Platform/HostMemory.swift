@@ -1,16 +1,25 @@
-/// What memory the host has left, as the kernel says.
-public enum HostMemory {
-    /// Bytes that new pages can have without anybody losing any: MemAvailable and SwapFree of proc(5); nil where the kernel
-    /// does not tell.
-    public static func availableBytes() -> UInt64? {
-        (try? Files.read("/proc/meminfo", limit: 1 << 16)).flatMap(availableBytes(in:))
+/// The host's memory in bytes, as the kernel says in /proc/meminfo (proc(5)).
+public struct HostMemory: Sendable, Equatable {
+    public let totalBytes: UInt64
+    /// What programs can have without anybody losing any.
+    public let availableBytes: UInt64
+    public let freeSwapBytes: UInt64
+
+    /// Nil where the kernel does not tell.
+    public init?() {
+        guard let meminfo = try? Files.read("/proc/meminfo", limit: 1 << 16) else { return nil }
+        self.init(meminfo)
     }
 
-    package static func availableBytes(in meminfo: String) -> UInt64? {
+    package init?(_ meminfo: String) {
+        let lines = meminfo.split(separator: "\n")
         func field(_ name: String) -> UInt64? {
-            meminfo.split(separator: "\n").first { $0.hasPrefix(name + ":") }
-                .flatMap { $0.split(separator: " ").dropFirst().first }.flatMap { UInt64($0) }.map { $0 * 1024 }
+            lines.first { $0.hasPrefix(name) }.flatMap { $0.split(separator: " ").dropFirst().first }.flatMap { UInt64($0) }
+                .map { $0 * 1024 }
         }
-        return field("MemAvailable").map { $0 + (field("SwapFree") ?? 0) }
+        guard let total = field("MemTotal:"), let available = field("MemAvailable:") else { return nil }
+        totalBytes = total
+        availableBytes = available
+        freeSwapBytes = field("SwapFree:") ?? 0
     }
 }

@@ -5,6 +5,7 @@ import PageContent
 import PageStore
 import Platform
 import StoreProtocol
+import TestSupport
 import Testing
 
 struct StoreTests {
@@ -76,8 +77,9 @@ struct StoreTests {
         #expect(lacking() == 50 * 4096)
         left.update { $0 = 150 * 4096 }
         #expect(lacking() == 0)
-        #expect(HostMemory.availableBytes(in: "MemTotal: 9 kB\nMemAvailable:     12 kB\nSwapFree: 3 kB\n") == 15 * 1024)
-        #expect(HostMemory.availableBytes(in: "MemTotal: 9 kB\n") == nil && HostMemory.availableBytes() != nil)
+        let memory = try #require(HostMemory("MemTotal: 90 kB\nMemAvailable:     12 kB\nSwapFree: 3 kB\n"))
+        #expect(memory.totalBytes == 90 * 1024 && memory.availableBytes == 12 * 1024 && memory.freeSwapBytes == 3 * 1024)
+        #expect(HostMemory("MemTotal: 9 kB\n") == nil && StoreSeams().availableBytes() != nil)
     }
 
     /// A content that changes all the time is seen twice again and again, and gets nothing: what was seen is gone.
