@@ -128,7 +128,7 @@ enum AgentMessage {
 
     private static func encode(_ type: quire_agent_type, _ body: [UInt8]) -> [UInt8] {
         let bytes = UInt32(MemoryLayout<quire_agent_head>.size + body.count)
-        return littleEndianBytes(type.rawValue) + littleEndianBytes(bytes) + body
+        return littleEndian(type.rawValue) + littleEndian(bytes) + body
     }
 
     struct Region {
@@ -145,13 +145,13 @@ enum AgentMessage {
         var body: [UInt8] = []
         let flags = hasUserfault ? QUIRE_AGENT_HAS_USERFAULTFD.rawValue : 0
         for value in [UInt32(QUIRE_AGENT_VERSION), flags, UInt32(files), UInt32(stores), UInt32(regions.count), UInt32(peers.count)] {
-            body += littleEndianBytes(value)
+            body += littleEndian(value)
         }
-        for peer in peers { body += littleEndianBytes(UInt32(bitPattern: peer)) }
+        for peer in peers { body += littleEndian(UInt32(bitPattern: peer)) }
         body += [UInt8](repeating: 0, count: 4 * (maxPeers - peers.count))
         for region in regions {
             for value in [region.gfns.lowerBound, UInt64(region.gfns.count), UInt64(region.file), region.fileOffset] {
-                body += littleEndianBytes(value)
+                body += littleEndian(value)
             }
         }
         return encode(QUIRE_AGENT_ATTACH, body)
@@ -181,11 +181,11 @@ enum AgentMessage {
         _ runs: [(gfn: GFN, slot: UInt64, pages: Int, store: UInt8)]
     ) -> [UInt8] {
         precondition(runs.count <= PageRun.maxRuns)
-        var body = littleEndianBytes(id) + littleEndianBytes(operation.rawValue) + littleEndianBytes(UInt32(runs.count))
-        for value in order { body += littleEndianBytes(value) }
+        var body = littleEndian(id) + littleEndian(operation.rawValue) + littleEndian(UInt32(runs.count))
+        for value in order { body += littleEndian(value) }
         for run in runs {
-            body += littleEndianBytes(run.gfn) + littleEndianBytes(run.slot)
-            body += littleEndianBytes(UInt32(clamping: run.pages)) + littleEndianBytes(UInt32(run.store))
+            body += littleEndian(run.gfn) + littleEndian(run.slot)
+            body += littleEndian(UInt32(clamping: run.pages)) + littleEndian(UInt32(run.store))
         }
         return encode(QUIRE_AGENT_COMMAND, body)
     }
@@ -193,16 +193,12 @@ enum AgentMessage {
     static let maxPeers = Int(QUIRE_AGENT_MAX_PEERS)
 }
 
-private func littleEndianBytes<T: FixedWidthInteger>(_ value: T) -> [UInt8] {
-    (0..<T.bitWidth / 8).map { UInt8(truncatingIfNeeded: value >> T($0 * 8)) }
-}
-
 /// Little-endian fields of a message whose length was checked.
 private struct FieldReader {
     let bytes: [UInt8]
     init(_ bytes: [UInt8]) { self.bytes = bytes }
-    func u32(_ at: Int) -> UInt32 { (0..<4).reduce(0) { $0 | UInt32(bytes[at + $1]) << (8 * UInt32($1)) } }
-    func u64(_ at: Int) -> UInt64 { (0..<8).reduce(0) { $0 | UInt64(bytes[at + $1]) << (8 * UInt64($1)) } }
+    func u32(_ at: Int) -> UInt32 { fromLittleEndian(bytes[at..<at + 4]) }
+    func u64(_ at: Int) -> UInt64 { fromLittleEndian(bytes[at..<at + 8]) }
     /// Of 256 bytes, without what would upset a terminal.
     func text(_ at: Int) -> String {
         String(decoding: bytes[at..<at + 256].prefix { $0 != 0 }.map { $0 < 32 || $0 == 127 ? 63 : $0 }, as: UTF8.self)

@@ -54,16 +54,16 @@ public struct TmemArchiveWriter: ~Copyable {
 
     public init(to sink: DataSink) throws(QuireError) {
         self.sink = sink
-        var head = TmemArchive.magic + bytes(TmemArchive.version) + bytes(UInt32(TmemPool.pageBytes)) + bytes(seed)
+        var head = TmemArchive.magic + littleEndian(TmemArchive.version) + littleEndian(UInt32(TmemPool.pageBytes)) + littleEndian(seed)
         head += [UInt8](repeating: 0, count: TmemArchive.headBytes - TmemArchive.sumBytes - head.count)
-        try sink.write(head + bytes(checksum(head, seed: 0)))
+        try sink.write(head + littleEndian(checksum(head, seed: 0)))
     }
 
     /// The pages that follow are this pool's.
     public mutating func begin(_ pool: TmemArchive.Pool) throws(QuireError) {
         try flush()
         let payload =
-            bytes(UInt32(pool.isPersistent ? 1 : 0)) + bytes(UInt32(pool.isShared ? 1 : 0)) + bytes(pool.capacityPages)
+            littleEndian(UInt32(pool.isPersistent ? 1 : 0)) + littleEndian(UInt32(pool.isShared ? 1 : 0)) + littleEndian(pool.capacityPages)
             + paddedText(pool.name, capacity: TmemArchive.nameBytes) + paddedText(pool.client, capacity: TmemArchive.nameBytes)
         try write(.pool, payload)
         pools += 1
@@ -74,7 +74,7 @@ public struct TmemArchiveWriter: ~Copyable {
         precondition(page.count == TmemPool.pageBytes)
         // One word again and again, as zeros are, is one word here.
         let data = page.dropFirst(8).elementsEqual(page.dropLast(8)) ? page[..<8] : page[...]
-        pending += bytes(object) + bytes(index) + bytes(UInt32(data.count))
+        pending += littleEndian(object) + littleEndian(index) + littleEndian(UInt32(data.count))
         pending += data
         pendingPages += 1
         if pending.count >= TmemArchive.chunkGoalBytes { try flush() }
@@ -83,21 +83,21 @@ public struct TmemArchiveWriter: ~Copyable {
     /// Ends the file; returns how many pages it has.
     public mutating func finish() throws(QuireError) -> UInt64 {
         try flush()
-        try write(.end, bytes(pools) + bytes(pages) + bytes(number))
+        try write(.end, littleEndian(pools) + littleEndian(pages) + littleEndian(number))
         return pages
     }
 
     private mutating func flush() throws(QuireError) {
         guard pendingPages > 0 else { return }
-        try write(.pages, bytes(pendingPages) + bytes(UInt32(0)) + pending)
+        try write(.pages, littleEndian(pendingPages) + littleEndian(UInt32(0)) + pending)
         pages += UInt64(pendingPages)
         pending = []
         pendingPages = 0
     }
 
     private mutating func write(_ kind: TmemArchive.Kind, _ payload: [UInt8]) throws(QuireError) {
-        let chunk = bytes(kind.rawValue) + bytes(UInt32(payload.count)) + bytes(number) + payload
-        try sink.write(chunk + bytes(checksum(chunk, seed: seed)))
+        let chunk = littleEndian(kind.rawValue) + littleEndian(UInt32(payload.count)) + littleEndian(number) + payload
+        try sink.write(chunk + littleEndian(checksum(chunk, seed: seed)))
         number += 1
     }
 }
@@ -208,10 +208,6 @@ public struct TmemArchiveReader: ~Copyable {
     }
 }
 
-private func bytes<T: FixedWidthInteger>(_ value: T) -> [UInt8] {
-    (0..<T.bitWidth / 8).map { UInt8(truncatingIfNeeded: value >> T($0 * 8)) }
-}
-
 private func word<T: FixedWidthInteger>(_ bytes: [UInt8], _ offset: Int) -> T {
-    (0..<T.bitWidth / 8).reduce(0) { $0 | T(bytes[offset + $1]) << T($1 * 8) }
+    fromLittleEndian(bytes[offset..<offset + T.bitWidth / 8])
 }

@@ -104,14 +104,6 @@ enum Message {
     }
 }
 
-func littleEndian<T: FixedWidthInteger>(_ value: T) -> [UInt8] {
-    (0..<T.bitWidth / 8).map { UInt8(truncatingIfNeeded: value >> T($0 * 8)) }
-}
-
-func fromLittleEndian<T: FixedWidthInteger>(_ bytes: some Collection<UInt8>, as: T.Type = T.self) -> T {
-    bytes.reversed().reduce(0) { $0 << 8 | T($1) }
-}
-
 /// Reads a payload field by field; throws at its end, and when bytes are left over.
 struct PayloadReader {
     private let bytes: [UInt8]

@@ -38,16 +38,12 @@ struct FakeQEMU: ParsableCommand {
 
         let end = try FrontEnd(UnixSocket.connect(to: value("path=", in: "socket")))
         try end.start(file: file.raw, byteCount: byteCount, userAddress: userAddress, ringAt: table.end, in: memory)
-        var request = Array(QUIRE_CTL_REQUEST_MAGIC.utf8) + little(UInt32(QUIRE_CTL_VERSION))
-        request += little(UInt32(QUIRE_CTL_REGISTER.rawValue)) + little(table.headerAddress)
+        var request = Array(QUIRE_CTL_REQUEST_MAGIC.utf8) + littleEndian(UInt32(QUIRE_CTL_VERSION))
+        request += littleEndian(UInt32(QUIRE_CTL_REGISTER.rawValue)) + littleEndian(table.headerAddress)
         request += paddedText("quire-bench", capacity: 64)
         try end.write(request, toBlock: Int(QUIRE_CTL_REQUEST_BLOCK.rawValue), in: memory)
         while true { pause() }
     }
-}
-
-private func little<T: FixedWidthInteger>(_ value: T) -> [UInt8] {
-    (0..<T.bitWidth / 8).map { UInt8(truncatingIfNeeded: value >> T($0 * 8)) }
 }
 
 /// The least front end that a vhost-user-blk device serves: one queue of eight entries, one request at a time.
@@ -66,7 +62,7 @@ private final class FrontEnd {
     }
 
     private func tell(_ request: UInt32, _ payload: [UInt8] = [], passing descriptors: [Int32] = []) throws {
-        try socket.send(little(request) + little(UInt32(1)) + little(UInt32(payload.count)) + payload, passing: descriptors)
+        try socket.send(littleEndian(request) + littleEndian(UInt32(1)) + littleEndian(UInt32(payload.count)) + payload, passing: descriptors)
     }
 
     private func ask(_ request: UInt32) throws -> UInt64 {
@@ -86,21 +82,21 @@ private final class FrontEnd {
             throw QuireError(.unsupported, "the backend lacks features")
         }
         let known = try ask(15)  // GET_PROTOCOL_FEATURES
-        try tell(16, little(known & (1 << 0 | 1 << 9)))  // SET_PROTOCOL_FEATURES: several queues, configuration
+        try tell(16, littleEndian(known & (1 << 0 | 1 << 9)))  // SET_PROTOCOL_FEATURES: several queues, configuration
         try tell(3)  // SET_OWNER
-        try tell(2, little(protocolFeatures | version1))  // SET_FEATURES
+        try tell(2, littleEndian(protocolFeatures | version1))  // SET_FEATURES
         try tell(
-            5, little(UInt32(1)) + little(UInt32(0)) + little(UInt64(0)) + little(byteCount) + little(userAddress)
-                + little(UInt64(0)), passing: [file])  // SET_MEM_TABLE
-        try tell(8, little(UInt32(0)) + little(UInt32(Self.entries)))  // SET_VRING_NUM
-        try tell(10, little(UInt32(0)) + little(UInt32(0)))  // SET_VRING_BASE
+            5, littleEndian(UInt32(1)) + littleEndian(UInt32(0)) + littleEndian(UInt64(0)) + littleEndian(byteCount) + littleEndian(userAddress)
+                + littleEndian(UInt64(0)), passing: [file])  // SET_MEM_TABLE
+        try tell(8, littleEndian(UInt32(0)) + littleEndian(UInt32(Self.entries)))  // SET_VRING_NUM
+        try tell(10, littleEndian(UInt32(0)) + littleEndian(UInt32(0)))  // SET_VRING_BASE
         let user = userAddress + ringAt
         try tell(
-            9, little(UInt32(0)) + little(UInt32(0)) + little(user) + little(user + 2048) + little(user + 1024)
-                + little(UInt64(0)))  // SET_VRING_ADDR: descriptors, used, available
-        try tell(13, little(UInt64(0)), passing: [call.descriptor.raw])  // SET_VRING_CALL
-        try tell(12, little(UInt64(0)), passing: [kick.descriptor.raw])  // SET_VRING_KICK
-        try tell(18, little(UInt32(0)) + little(UInt32(1)))  // SET_VRING_ENABLE
+            9, littleEndian(UInt32(0)) + littleEndian(UInt32(0)) + littleEndian(user) + littleEndian(user + 2048) + littleEndian(user + 1024)
+                + littleEndian(UInt64(0)))  // SET_VRING_ADDR: descriptors, used, available
+        try tell(13, littleEndian(UInt64(0)), passing: [call.descriptor.raw])  // SET_VRING_CALL
+        try tell(12, littleEndian(UInt64(0)), passing: [kick.descriptor.raw])  // SET_VRING_KICK
+        try tell(18, littleEndian(UInt32(0)) + littleEndian(UInt32(1)))  // SET_VRING_ENABLE
         // Answered after all of the above has been done.
         _ = try ask(1)
     }
@@ -109,12 +105,12 @@ private final class FrontEnd {
     func write(_ bytes: [UInt8], toBlock block: Int, in memory: GuestMemory) throws {
         let page = memory.place(ofGuest: ringAt, count: 3 * pageBytes)!
         let ring = page.offset, head = ring + 4096, data = ring + 8192, status = head + 64
-        page.mapping.copyIn(head, little(UInt32(1)) + little(UInt32(0)) + little(UInt64(block) * 8))
+        page.mapping.copyIn(head, littleEndian(UInt32(1)) + littleEndian(UInt32(0)) + littleEndian(UInt64(block) * 8))
         page.mapping.copyIn(data, bytes + [UInt8](repeating: 0, count: 4096 - bytes.count))
         page.mapping.store8(status, 0xff)
         func describe(_ number: Int, _ offset: Int, _ count: UInt32, flags: UInt16, next: UInt16) {
             page.mapping.copyIn(
-                ring + number * 16, little(ringAt + UInt64(offset - ring)) + little(count) + little(flags) + little(next))
+                ring + number * 16, littleEndian(ringAt + UInt64(offset - ring)) + littleEndian(count) + littleEndian(flags) + littleEndian(next))
         }
         describe(0, head, 16, flags: 1, next: 1)
         describe(1, data, 4096, flags: 1, next: 2)
