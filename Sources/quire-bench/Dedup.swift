@@ -12,14 +12,7 @@ struct Dedup: ParsableCommand {
             vm.max_map_count are changed meanwhile and restored at the end, whatever the end.
             """)
 
-    @Flag(help: "Fewer repetitions and less memory: for a look, not for figures to quote.")
-    var quick = false
-
-    @Option(help: ArgumentHelp("What scripts/guest-build made.", valueName: "folder"))
-    var guests = "build/guest"
-
-    @Option(help: ArgumentHelp("Only this part; repeatable.", valueName: "part"))
-    var only: [String] = []
+    @OptionGroup var options: PartOptions
 
     @Option(
         name: .customLong("run"),
@@ -32,16 +25,14 @@ struct Dedup: ParsableCommand {
         for run in runs where !MergeCost.runs.contains(run) {
             throw ValidationError("--run \(run): choose of \(MergeCost.runs)")
         }
-        for name in only where !Self.parts.contains(name) {
-            throw ValidationError("'\(name)' is no part: choose of \(Self.parts.joined(separator: ", "))")
-        }
+        try options.check(Self.parts)
     }
 
     func run() throws {
         var programs: Programs
         let kernel: KernelMerging
         do {
-            programs = try Programs(guests: guests)
+            programs = try Programs(guests: options.guests)
             programs.runtime = try Recycle.makeRuntimeDirectory()
             kernel = try KernelMerging(programs)
         } catch {
@@ -61,33 +52,27 @@ struct Dedup: ParsableCommand {
             machine: Machine.describe(qemu: programs.qemuVersion, accelerator: programs.hasKVM ? "KVM" : "TCG"),
             show: Recycle.show)
         func part(_ name: String, bars: [Bar], _ body: (inout Report) throws -> Void) {
-            guard only.isEmpty || only.contains(name) else { return }
-            progress("\(name) begins")
-            do { try body(&report) } catch {
-                progress("\(name): \(error)")
-                let known = Set(report.bars.map(\.name))
-                report.fail(name, "\(error)", bars: bars.filter { !known.contains($0.name) })
-            }
+            options.run(name, bars: bars, into: &report, body)
         }
         let gibibyte = 1 << 18
-        let size = quick ? gibibyte / 4 : gibibyte
+        let size = options.quick ? gibibyte / 4 : gibibyte
         part("unchanged", bars: UnchangedMemory.bars) {
-            try UnchangedMemory(pageCount: size, rounds: quick ? 3 : 7, kernel: kernel, programs: programs).run(into: &$0)
+            try UnchangedMemory(pageCount: size, rounds: options.quick ? 3 : 7, kernel: kernel, programs: programs).run(into: &$0)
         }
         part("merge", bars: MergeCost.bars) {
-            try MergeCost(runs: runs.isEmpty ? MergeCost.runs : runs, pageCount: size, rounds: quick ? 1 : 3, kernel: kernel, programs: programs).run(into: &$0)
+            try MergeCost(runs: runs.isEmpty ? MergeCost.runs : runs, pageCount: size, rounds: options.quick ? 1 : 3, kernel: kernel, programs: programs).run(into: &$0)
         }
         part("write", bars: CopyOnWrite.bars) {
-            try CopyOnWrite(pageCount: size / 2, rounds: quick ? 3 : 7, kernel: kernel, programs: programs).run(into: &$0)
+            try CopyOnWrite(pageCount: size / 2, rounds: options.quick ? 3 : 7, kernel: kernel, programs: programs).run(into: &$0)
         }
         part("guests", bars: DebianPair.bars) {
             try DebianPair(mebibytes: 512, kernel: kernel, programs: programs).run(into: &$0)
         }
         part("growth", bars: Growth.bars) {
-            try Growth(gibibytes: quick ? 4 : 16, kernel: kernel, programs: programs).run(into: &$0)
+            try Growth(gibibytes: options.quick ? 4 : 16, kernel: kernel, programs: programs).run(into: &$0)
         }
         part("equal", bars: EqualPages.bars) {
-            try EqualPages(pageCount: quick ? size : 4 * gibibyte, steps: 4, kernel: kernel, programs: programs).run(into: &$0)
+            try EqualPages(pageCount: options.quick ? size : 4 * gibibyte, steps: 4, kernel: kernel, programs: programs).run(into: &$0)
         }
         report.machine.append(("load_after", .text(Machine.load)))
         Recycle.show(report.conclusion)

@@ -25,28 +25,19 @@ struct Recycle: ParsableCommand {
         abstract: "The recycle engine and the guest module.",
         discussion: "Parts: host, threads, idle, fragmented, hooks. The bars on metadata come with host, fragmented and hooks.")
 
-    @Flag(help: "Fewer repetitions, one window of idling, one guest kernel: for a look, not for figures to quote.")
-    var quick = false
-
-    @Option(help: ArgumentHelp("What scripts/guest-build made.", valueName: "folder"))
-    var guests = "build/guest"
-
-    @Option(help: ArgumentHelp("Only this part; repeatable.", valueName: "part"))
-    var only: [String] = []
+    @OptionGroup var options: PartOptions
 
     static let parts = ["host", "threads", "idle", "fragmented", "hooks"]
 
     func validate() throws {
-        for name in only where !Self.parts.contains(name) {
-            throw ValidationError("'\(name)' is no part: choose of \(Self.parts.joined(separator: ", "))")
-        }
+        try options.check(Self.parts)
     }
 
     func run() throws {
         let programs: Programs
         let runtime: String
         do {
-            programs = try Programs(guests: guests)
+            programs = try Programs(guests: options.guests)
             runtime = try Self.makeRuntimeDirectory()
         } catch {
             writeStandardError("quire-bench: \(error)")
@@ -61,30 +52,25 @@ struct Recycle: ParsableCommand {
             machine: Machine.describe(qemu: programs.qemuVersion, accelerator: programs.hasKVM ? "KVM; TCG for instructions" : "TCG"),
             show: Self.show)
         func part(_ name: String, bars: [Bar], _ body: (inout Report) throws -> Void) {
-            guard only.isEmpty || only.contains(name) else { return }
-            do { try body(&report) } catch {
-                progress("\(name): \(error)")
-                let known = Set(report.bars.map(\.name))
-                report.fail(name, "\(error)", bars: bars.filter { !known.contains($0.name) })
-            }
+            options.run(name, bars: bars, into: &report, body)
         }
 
         var guestShares: [(String, Double)] = []
         var hostShares: [(String, Double)] = []
-        let pages = (quick ? 512 : 1024) * 256
+        let pages = (options.quick ? 512 : 1024) * 256
         part("host", bars: HostCost.bars) {
-            hostShares.append(("all recycled, without a guest", try HostCost(pageCount: pages, repetitions: quick ? 3 : 7).run(into: &$0)))
+            hostShares.append(("all recycled, without a guest", try HostCost(pageCount: pages, repetitions: options.quick ? 3 : 7).run(into: &$0)))
         }
-        part("threads", bars: []) { try Threads(pageCount: pages, repetitions: quick ? 2 : 3).run(into: &$0) }
-        part("idle", bars: IdleCPU.bars) { try IdleCPU(windows: quick ? 1 : 4, programs: programs).run(into: &$0) }
+        part("threads", bars: []) { try Threads(pageCount: pages, repetitions: options.quick ? 2 : 3).run(into: &$0) }
+        part("idle", bars: IdleCPU.bars) { try IdleCPU(windows: options.quick ? 1 : 4, programs: programs).run(into: &$0) }
         part("fragmented", bars: Fragmented.bars) {
             let found = try Fragmented(
-                mebibytes: quick ? 512 : 1024, periodMilliseconds: 10_000, accelerator: accelerator, programs: programs
+                mebibytes: options.quick ? 512 : 1024, periodMilliseconds: 10_000, accelerator: accelerator, programs: programs
             ).run(into: &$0)
             guestShares.append(("6.1, fragmented guest", found.guestShare))
             hostShares.append(("fragmented guest", found.hostShare))
         }
-        let lines = quick ? ["6.1"] : ["6.1", "6.12"]
+        let lines = options.quick ? ["6.1"] : ["6.1", "6.12"]
         part("hooks", bars: GuestHooks.bars(lines)) {
             for (line, share) in try GuestHooks(lines: lines, programs: programs).run(into: &$0) {
                 guestShares.append(("\(line), 512 MiB", share))
@@ -105,17 +91,17 @@ struct Recycle: ParsableCommand {
     }
 
     private func metadata(_ guest: [(String, Double)], _ host: [(String, Double)], _ report: inout Report) {
-        guard only.isEmpty || !guest.isEmpty || !host.isEmpty else { return }
+        guard options.only.isEmpty || !guest.isEmpty || !host.isEmpty else { return }
         var table = Table(title: "metadata over guest RAM", columns: ["", "of guest RAM"])
         for (name, share) in guest { table.row("in the guest (\(name))", Table.percent(share)) }
         for (name, share) in host { table.row("on the host (\(name))", Table.percent(share)) }
         table.note("Guest: state table, directory and what goes with them, as the module counts. Host: memory of the page map.")
         func list(_ shares: [(String, Double)]) -> JSON { .object(shares.map { ($0.0, .number($0.1 * 100)) }) }
         report.add("metadata_percent", ["guest": list(guest), "host": list(host)], table: table)
-        if only.isEmpty || !guest.isEmpty {
+        if options.only.isEmpty || !guest.isEmpty {
             report.add(Bar("metadata in the guest", guest.map(\.1).max().map { $0 * 100 }, atMost: 0.05, "% of guest RAM"))
         }
-        if only.isEmpty || !host.isEmpty {
+        if options.only.isEmpty || !host.isEmpty {
             report.add(Bar("metadata on the host", host.map(\.1).max().map { $0 * 100 }, atMost: 0.25, "% of guest RAM"))
         }
     }

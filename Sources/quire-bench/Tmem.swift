@@ -11,57 +11,42 @@ struct TmemBench: ParsableCommand {
         abstract: "The transcendent memory engine, beside the host's zram.",
         discussion: "Parts: pages (as root: makes a zram device and removes it), threads, churn, restart, capacity and guest (boot guests).")
 
-    @Flag(help: "Fewer repetitions and less memory: for a look, not for figures to quote.")
-    var quick = false
-
-    @Option(help: ArgumentHelp("What scripts/guest-build made.", valueName: "folder"))
-    var guests = "build/guest"
-
-    @Option(help: ArgumentHelp("Only this part; repeatable.", valueName: "part"))
-    var only: [String] = []
+    @OptionGroup var options: PartOptions
 
     static let parts = ["pages", "threads", "churn", "restart", "capacity", "guest"]
 
     func validate() throws {
-        for name in only where !Self.parts.contains(name) {
-            throw ValidationError("'\(name)' is no part: choose of \(Self.parts.joined(separator: ", "))")
-        }
+        try options.check(Self.parts)
     }
 
     func run() throws {
         ProcessCalls.ignoreBrokenPipes()
-        let programs = try? Programs(guests: guests)
+        let programs = try? Programs(guests: options.guests)
         var report = Report(
             benchmark: "tmem",
             machine: Machine.describe(
                 qemu: programs?.qemuVersion ?? "none", accelerator: programs?.hasKVM == true ? "KVM" : "TCG"),
             show: Recycle.show)
         func part(_ name: String, bars: [Bar], _ body: (inout Report) throws -> Void) {
-            guard only.isEmpty || only.contains(name) else { return }
-            progress("\(name) begins")
-            do { try body(&report) } catch {
-                progress("\(name): \(error)")
-                let known = Set(report.bars.map(\.name))
-                report.fail(name, "\(error)", bars: bars.filter { !known.contains($0.name) })
-            }
+            options.run(name, bars: bars, into: &report, body)
         }
         part("pages", bars: TmemPages.bars) {
-            try TmemPages(pageCount: quick ? 8192 : 32768, rounds: quick ? 3 : 7).run(into: &$0)
+            try TmemPages(pageCount: options.quick ? 8192 : 32768, rounds: options.quick ? 3 : 7).run(into: &$0)
         }
         part("threads", bars: TmemPages.threadBars) {
-            try TmemPages(pageCount: quick ? 8192 : 32768, rounds: quick ? 3 : 7).threads(into: &$0)
+            try TmemPages(pageCount: options.quick ? 8192 : 32768, rounds: options.quick ? 3 : 7).threads(into: &$0)
         }
         part("churn", bars: TmemChurn.bars) {
-            try TmemChurn(pageCount: quick ? 60_000 : 400_000, steps: quick ? 400_000 : 6_000_000).run(into: &$0)
+            try TmemChurn(pageCount: options.quick ? 60_000 : 400_000, steps: options.quick ? 400_000 : 6_000_000).run(into: &$0)
         }
-        part("restart", bars: TmemRestart.bars) { try TmemRestart(gibibytes: quick ? 1 : 4).run(into: &$0) }
+        part("restart", bars: TmemRestart.bars) { try TmemRestart(gibibytes: options.quick ? 1 : 4).run(into: &$0) }
         part("capacity", bars: TmemCapacity.bars) {
             guard let programs else { throw QuireError(.invalid, "there are no programs and guests: run make build guest") }
             try TmemCapacity(mebibytes: 512, programs: programs).run(into: &$0)
         }
         part("guest", bars: []) {
             guard let programs else { throw QuireError(.invalid, "there are no programs and guests: run make build guest") }
-            try TmemGuest(programs: programs, quick: quick).run(into: &$0)
+            try TmemGuest(programs: programs, quick: options.quick).run(into: &$0)
         }
         report.machine.append(("load_after", .text(Machine.load)))
         Recycle.show(report.conclusion)
