@@ -79,9 +79,16 @@ extension Integration {
             let guest = try Guest(Self.small.with { $0.options = ["--swap", "1G", "--swap-overcommit", "16", "--no-merge"] })
             try guest.watched {
                 let disk = try guest.swapOn()
-                // It cannot be compressed; 64 MiB and what memory is left do not hold it: the kernel ends it, or it waits. By its
-                // own limit in the end: where no memory is left, the shell may wait for some until then.
-                try guest.sh("(quire-load hold \(Self.much + 100) --full --limit 70 </dev/null >/tmp/hold 2>&1 & echo $! >/tmp/holder; wait $!; echo $? >/tmp/held) & true")
+                // What it writes cannot be compressed, and 64 MiB do not hold it: the kernel ends it, or it waits. In a cgroup:
+                // of a whole guest that finds no memory the kernel, which doesn't know that its swap is full, may let the
+                // shell wait as well, for minutes on a slow machine.
+                try guest.sh("mkdir -p /tmp/cg && mount -t cgroup2 none /tmp/cg && echo +memory >/tmp/cg/cgroup.subtree_control")
+                try guest.sh("mkdir /tmp/cg/load && echo 96M >/tmp/cg/load/memory.max")
+                try guest.sh(
+                    """
+                    (sh -c 'echo $$ >/tmp/cg/load/cgroup.procs; exec quire-load hold \(Self.much) --full' </dev/null >/tmp/hold 2>&1 & \
+                    echo $! >/tmp/holder; wait $!; echo $? >/tmp/held) & true
+                    """)
                 try guest.wait(for: "a write that finds no room", within: Effort.patience * 2) { try guest.swapPool().putsFailed > 0 }
                 try guest.wait(for: "the load's end", within: Effort.patience * 2) {
                     try guest.run("[ -s /tmp/held ] || kill -9 $(cat /tmp/holder); [ -s /tmp/held ]").status == 0

@@ -36,7 +36,7 @@ enum {
 static struct {
     bool full, thp, alternate, storm;
     uint64_t seed;
-    unsigned keep, threads, limit;
+    unsigned keep, threads;
     const char *directory;
 } options = {.seed = 1, .keep = 50, .threads = 1};
 
@@ -757,7 +757,6 @@ static int usage(void)
           "         --full     a pattern in every byte, instead of in 192 a page and zero elsewhere\n"
           "         --thp      with transparent huge pages\n"
           "         --alternate  share: every second page is like no other, and none is rewritten\n"
-          "         --limit N  ended by SIGALRM after N seconds, whatever it waits for: nobody else may have the memory to do it\n"
           "         --storm    share: all pages are rewritten at once, again and again\n"
           "share rewrites and checks pages whose contents are few, the same for the same seed.\n"
           "hold says `peak` and fragment `fragmented FREED KEPT` (pages), then both wait for a line on stdin, or for\n"
@@ -787,7 +786,6 @@ int main(int argc, char **argv)
         {"storm", no_argument, NULL, 'm'},
         {"seed", required_argument, NULL, 's'},  {"keep", required_argument, NULL, 'k'},
         {"threads", required_argument, NULL, 'n'}, {"file", required_argument, NULL, 'd'},
-        {"limit", required_argument, NULL, 'l'},
         {0},
     };
     for (int option; (option = getopt_long(argc, argv, "", known, NULL)) != -1;)
@@ -800,7 +798,6 @@ int main(int argc, char **argv)
         case 'k': options.keep = (unsigned)number(optarg, 1, 99); break;
         case 'n': options.threads = (unsigned)number(optarg, 1, 64); break;
         case 'd': options.directory = optarg; break;
-        case 'l': options.limit = (unsigned)number(optarg, 1, 1 << 24); break;
         default: return usage();
         }
 
@@ -808,7 +805,6 @@ int main(int argc, char **argv)
     int count = argc - optind;
     if (count < 2 || count > 3)
         return usage();
-    alarm(options.limit);
     const char *command = arguments[0];
     size_t pages = number(arguments[1], 1, 1UL << 24) * pages_per_mib;
     double seconds = count > 2 ? (double)number(arguments[2], 0, 1UL << 24) : -1;
