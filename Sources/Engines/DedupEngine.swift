@@ -81,6 +81,8 @@ public final class DedupEngine: Sendable {
         public var zeroPages: UInt64 = 0
         /// Of both: those that have a copy of their own, as of the last pass.
         public var divergedPages: UInt64 = 0
+        /// What the guest writes is found by reading all of its memory.
+        public var readsEverything = false
         // Since this process was started.
         public var hashedPages: UInt64 = 0
         public var mergedPages: UInt64 = 0
@@ -307,6 +309,7 @@ public final class DedupEngine: Sendable {
         let diverged = try foldDiverged(memory, tracker, tables, &state)
         adaptToMappings(&state)
 
+        statistics.withLock { $0.readsEverything = tracker == nil }
         let zeroPages = statistics.withLock { $0.zeroPages }
         // Asked once a pass, and only if there is anything to merge; what the answer was holds for its batches.
         if state.regions.contains(where: \.isWaiting) { _ = store.shortage(zeroPages: zeroPages) }
@@ -374,14 +377,15 @@ public final class DedupEngine: Sendable {
             state.hashedPosition = regions.first?.gfns.lowerBound ?? 0
         }
         var budget = max(Self.readPagesPerSecond * Int(configuration.periodMilliseconds) / 1000, 1024)
-        var changed = 0
+        var changed = 0, read = 0
+        defer { statistics.withLock { $0.hashedPages += UInt64(read) } }
         while budget > 0, !isInterrupted, state.hashedRegion < regions.count {
             if state.hashedRegion == 0, state.hashedPosition == regions[0].gfns.lowerBound {
                 for index in state.regions.indices { state.regions[index].endPeriod() }
             }
             let region = regions[state.hashedRegion]
             state.hashed[state.hashedRegion].look(
-                region, map, from: &state.hashedPosition, budget: &budget, hasher
+                region, map, from: &state.hashedPosition, budget: &budget, hasher, read: &read
             ) { gfn in
                 changed += 1
                 state.regions[state.hashedRegion].noteWritten(gfn..<gfn + 1)

@@ -20,11 +20,11 @@ final class HashedPages: Sendable {
         buffer = try Mapping(anonymousByteCount: Self.readPages * Int(pageBytes))
     }
 
-    /// Reads the pages from `position` on that are in the file and private, at most `budget` of them; moves `position`.
-    /// `changed` is called with those that are not what they were.
+    /// Reads the pages from `position` on that are in the file and private, at most `budget` of them; moves `position`, and
+    /// adds to `read` how many were hashed. `changed` is called with those that are not what they were.
     func look(
         _ region: MemoryRegion, _ map: PageMap, from position: inout GFN, budget: inout Int, _ hasher: PageHasher,
-        changed: (GFN) -> Void
+        read: inout Int, changed: (GFN) -> Void
     ) {
         let end = region.fileOffset + region.byteCount
         while budget > 0, position < gfns.upperBound,
@@ -43,6 +43,7 @@ final class HashedPages: Sendable {
                 }
                 for index in 0..<count where map.state(of: position + UInt64(index)) == .private {
                     let gfn = position + UInt64(index)
+                    read += 1
                     let print = UInt32(truncatingIfNeeded: hasher.hash(buffer, at: index * Int(pageBytes)).low)
                     let place = Int(gfn - gfns.lowerBound) * 4
                     if prints.load32(place) != print {

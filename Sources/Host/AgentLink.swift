@@ -502,6 +502,9 @@ public final class AgentLink: PageMerger, PageRecycler {
         }
         if let memory { pages.attach(memory) }
         logger.info("agent attached: \(regions.count) regions in QEMU's process \(connection.peer.pid)")
+        if ready.capabilities & Self.trackingCapabilities != Self.trackingCapabilities {
+            logger.notice("this kernel does not tell what a guest writes (Linux 6.7 does): all of its memory is read to find it")
+        }
     }
 
     private func finish(_ result: AgentMessage.Result) throws(QuireError) {

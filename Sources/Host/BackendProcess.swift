@@ -546,6 +546,11 @@ extension BackendProcess {
                 snapshot.reason = "the page store is full (quired --limit): no content is shared that it does not have"
             }
         }
+        if snapshot.state == .active, snapshot.reason.isEmpty, statistics.readsEverything {
+            snapshot.reason = merging.engine.tracksWrites
+                ? "all of memory is read to find what the guest writes: this kernel does not tell it (Linux 6.7 does)"
+                : "all of memory is read to find what the guest writes (--no-write-tracking)"
+        }
         page.setMerging(snapshot)
     }
 }

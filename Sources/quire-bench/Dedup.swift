@@ -59,6 +59,9 @@ struct Dedup: ParsableCommand {
         part("unchanged", bars: UnchangedMemory.bars) {
             try UnchangedMemory(pageCount: size, rounds: options.quick ? 3 : 7, kernel: kernel, programs: programs).run(into: &$0)
         }
+        part("untracked", bars: UntrackedMemory.bars) {
+            try UntrackedMemory(pageCount: size / 8, rounds: options.quick ? 3 : 7, kernel: kernel, programs: programs).run(into: &$0)
+        }
         part("merge", bars: MergeCost.bars) {
             try MergeCost(runs: runs.isEmpty ? MergeCost.runs : runs, pageCount: size, rounds: options.quick ? 1 : 3, kernel: kernel, programs: programs).run(into: &$0)
         }

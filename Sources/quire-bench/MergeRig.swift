@@ -53,7 +53,7 @@ final class MergeRig {
         init(_ pid: Int32) { self.pid = pid }
     }
 
-    init(_ pageCount: Int, periodMilliseconds: UInt32 = 200, limit: String? = nil, _ programs: Programs) throws {
+    init(_ pageCount: Int, periodMilliseconds: UInt32 = 200, tracksWrites: Bool = true, limit: String? = nil, _ programs: Programs) throws {
         store = try Store(programs, limit: limit)
         let socket = programs.runtime + "/agent-\(monotonicNanoseconds())"
         map = try PageMap(PageMap.makeFile(pageCount: UInt64(pageCount)))
@@ -72,7 +72,8 @@ final class MergeRig {
             ], log: DirtyTracker(), pages: pages)
         storeLink = StoreLink(path: store.path, name: "bench", group: "", map: map, link: link, logger: logger)
         engine = try DedupEngine(
-            DedupEngine.Configuration(periodMilliseconds: periodMilliseconds), pages: pages, merger: link, store: storeLink)
+            DedupEngine.Configuration(periodMilliseconds: periodMilliseconds, tracksWrites: tracksWrites), pages: pages,
+            merger: link, store: storeLink)
         link.setMemory(memory)
         let deadline = monotonicNanoseconds() + 20_000_000_000
         guard link.waitUntilAttached(deadline) else { throw QuireError(.system, "the agent does not attach: \(link.status.trouble)") }

@@ -475,6 +475,26 @@ extension Integration {
             try pair.expectExactCounts()
         }
 
+        /// What a kernel before Linux 6.7 gets: all of memory is read to find what the guests write. Slower, and as right: they
+        /// rewrite and check their pages meanwhile.
+        @Test func withoutWriteTracking() throws {
+            let pair = try Pair(Store(), options: [["--no-write-tracking"], ["--no-write-tracking"]])
+            let views = try pair.guests.map { try PageEntries($0) }
+            try pair.start(48, seconds: Effort.scaled(22))
+            try pair.wait(for: "the line that says so") {
+                pair.guests.allSatisfy { $0.status.merging.reason.contains("--no-write-tracking") }
+            }
+            try pair.wait(for: "pages to be merged") { try views.allSatisfy { try $0.merged().sharing > 1000 } }
+            try pair.finish(within: Guest.patience(for: Effort.scaled(22)))
+            for guest in pair.guests {
+                let merging = guest.status.merging
+                print("\(guest.machine.name): merged \(merging.mergedTotalPages), folded \(merging.foldedTotalPages), hashed \(merging.hashedTotalPages)")
+                #expect(merging.mergedTotalPages > 1000 && merging.foldedTotalPages > 0, "\(merging)")
+                try guest.expectQuietLog()
+            }
+            try pair.expectExactCounts()
+        }
+
         /// Nodes of NUMA in the guest: pages of each are merged, wherever its memory is.
         @Test func nodesInTheGuest() throws {
             let store = try Store()
