@@ -233,12 +233,16 @@ public final class DedupEngine: Sendable {
         var hashedPosition: GFN = 0
         /// Equal pages in shorter ones, for the time when it is.
         var short = GFNSet()
+        var huge = HugePages()
         /// What the store cannot do; empty if it can.
         var remark = ""
         /// One line; stands until the next pass has come to its end.
         var whatIsLeftOut: String {
-            guard remark.isEmpty, shortestRun > 1, !short.isEmpty else { return remark }
-            return "mappings of QEMU get scarce (vm.max_map_count): equal pages are merged in runs of \(shortestRun) or more only"
+            if !remark.isEmpty { return remark }
+            if shortestRun > 1, !short.isEmpty {
+                return "mappings of QEMU get scarce (vm.max_map_count): equal pages are merged in runs of \(shortestRun) or more only"
+            }
+            return huge.isEmpty ? "" : "huge pages of which fewer than \(HugePages.worthIt) of 512 pages have equals are left whole"
         }
     }
 
@@ -305,20 +309,21 @@ public final class DedupEngine: Sendable {
             if let tracker { try askKernel(memory, tracker, &state) } else {
                 try readEverything(memory, hasher ?? Self.zerosHasher, &state)
             }
+        statistics.withLock { $0.readsEverything = tracker == nil }
         for gfns in pages.takeWritten() { state.noteWritten(gfns) }
         let diverged = try foldDiverged(memory, tracker, tables, &state)
         adaptToMappings(&state)
 
-        statistics.withLock { $0.readsEverything = tracker == nil }
         let zeroPages = statistics.withLock { $0.zeroPages }
         // Asked once a pass, and only if there is anything to merge; what the answer was holds for its batches.
         if state.regions.contains(where: \.isWaiting) { _ = store.shortage(zeroPages: zeroPages) }
         let merging = MergePass(
-            state.regions, memory: memory, pages: pages, merger: merger, store: hasher == nil ? nil : store,
-            hasher: hasher, shortestRun: state.shortestRun, cancelled: { self.isInterrupted })
+            state.regions, state.huge, memory: memory, tracker: tracker, pages: pages, merger: merger,
+            store: hasher == nil ? nil : store, hasher: hasher, shortestRun: state.shortestRun, cancelled: { self.isInterrupted })
         crew.run(merging)
         let result = merging.result
         state.regions = result.regions
+        state.huge = result.huge
         for gfns in result.held { state.held.insert(gfns) }
         for gfns in result.short { state.short.insert(gfns) }
         statistics.withLock {
@@ -331,11 +336,15 @@ public final class DedupEngine: Sendable {
             $0.divergedPages = UInt64(diverged)
             $0.reason = result.stopped ?? state.whatIsLeftOut
         }
-        if hasher != nil, result.failure == nil, result.stopped == nil, !isInterrupted { try takeOffers(memory, &state) }
+        if hasher != nil, result.failure == nil, result.stopped == nil, !isInterrupted { try takeOffers(memory, tracker, &state) }
         // What others brought back: looked for now and then, since it costs a look at every merged page's entry.
         let now = monotonicNanoseconds()
         if now - state.accountedAt > Self.accountingNanoseconds {
             settleAccounts(&state)
+            if let tracker, !state.huge.isEmpty {
+                // Those that others have broken up meanwhile.
+                for gfns in state.huge.hold(state.huge.runs, memory, tracker).again { state.noteRipe(gfns) }
+            }
             state.accountedAt = now
         }
         let isCalm = written < 64 && result.hashed == 0 && diverged == 0
@@ -617,12 +626,18 @@ public final class DedupEngine: Sendable {
     }
 
     /// Pages that were the first of their content, and have an equal now.
-    private func takeOffers(_ memory: GuestMemory, _ state: inout PassState) throws(QuireError) {
+    private func takeOffers(_ memory: GuestMemory, _ tracker: WriteTracker?, _ state: inout PassState) throws(QuireError) {
         while !isInterrupted {
             let slots = try store.takeOffers()
             guard !slots.isEmpty else { return }
+            var held = GFNSet()
+            if let tracker {
+                let (left, again) = state.huge.hold(slots.map(\.gfns), memory, tracker)
+                for gfns in again { state.noteRipe(gfns) }
+                held = left
+            }
             let result = try Merging.merge(
-                slots, merger: merger, store: store, shortestRun: state.shortestRun, cancelled: { self.isInterrupted })
+                slots, except: held, merger: merger, store: store, shortestRun: state.shortestRun, cancelled: { self.isInterrupted })
             for gfns in result.merged { state.held.insert(gfns) }
             for gfns in result.again { state.noteRipe(gfns) }
             for gfns in result.short { state.short.insert(gfns) }
@@ -640,11 +655,13 @@ public final class DedupEngine: Sendable {
 extension DedupEngine.PassState {
     mutating func noteWritten(_ gfns: Range<GFN>) {
         for index in regions.indices { regions[index].noteWritten(gfns) }
+        huge.noteWritten(gfns)
     }
     mutating func noteRipe(_ gfns: Range<GFN>) {
         for index in regions.indices { regions[index].noteRipe(gfns) }
     }
     mutating func noteFickle(_ gfns: Range<GFN>) {
         for index in regions.indices { regions[index].noteFickle(gfns) }
+        huge.noteWritten(gfns)
     }
 }

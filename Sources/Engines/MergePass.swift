@@ -21,6 +21,7 @@ final class MergePass: CrewWork {
         var held: [Range<GFN>] = []
         /// Left alone because mappings are scarce.
         var short: [Range<GFN>] = []
+        var huge: HugePages
         /// Why merging came to an end before the pages did.
         var stopped: String?
         var failure: QuireError?
@@ -32,6 +33,7 @@ final class MergePass: CrewWork {
     private static let readPages = 16
 
     private let memory: GuestMemory
+    private let tracker: WriteTracker?
     private let pages: MergedPages
     private let merger: any PageMerger
     private let store: (any ContentStore)?
@@ -41,17 +43,18 @@ final class MergePass: CrewWork {
     private let shared: Mutex<Result>
 
     init(
-        _ regions: [QuietPages], memory: GuestMemory, pages: MergedPages, merger: any PageMerger,
+        _ regions: [QuietPages], _ huge: HugePages, memory: GuestMemory, tracker: WriteTracker?, pages: MergedPages, merger: any PageMerger,
         store: (any ContentStore)?, hasher: PageHasher?, shortestRun: Int, cancelled: @escaping @Sendable () -> Bool
     ) {
         self.memory = memory
+        self.tracker = tracker
         self.pages = pages
         self.merger = merger
         self.store = store
         self.hasher = hasher ?? DedupEngine.zerosHasher
         self.shortestRun = shortestRun
         self.cancelled = cancelled
-        shared = Mutex(Result(regions: regions, position: regions.first?.gfns.lowerBound ?? 0))
+        shared = Mutex(Result(regions: regions, position: regions.first?.gfns.lowerBound ?? 0, huge: huge))
     }
 
     var result: Result { shared.withLock { $0 } }
@@ -122,11 +125,22 @@ final class MergePass: CrewWork {
             }
         }
         shared.withLock { $0.hashed += hashed }
-        try mergeZeros(zeros)
-        guard let store, !runs.isEmpty else { return }
-        let slots = try store.lookUp(runs, hashes)
+        var slots: [SlotRun] = []
+        var failure: QuireError?
+        if let store, !runs.isEmpty {
+            // Zeros need no store.
+            do throws(QuireError) { slots = try store.lookUp(runs, hashes) } catch { failure = error }
+        }
+        let held = leaveWhole(zeros + slots.map(\.gfns))
+        // Whatever happens here, the store has to hear what became of its slots.
+        do throws(QuireError) { try mergeZeros(zeros.without(held)) } catch { failure = failure ?? error }
+        if let store, !slots.isEmpty { try mergeEqual(slots, except: held, store) }
+        if let failure { throw failure }
+    }
+
+    private func mergeEqual(_ slots: [SlotRun], except held: GFNSet, _ store: any ContentStore) throws(QuireError) {
         let merged = try Merging.merge(
-            slots, merger: merger, store: store, shortestRun: shortestRun, cancelled: cancelled)
+            slots, except: held, merger: merger, store: store, shortestRun: shortestRun, cancelled: cancelled)
         shared.withLock { state in
             state.merged += merged.pages
             state.runs += merged.merged.count
@@ -135,6 +149,16 @@ final class MergePass: CrewWork {
             state.stopped = state.stopped ?? merged.stopped
             for gfns in merged.again { state.noteRipe(gfns) }
             for gfns in merged.changed { state.noteWritten(gfns) }
+        }
+    }
+
+    /// Which of these are left where they are, for the huge pages' sake.
+    private func leaveWhole(_ candidates: [Range<GFN>]) -> GFNSet {
+        guard let tracker, !candidates.isEmpty else { return GFNSet() }
+        return shared.withLock { state in
+            let (held, again) = state.huge.hold(candidates, memory, tracker)
+            for gfns in again { state.noteRipe(gfns) }
+            return held
         }
     }
 
@@ -158,7 +182,55 @@ final class MergePass: CrewWork {
 
 extension MergePass.Result {
     mutating func noteRipe(_ gfns: Range<GFN>) { for index in regions.indices { regions[index].noteRipe(gfns) } }
-    mutating func noteWritten(_ gfns: Range<GFN>) { for index in regions.indices { regions[index].noteWritten(gfns) } }
+    mutating func noteWritten(_ gfns: Range<GFN>) {
+        for index in regions.indices { regions[index].noteWritten(gfns) }
+        huge.noteWritten(gfns)
+    }
+}
+
+extension HugePages {
+    /// The same for the pages of a guest.
+    mutating func hold(
+        _ candidates: [Range<GFN>], _ memory: GuestMemory, _ tracker: WriteTracker
+    ) -> (held: GFNSet, again: [Range<GFN>]) {
+        hold(candidates) { gfn in
+            guard let region = memory.region(of: gfn) else { return nil }
+            let first = Int64(gfn) - Int64(region.fileOffset(of: gfn) / pageBytes % Self.pages)
+            guard first >= Int64(region.gfns.lowerBound), UInt64(first) + Self.pages <= region.gfns.upperBound else { return nil }
+            return UInt64(first)..<UInt64(first) + Self.pages
+        } isWhole: { stretch in
+            guard let region = memory.region(of: stretch.lowerBound) else { return false }
+            let address = region.userAddress + (stretch.lowerBound - region.gfns.lowerBound) * pageBytes
+            return tracker.hasHugePage(address..<address + Self.pages * pageBytes)
+        }
+    }
+}
+
+extension [Range<GFN>] {
+    func without(_ pages: GFNSet) -> [Range<GFN>] {
+        if pages.isEmpty { return self }
+        var result: [Range<GFN>] = []
+        for range in self {
+            var first = range.lowerBound
+            pages.forEachRun(in: range) { hole in
+                if first < hole.lowerBound { result.append(first..<hole.lowerBound) }
+                first = hole.upperBound
+            }
+            if first < range.upperBound { result.append(first..<range.upperBound) }
+        }
+        return result
+    }
+}
+
+extension [SlotRun] {
+    func without(_ pages: GFNSet) -> [SlotRun] {
+        if pages.isEmpty { return self }
+        return flatMap { run in
+            [run.gfns].without(pages).map {
+                SlotRun(gfn: $0.lowerBound, slot: run.slot + UInt32($0.lowerBound - run.gfn), pages: UInt32($0.count), store: run.store)
+            }
+        }
+    }
 }
 
 /// Has pages merged that the store has named slots for, and tells the store what became of them.
@@ -227,15 +299,18 @@ enum Merging {
         }
     }
 
+    /// `held`: pages that are not to be merged now.
     static func merge(
-        _ slots: [SlotRun], merger: any PageMerger, store: any ContentStore, shortestRun: Int,
+        _ slots: [SlotRun], except held: GFNSet, merger: any PageMerger, store: any ContentStore, shortestRun: Int,
         cancelled: () -> Bool
     ) throws(QuireError) -> Result {
         var result = Result()
         // Long ones first: they give most for the mappings that they cost.
-        let worthIt = slots.filter { Int($0.pages) >= shortestRun }.sorted { $0.pages > $1.pages }
-        result.short = slots.filter { Int($0.pages) < shortestRun }.map(\.gfns)
+        let wanted = slots.without(held)
+        let worthIt = wanted.filter { Int($0.pages) >= shortestRun }.sorted { $0.pages > $1.pages }
+        result.short = wanted.filter { Int($0.pages) < shortestRun }.map(\.gfns)
         result.left = result.short
+        for run in slots { held.forEachRun(in: run.gfns) { result.left.append($0) } }
         let runs = worthIt.map { PageRun(gfn: $0.gfn, pages: Int($0.pages), store: UInt8($0.store), slot: UInt64($0.slot)) }
         do throws(QuireError) {
             try result.inParts(runs, \.gfns, cancelled) { (some) throws(QuireError) in

@@ -181,7 +181,8 @@ public struct QEMUCommandLine: Sendable, Equatable {
             guard layout.backends[Self.ramID] == nil else {
                 throw QuireError(.invalid, "the id \(Self.ramID) is Quire's own: give your -object another id")
             }
-            let object = "memory-backend-file,id=\(Self.ramID),size=\(layout.ramBytes),mem-path=/proc/self/fd/\(Self.mark),share=on"
+            // Aligned for transparent huge pages, which a host may allow shared memory: QEMU aligns only private memory by itself.
+            let object = "memory-backend-file,id=\(Self.ramID),size=\(layout.ramBytes),mem-path=/proc/self/fd/\(Self.mark),share=on,align=2M"
             words += [.text("-object"), .ram(object, index: files.count)]
             words += [.text("-machine"), .text("memory-backend=\(Self.ramID)")]
             files.append(RAMFile(id: Self.ramID, byteCount: Self.roundUp(layout.ramBytes, to: 4096)))

@@ -63,6 +63,14 @@ public final class WriteTracker: Sendable {
         try scan(addresses, protecting: false, inverted: never, all: never, any: somewhere, body)
     }
 
+    /// Whether there is a huge page among these, mapped as one. No where that can't be seen.
+    public func hasHugePage(_ addresses: Range<UInt64>) -> Bool {
+        let huge = UInt64(PAGE_IS_HUGE | PAGE_IS_PRESENT)
+        var found = false
+        try? scan(addresses, protecting: false, inverted: 0, all: huge, any: 0) { _ in found = true }
+        return found
+    }
+
     private func scan(
         _ addresses: Range<UInt64>, protecting: Bool, inverted: UInt64, all: UInt64, any: UInt64,
         _ body: (Range<UInt64>) -> Void

@@ -8,7 +8,7 @@ private func disk(_ place: String) -> [String] {
 }
 private let pcDisk = disk("bus=pci.0,addr=1f")
 private func ram(_ size: Int, fd: Int = 100) -> [String] {
-    ["-object", "memory-backend-file,id=quire-ram,size=\(size),mem-path=/proc/self/fd/\(fd),share=on"] + machineMemory
+    ["-object", "memory-backend-file,id=quire-ram,size=\(size),mem-path=/proc/self/fd/\(fd),share=on,align=2M"] + machineMemory
 }
 
 private let environment = QEMUCommandLine.Environment(

@@ -99,7 +99,7 @@ struct SupervisorTests {
                 -m
                 64
                 -object
-                memory-backend-file,id=quire-ram,size=67108864,mem-path=/proc/self/fd/100,share=on
+                memory-backend-file,id=quire-ram,size=67108864,mem-path=/proc/self/fd/100,share=on,align=2M
                 -machine
                 memory-backend=quire-ram
                 -chardev

@@ -107,6 +107,25 @@ final class Pair {
     }
 }
 
+extension Guest {
+    /// But for a few pages, which a guest's kernel writes now and then.
+    fileprivate func waitUntilMergingStandsStill(butFor few: UInt64 = 0) throws {
+        try wait(for: "merging to stand still") {
+            let before = status.merging.mergedTotalPages
+            ProcessCalls.sleep(milliseconds: 1500)
+            return status.merging.mergedTotalPages <= before + few
+        }
+    }
+
+    /// What QEMU has mapped of memory files in huge pages.
+    fileprivate var hugeBytes: UInt64 {
+        get throws {
+            let lines = try Files.read("/proc/\(qemuPID)/smaps", limit: 1 << 26).split(separator: "\n")
+            return lines.filter { $0.hasPrefix("ShmemPmdMapped:") }.reduce(0) { $0 + (UInt64($1.filter(\.isNumber)) ?? 0) << 10 }
+        }
+    }
+}
+
 extension Integration {
     /// Equal pages of real guests are kept once, and no guest ever reads anything but what it wrote: whatever merges, folds and
     /// un-merges meanwhile, and whoever dies.
@@ -456,25 +475,6 @@ extension Integration {
             return path
         }
 
-        /// A guest that waits until its pages are merged and writes all of them at once, again and again: it sees its own bytes,
-        /// its pages have to be quiet for longer each time, and others are merged meanwhile.
-        @Test func aGuestThatWritesWhateverIsMerged() throws {
-            let pair = try Pair(Store())
-            let seconds = Effort.scaled(15)
-            let storm = try pair.guests[0].console.start("quire-load share 48 \(seconds) --seed 7 --threads 2 --storm")
-            let calm = try pair.guests[1].console.start("quire-load share 48 \(seconds) --seed 7 --threads 2")
-            for (guest, load) in zip(pair.guests, [storm, calm]) {
-                let (text, status) = try guest.watched { try guest.console.finish(load, within: Guest.patience(for: seconds)) }
-                #expect(status == 0 && text.contains("ok "), "\(text)")
-                let merging = guest.status.merging
-                print("\(guest.machine.name): merged \(merging.mergedTotalPages), folded \(merging.foldedTotalPages), hashed \(merging.hashedTotalPages)")
-                #expect(merging.mergedTotalPages > 2000, "\(merging)")
-            }
-            #expect(pair.guests[0].status.merging.foldedTotalPages > 1000)
-            try pair.quire("unmerge", pair.guests[0])
-            try pair.expectExactCounts()
-        }
-
         /// What a kernel before Linux 6.7 gets: all of memory is read to find what the guests write. Slower, and as right: they
         /// rewrite and check their pages meanwhile.
         @Test func withoutWriteTracking() throws {
@@ -492,6 +492,25 @@ extension Integration {
                 #expect(merging.mergedTotalPages > 1000 && merging.foldedTotalPages > 0, "\(merging)")
                 try guest.expectQuietLog()
             }
+            try pair.expectExactCounts()
+        }
+
+        /// A guest that waits until its pages are merged and writes all of them at once, again and again: it sees its own bytes,
+        /// its pages have to be quiet for longer each time, and others are merged meanwhile.
+        @Test func aGuestThatWritesWhateverIsMerged() throws {
+            let pair = try Pair(Store())
+            let seconds = Effort.scaled(15)
+            let storm = try pair.guests[0].console.start("quire-load share 48 \(seconds) --seed 7 --threads 2 --storm")
+            let calm = try pair.guests[1].console.start("quire-load share 48 \(seconds) --seed 7 --threads 2")
+            for (guest, load) in zip(pair.guests, [storm, calm]) {
+                let (text, status) = try guest.watched { try guest.console.finish(load, within: Guest.patience(for: seconds)) }
+                #expect(status == 0 && text.contains("ok "), "\(text)")
+                let merging = guest.status.merging
+                print("\(guest.machine.name): merged \(merging.mergedTotalPages), folded \(merging.foldedTotalPages), hashed \(merging.hashedTotalPages)")
+                #expect(merging.mergedTotalPages > 2000, "\(merging)")
+            }
+            #expect(pair.guests[0].status.merging.foldedTotalPages > 1000)
+            try pair.quire("unmerge", pair.guests[0])
             try pair.expectExactCounts()
         }
 
@@ -540,11 +559,7 @@ extension Integration {
             try guest.watched {
                 let load = try guest.console.start("quire-load share 64 \(Effort.scaled(20)) --seed 7 --threads 2")
                 try guest.wait(for: "the line of the reserve") { guest.status.merging.reason.contains("(quired --reserve)") }
-                try guest.wait(for: "merging to stand still") {
-                    let before = guest.status.merging.mergedTotalPages
-                    ProcessCalls.sleep(milliseconds: 1500)
-                    return guest.status.merging.mergedTotalPages == before
-                }
+                try guest.waitUntilMergingStandsStill()
                 let merging = guest.status.merging
                 let lent = (merging.sharingPages + merging.zeroPages) * 4096
                 let all = UInt64(ProcessCalls.memoryBytes)
@@ -558,24 +573,52 @@ extension Integration {
         /// limit, says why it leaves pages alone, and un-merging works.
         @Test func mappingsGetScarce() throws {
             let setting = "/proc/sys/vm/max_map_count", usual = 65530
-            let before = Int(try Files.read(setting).filter(\.isNumber)) ?? 0
-            // The host's is put back, whatever happens here.
-            if before > usual { try Descriptor.open(setting, O_WRONLY).writeBytes(at: 0, Array("\(usual)".utf8)) }
-            defer { if before > usual { try? Descriptor.open(setting, O_WRONLY).writeBytes(at: 0, Array("\(before)".utf8)) } }
-            let store = try Store()
-            let guest = try Guest(Machine(memory: "640M", options: ["--store", store.path, "--merge-period", "100ms"]))
-            try guest.watched {
-                let load = try guest.console.start("quire-load share 400 \(Effort.scaled(20)) --alternate --threads 2")
-                try guest.wait(for: "scarce mappings") { guest.status.merging.reason.contains("vm.max_map_count") }
-                let merging = guest.status.merging
-                print("\(merging.sharingPages) sharing, \(merging.mappings) of \(merging.mappingLimit): \(merging.reason)")
-                #expect(merging.sharingPages > 5000)
-                try CommandSocket.ask("unmerge", of: guest.machine.name, in: guest.runtime)
-                let merged = try PageEntries(guest).merged()
-                #expect(merged.sharing == 0 && merged.zero == 0)
-                try CommandSocket.ask("merge", of: guest.machine.name, in: guest.runtime)
-                let (text, status) = try guest.console.finish(load, within: Guest.patience(for: 60))
-                #expect(status == 0, "\(text)")
+            try withSetting(setting, "\(min(usual, Int(Files.read(setting).filter(\.isNumber)) ?? usual))") {
+                let store = try Store()
+                let guest = try Guest(Machine(memory: "640M", options: ["--store", store.path, "--merge-period", "100ms"]))
+                try guest.watched {
+                    let load = try guest.console.start("quire-load share 400 \(Effort.scaled(20)) --alternate --threads 2")
+                    try guest.wait(for: "scarce mappings") { guest.status.merging.reason.contains("vm.max_map_count") }
+                    let merging = guest.status.merging
+                    print("\(merging.sharingPages) sharing, \(merging.mappings) of \(merging.mappingLimit): \(merging.reason)")
+                    #expect(merging.sharingPages > 5000)
+                    try CommandSocket.ask("unmerge", of: guest.machine.name, in: guest.runtime)
+                    let merged = try PageEntries(guest).merged()
+                    #expect(merged.sharing == 0 && merged.zero == 0)
+                    try CommandSocket.ask("merge", of: guest.machine.name, in: guest.runtime)
+                    let (text, status) = try guest.console.finish(load, within: Guest.patience(for: 60))
+                    #expect(status == 0, "\(text)")
+                }
+            }
+        }
+
+        /// Where the host gives memory files huge pages, one of which little is equal is left whole, and one of which much is
+        /// equal is split: 32 and 256 of 512 pages.
+        @Test func hugePages() throws {
+            try withSetting("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "advise") {
+                let store = try Store()
+                let guest = try Guest(Machine(options: ["--store", store.path, "--merge-period", "100ms"]))
+                try guest.watched {
+                    let zeros = { guest.status.merging.zeroPages }
+                    let much: UInt64 = 96 << 8, most: UInt64 = 64 << 20
+                    try guest.sh("mkfifo /tmp/go; (quire-load hold 96 --full --thp --zeros 16 <>/tmp/go >/tmp/held 2>&1; echo $? >>/tmp/held) & true")
+                    try guest.wait(for: "memory to be written") { try guest.sh("cat /tmp/held; true").contains("peak") }
+                    try guest.wait(for: "huge pages to be left whole") { guest.status.merging.reason.contains("huge pages") }
+                    try guest.waitUntilMergingStandsStill(butFor: 100)
+                    let before = zeros(), whole = try guest.hugeBytes
+                    print("\(before) pages of zeros merged, \(whole >> 20) MiB in huge pages")
+                    #expect(whole >= most, "\(guest.report)")
+
+                    let load = try guest.console.start("quire-load hold 96 --full --thp --zeros 2 --seed 3")
+                    try guest.console.expect("peak\n", within: Guest.patience(for: 20))
+                    try guest.wait(for: "huge pages to be split") { zeros() > before + much / 2 * 3 / 4 }
+                    #expect(try guest.hugeBytes >= most, "\(guest.report)")
+                    try guest.console.send("")
+                    let (text, status) = try guest.console.finish(load, within: Guest.patience(for: 20))
+                    #expect(status == 0 && text.contains("ok "), "\(text)")
+                    try guest.sh("echo >/tmp/go")
+                    try guest.wait(for: "the first load's end") { try guest.sh("cat /tmp/held").hasSuffix("\n0\n") }
+                }
             }
         }
 

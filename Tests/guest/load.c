@@ -36,7 +36,7 @@ enum {
 static struct {
     bool full, thp, alternate, storm;
     uint64_t seed;
-    unsigned keep, threads;
+    unsigned keep, threads, zeros;
     const char *directory;
 } options = {.seed = 1, .keep = 50, .threads = 1};
 
@@ -102,10 +102,17 @@ static inline bool is_patterned(uint64_t base, unsigned line)
     return options.full || line == 0 || line == lines - 1 || line == 1 + base % (lines - 2);
 }
 
+static inline bool is_zero(size_t index) { return options.zeros && index % options.zeros == 0; }
+
 /* The page has to be zero before: the light pattern leaves the rest as it is. */
 static void fill_page(uint64_t *page, size_t index, uint64_t seed)
 {
     uint64_t base = page_base(seed, index);
+    if (is_zero(index)) {
+        /* A write, so that it is there. */
+        __atomic_fetch_or(page, 0, __ATOMIC_RELAXED);
+        return;
+    }
     for (unsigned line = 0; line < lines; line++)
         if (is_patterned(base, line))
             for (unsigned word = line * line_words; word < (line + 1) * line_words; word++)
@@ -116,7 +123,7 @@ static void check_page(const uint64_t *page, size_t index, uint64_t seed)
 {
     uint64_t base = page_base(seed, index);
     for (unsigned line = 0; line < lines; line++) {
-        bool patterned = is_patterned(base, line);
+        bool patterned = !is_zero(index) && is_patterned(base, line);
         for (unsigned word = line * line_words; word < (line + 1) * line_words; word++) {
             uint64_t got = page[word], want = patterned ? pattern(base, word) : 0;
             if (got != want)
@@ -757,6 +764,7 @@ static int usage(void)
           "         --full     a pattern in every byte, instead of in 192 a page and zero elsewhere\n"
           "         --thp      with transparent huge pages\n"
           "         --alternate  share: every second page is like no other, and none is rewritten\n"
+          "         --zeros N  every Nth page is zeros; not for share and sweep\n"
           "         --storm    share: all pages are rewritten at once, again and again\n"
           "share rewrites and checks pages whose contents are few, the same for the same seed.\n"
           "hold says `peak` and fragment `fragmented FREED KEPT` (pages), then both wait for a line on stdin, or for\n"
@@ -786,6 +794,7 @@ int main(int argc, char **argv)
         {"storm", no_argument, NULL, 'm'},
         {"seed", required_argument, NULL, 's'},  {"keep", required_argument, NULL, 'k'},
         {"threads", required_argument, NULL, 'n'}, {"file", required_argument, NULL, 'd'},
+        {"zeros", required_argument, NULL, 'z'},
         {0},
     };
     for (int option; (option = getopt_long(argc, argv, "", known, NULL)) != -1;)
@@ -798,6 +807,7 @@ int main(int argc, char **argv)
         case 'k': options.keep = (unsigned)number(optarg, 1, 99); break;
         case 'n': options.threads = (unsigned)number(optarg, 1, 64); break;
         case 'd': options.directory = optarg; break;
+        case 'z': options.zeros = (unsigned)number(optarg, 1, 1 << 20); break;
         default: return usage();
         }
 

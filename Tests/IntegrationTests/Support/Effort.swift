@@ -1,3 +1,4 @@
+import Glibc
 import Platform
 
 /// How long tests try. Everything that takes a choice of time is here: `make test` on two idle cores under TCG has to end
@@ -43,4 +44,14 @@ func waitUntil(
         ProcessCalls.sleep(milliseconds: 20)
     }
     throw Trouble("waited \(Int(seconds)) s for \(what) in vain. \(state())")
+}
+
+/// Changes a setting of the host for as long as `body` runs. Where one of several is chosen, the kernel shows it in brackets.
+func withSetting(_ path: String, _ value: String, _ body: () throws -> Void) throws {
+    let words = try Files.read(path).split(whereSeparator: \.isWhitespace)
+    let before = String(words.first { $0.hasPrefix("[") }?.dropFirst().dropLast() ?? words[0])
+    func set(_ value: String) throws { try Descriptor.open(path, O_WRONLY).writeBytes(at: 0, Array(value.utf8)) }
+    if before != value { try set(value) }
+    defer { if before != value { try? set(before) } }
+    try body()
 }
