@@ -209,6 +209,25 @@ import Testing
         #expect(waits == (wrong.read { $0 } == 0), "\(wrong.read { $0 }) wrong pages")
     }
 
+    /// Who still has a pool that has ended reaches no page of another one, which may have its number by now.
+    @Test(arguments: [TmemPool.Kind.ephemeral, .persistent], [TmemPool.Scope.private, .shared])
+    func endedPoolsReachNobodyElse(_ kind: TmemPool.Kind, _ scope: TmemPool.Scope) throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let tmem = try fixture.open()
+        let old = try tmem.createPool(.init(kind: kind, scope: scope, name: "p", client: "c"))
+        try old.put(1, 1, bytes: TmemPages.page(1))
+        old.destroy()
+        let new = try tmem.createPool(.init(kind: kind, scope: scope, name: "q", client: "d"))
+        try new.put(1, 1, bytes: TmemPages.page(2))
+        #expect(try old.page(1, 1) == nil)
+        #expect(!old.flush(1, 1) && old.flush(1, pages: 0..<100) == 0 && old.flush(object: 1) == 0 && old.flushAll() == 0)
+        #expect(errorCode { try old.put(1, 1, bytes: TmemPages.page(3)) } == .closed)
+        old.forEachPage { object, index in Issue.record("page \(index) of object \(object) is another pool's") }
+        #expect(old.statistics.storedBytes == 0 && new.statistics.pages == 1)
+        #expect(try new.page(1, 1) == TmemPages.page(2))
+    }
+
     /// A put that fails leaves nothing. The control: with the old page left, a get finds it.
     @Test(arguments: [false, true]) func failedPutsLeaveNoOldPage(_ keepsOldPage: Bool) throws {
         let fixture = try TmemFixture()

@@ -24,7 +24,9 @@ extension TmemStore {
         }
         while freed < bytes {
             var best: (index: Int, pools: [PoolRecord], load: Double)?
-            for (index, (client, pools)) in clients.enumerated() {
+            for (index, (client, all)) in clients.enumerated() {
+                // The number of one that has ended may be another's, from which nothing is to be had here.
+                let pools = all.filter { $0.isLive.load(ordering: .relaxed) }
                 let charged = pools.reduce(0) { $0 + contents.charged($1.number) }
                 guard charged > 0 else { continue }
                 let load = Double(charged) / Double(client.weight.load(ordering: .relaxed))

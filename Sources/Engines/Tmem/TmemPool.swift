@@ -137,7 +137,7 @@ public final class TmemPool: Sendable {
         found.sort { ($0.key.object, $0.key.base) < ($1.key.object, $1.key.base) }
         for (key, leaf) in found {
             // Another pool's by now, or an object's that comes later.
-            guard key.pool == record.number, leaves.key(leaf) == key else { continue }
+            guard key.pool == record.number, leaves.key(leaf) == key, record.isLive.load(ordering: .relaxed) else { continue }
             for slot in 0..<Leaves.pages where leaves.content(leaf, slot) != 0 {
                 try body(key.object, key.base * UInt32(Leaves.pages) + UInt32(slot))
             }

@@ -13,8 +13,9 @@ import Synchronization
 ///   at every instant the slot names a whole content that cannot be freed: the old or the new.
 /// - Counts of names are not in the file. A kill between these steps leaves contents that nobody names, or more slots in
 ///   use than named: a start counts anew.
-/// - A pool that is being destroyed is marked first. Every put looks at that under the lock of its stripe, and destroying
-///   takes every stripe's lock after marking: what a late put stored is found and taken away.
+/// - A pool that is being destroyed is marked first. Whoever puts, gets or takes away looks at that under the lock of its stripe,
+///   and destroying takes every stripe's lock after marking: what a late put stored is found and taken away, and from then
+///   on nobody who still has the pool reaches pages by its number, which may be another pool's by then.
 ///
 /// Locks, in this order: changes of pools, making room, compaction, a table's growth, a leaf's stripe, a content's stripe, numbers, a class
 /// of slabs, their supply. Put and get take the two stripes' only, of 64 each, and the class's for a few instructions.
@@ -183,7 +184,7 @@ final class TmemStore: Sendable {
         var isWhole = true
         let number = leaves.stripes[stripe].state.withLock { state -> UInt32 in
             let leaf = leaves.find(key, hash)
-            guard leaf != 0 else { return 0 }
+            guard leaf != 0, pool.isLive.load(ordering: .relaxed) else { return 0 }
             let number = leaves.content(leaf, slot)
             guard number != 0 else { return 0 }
             isWhole = unsafe contents.read(number, into: page)
@@ -216,17 +217,18 @@ final class TmemStore: Sendable {
         if number & Contents.fillBit != 0 { pool.count(.sameFilled, stripe, -1) }
     }
 
-    /// Takes away those pages of a leaf whose bits are set; how many there were. `willFree` gets bytes that come free.
+    /// Takes away those pages of a leaf whose bits are set; how many there were. `ending`: it is the pool's end. `willFree` gets
+    /// bytes that come free.
     @discardableResult
     func take(
-        _ pool: PoolRecord, _ key: Leaves.Key, _ hash: UInt32, _ mask: Int, willFree: ((Int) -> Void)? = nil
+        _ pool: PoolRecord, _ key: Leaves.Key, _ hash: UInt32, _ mask: Int, ending: Bool = false, willFree: ((Int) -> Void)? = nil
     ) -> Int {
         let stripe = Leaves.stripe(of: hash)
         var numbers = InlineArray<16, UInt32>(repeating: 0)
         var count = 0
         leaves.stripes[stripe].state.withLock { state in
             let leaf = leaves.find(key, hash)
-            guard leaf != 0 else { return }
+            guard leaf != 0, ending || pool.isLive.load(ordering: .relaxed) else { return }
             for slot in 0..<Leaves.pages where mask & 1 << slot != 0 {
                 let number = leaves.content(leaf, slot)
                 guard number != 0 else { continue }
@@ -276,9 +278,9 @@ final class TmemStore: Sendable {
         return total
     }
 
-    private func flush(_ pool: PoolRecord, _ key: Leaves.Key, _ mask: Int) -> Int {
+    private func flush(_ pool: PoolRecord, _ key: Leaves.Key, _ mask: Int, ending: Bool = false) -> Int {
         let hash = leaves.hash(key)
-        let count = take(pool, key, hash, mask)
+        let count = take(pool, key, hash, mask, ending: ending)
         if count > 0 {
             pool.count(.flushes, Leaves.stripe(of: hash), count)
             tidy()
@@ -287,12 +289,12 @@ final class TmemStore: Sendable {
     }
 
     /// All of an object, or of the pool.
-    func flush(_ pool: PoolRecord, object: UInt64?) -> Int {
+    func flush(_ pool: PoolRecord, object: UInt64?, ending: Bool = false) -> Int {
         var total = 0
         for leaf in leaves.leaves(of: pool.number, object: object) {
             let key = leaves.key(leaf)
             guard key.pool == pool.number, object == nil || key.object == object else { continue }
-            total += flush(pool, key, 0xffff)
+            total += flush(pool, key, 0xffff, ending: ending)
         }
         return total
     }
@@ -385,7 +387,7 @@ final class TmemStore: Sendable {
             file.setPoolState(pool.number, .dying)
             // Whoever saw it alive is done when its stripe could be locked.
             leaves.grace()
-            _ = flush(pool, object: nil)
+            _ = flush(pool, object: nil, ending: true)
             file.setPoolState(pool.number, .free)
             pool.client.pools.withLock { $0.removeAll { $0 === pool } }
             setPools(pools.filter { $0 !== pool })
