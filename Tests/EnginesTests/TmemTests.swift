@@ -209,6 +209,52 @@ import Testing
         #expect(waits == (wrong.read { $0 } == 0), "\(wrong.read { $0 }) wrong pages")
     }
 
+    /// A slab that compaction has emptied may be another class's before compaction ends. The control: where it still looks like
+    /// one to be emptied, two classes have it, and pages lie on top of each other.
+    @Test(arguments: [true, false]) func emptiedSlabsBelongToOneClass(_ forgets: Bool) throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let isFirst = Atomic<Bool>(true)
+        let target = Monitor<TmemPool?>(nil)
+        var seams = TmemSeams()
+        seams.forgetsVictims = forgets
+        seams.whileReleasing = {
+            guard isFirst.exchange(false, ordering: .relaxed), let pool = target.read({ $0 }) else { return }
+            // Every slab that was emptied is another class's.
+            let thread = try? JoinableThread("putter") { Self.putParts(pool, 0..<8) }
+            thread?.join()
+        }
+        let tmem = try fixture.open(seams: seams)
+        let pool = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "p", client: "c"))
+        target.update { $0 = pool }
+        // As above: three of four slabs run empty.
+        for page in 0..<64 as Range<UInt64> { try pool.put(page, 0, bytes: TmemPages.page(page)) }
+        let kept: [UInt64] = [3, 19, 35, 51]
+        for page in 0..<64 as Range<UInt64> where !kept.contains(page) { pool.flush(page, 0) }
+        tmem.compact()
+        // Where nobody was called, as it should be, the slabs are used again now.
+        if isFirst.exchange(false, ordering: .relaxed) { Self.putParts(pool, 0..<8) }
+        for page in 100..<104 as Range<UInt64> { try pool.put(page, 0, bytes: TmemPages.page(page)) }
+        Self.putParts(pool, 8..<20)
+        var wrong = 0
+        for page in kept + Array(100..<104) where (try? pool.page(page, 0)) != TmemPages.page(page) { wrong += 1 }
+        for page in 0..<20 as Range<UInt64> {
+            for part in Self.parts.indices where (try? pool.page(page, UInt32(part + 1))) != Self.part(page, part) { wrong += 1 }
+        }
+        #expect((wrong == 0) == forgets, "\(wrong) wrong pages")
+    }
+
+    /// Words that cannot be compressed, of pages of three classes.
+    private static let parts = [200, 256, 320]
+    private static func part(_ page: UInt64, _ part: Int) -> [UInt8] { TmemPages.page(page << 8 | UInt64(part), randomWords: parts[part]) }
+    private static func putParts(_ pool: TmemPool, _ pages: Range<UInt64>) {
+        for page in pages {
+            for part in parts.indices {
+                #expect(throws: Never.self) { try pool.put(page, UInt32(part + 1), bytes: Self.part(page, part)) }
+            }
+        }
+    }
+
     /// Who still has a pool that has ended reaches no page of another one, which may have its number by now.
     @Test(arguments: [TmemPool.Kind.ephemeral, .persistent], [TmemPool.Scope.private, .shared])
     func endedPoolsReachNobodyElse(_ kind: TmemPool.Kind, _ scope: TmemPool.Scope) throws {

@@ -46,10 +46,12 @@ final class Slabs: Sendable {
     private let all: [Class]
     private let supply = Mutex(Supply())
     private let frees = Atomic<Int>(0)
+    private let seams: TmemSeams
 
-    init(_ file: TmemFile, _ budget: TmemBudget) throws(QuireError) {
+    init(_ file: TmemFile, _ budget: TmemBudget, _ seams: TmemSeams) throws(QuireError) {
         self.file = file
         self.budget = budget
+        self.seams = seams
         mapping = try Mapping(anonymousByteCount: TmemFile.slabLimit * Self.infoBytes)
         mapping.excludeFromDumps()
         mapping.refuseHugePages()
@@ -121,6 +123,8 @@ final class Slabs: Sendable {
             let flags = info.load8(at + Self.flagsAt)
             if used == 0 {
                 if flags & Self.isListed != 0 { unlist(slab, &head) }
+                // Another class may have it next, whose lock `release` does not hold: it must not look like a victim then.
+                if seams.forgetsVictims { info.store8(at + Self.flagsAt, 0) }
                 its.slabs.wrappingSubtract(1, ordering: .relaxed)
                 return true
             }
@@ -283,10 +287,10 @@ final class Slabs: Sendable {
             let slabClass = Int(file.classes.load8(Int(slab)))
             all[slabClass].head.withLock { head in
                 let at = Int(slab) * Self.infoBytes
-                // It may have run empty and be in use for another class by now: its flags were cleared then.
-                guard Int(file.classes.load8(Int(slab))) == slabClass else { return }
+                // One that has run empty is no victim any more. It may be in use already, for this class or another.
                 let flags = info.load8(at + Self.flagsAt)
-                guard flags & Self.isVictim != 0 else { return }
+                guard Int(file.classes.load8(Int(slab))) == slabClass, flags & Self.isVictim != 0 else { return }
+                seams.whileReleasing?()
                 info.store8(at + Self.flagsAt, flags & ~Self.isVictim)
                 let used = Int(info.load16(at + Self.usedAt))
                 if used > 0, used < Self.slots(of: slabClass), flags & Self.isListed == 0 { list(slab, &head) }

@@ -14,5 +14,9 @@ package struct TmemSeams: Sendable {
     package var whileReading: (@Sendable () -> Void)?
     /// Whether compaction lets readers finish before it gives away where bytes were.
     package var waitsForReaders = true
+    /// Whether a slab that was to run empty, and did, is like any other.
+    package var forgetsVictims = true
+    /// Called where compaction lets a slab take part again that was to run empty.
+    package var whileReleasing: (@Sendable () -> Void)?
     package init() {}
 }

@@ -46,7 +46,7 @@ final class TmemStore: Sendable {
         self.file = file
         self.seams = seams
         overcommit = configuration.overcommit
-        slabs = try Slabs(file, budget)
+        slabs = try Slabs(file, budget, seams)
         contents = try Contents(file, slabs, configuration.compression, budget, seams)
         leaves = try Leaves(file, budget)
         try recover()
