@@ -359,6 +359,16 @@ import Testing
         #expect(try isRefused { $0.store32(slots + 64 + 8, 12_345_678) })
         // Two leaves for the same pages: stripes take 16 numbers at a time.
         #expect(try isRefused { $0.copyIn(heads + 256, $0.copyOut(heads + 16, count: 16)) })
+        // A content that is longer than its slot.
+        let isLongRefused = try isRefused { mapping in
+            for at in stride(from: contents + 16, to: contents + 3200, by: 16) {
+                let word = mapping.load64(at)
+                guard (1..<2000).contains(word >> 34 & 0x1fff) else { continue }
+                mapping.store64(at, word & ~(0x1fff << 34) | 4096 << 34)
+                break
+            }
+        }
+        #expect(isLongRefused)
         // Rubbish in the contents, in many ways.
         var random = SplitMix(9)
         for _ in 0..<20 {

@@ -507,7 +507,7 @@ final class Contents: SplitTableUser, Sendable {
         var named = 0
         for number in 1..<max(1, count) where owner(number) != 0 { named += 1 }
         table.prepare(entries: named)
-        try slabs.recover { (body: (UInt64) throws(QuireError) -> Void) throws(QuireError) in
+        try slabs.recover { (body: (UInt64, Int) throws(QuireError) -> Void) throws(QuireError) in
             for number in 1..<max(1, count) {
                 let owner = owner(number), print = fingerprint(number)
                 try stripe(print).state.withLock { (state: inout State) throws(QuireError) in
@@ -526,7 +526,7 @@ final class Contents: SplitTableUser, Sendable {
                         return
                     }
                     let location = location(number)
-                    try body(location.unit)
+                    try body(location.unit, location.units)
                     state.contents += 1
                     state.bytes += location.length
                     let size = location.units * Slabs.unitBytes

@@ -300,17 +300,17 @@ final class Slabs: Sendable {
 
     // MARK: - Start
 
-    /// Takes over what an earlier process left: `isUsed` says which units contents begin at. Every slab that has none
-    /// gives its memory back. Throws when contents overlap or lie outside of slots.
-    func recover(_ locations: (_ body: (UInt64) throws(QuireError) -> Void) throws(QuireError) -> Void) throws(QuireError) {
+    /// Takes over what an earlier process left: `locations` says which units contents begin at, and how many they have. Every slab
+    /// that has none gives its memory back. Throws when contents overlap or lie outside of slots.
+    func recover(_ locations: (_ body: (UInt64, Int) throws(QuireError) -> Void) throws(QuireError) -> Void) throws(QuireError) {
         let count = file.slabCount
         let words = Self.unitsPerSlab / 64
         var used = [UInt64](repeating: 0, count: Int(count) * words)
-        try locations { (unit: UInt64) throws(QuireError) in
+        try locations { (unit: UInt64, units: Int) throws(QuireError) in
             let slab = Int(unit / UInt64(Self.unitsPerSlab)), offset = Int(unit % UInt64(Self.unitsPerSlab))
             let slabClass = slab < Int(count) ? Int(file.classes.load8(slab)) : 0
             guard slab > 0, (1...Self.classes).contains(slabClass), offset % slabClass == 0,
-                offset / slabClass < Self.slots(of: slabClass)
+                offset / slabClass < Self.slots(of: slabClass), units <= slabClass
             else { throw TmemRecovery.damaged("a content lies outside of every slot") }
             let slot = offset / slabClass
             guard used[slab * words + slot / 64] & 1 << UInt64(slot % 64) == 0 else {
