@@ -24,21 +24,25 @@ func noise(_ seed: UInt64) -> [UInt8] {
     return bytes
 }
 
-/// 8 MiB of guest RAM, and the store's file, which outlives every disk on it.
+/// 8 MiB of guest RAM in two regions, and the store's file, which outlives every disk on it.
 private final class SwapBench {
     let file: Descriptor
     let memory: GuestMemory
     static let ramPages = 2048
 
+    /// Where the second region begins: in the middle of what the odd buffers have as a page.
+    static let border = 0x5000
+
     init() throws {
         file = try Tmem.makeFile(name: "swap-test")
-        let ram = try Memfd(name: "swap-test-ram", byteCount: UInt64(Self.ramPages * pageSize)).takeDescriptor()
+        let byteCount = Self.ramPages * pageSize
         memory = try GuestMemory(
-            [
+            try [0..<Self.border, Self.border..<byteCount].map { range in
                 try MemoryRegion(
-                    guestAddress: 0, byteCount: UInt64(Self.ramPages * pageSize), userAddress: 0x7f00_0000_0000, fileOffset: 0,
-                    descriptor: ram, owner: .us)
-            ], log: DirtyTracker())
+                    guestAddress: UInt64(range.lowerBound), byteCount: UInt64(range.count),
+                    userAddress: 0x7f00_0000_0000 + UInt64(range.lowerBound) * 16, fileOffset: 0,
+                    descriptor: Memfd(name: "swap-test-ram", byteCount: UInt64(range.count)).takeDescriptor(), owner: .us)
+            }, log: DirtyTracker())
     }
 
     func store(_ options: SwapDisk.Options) throws -> Tmem {
@@ -98,6 +102,14 @@ private let zeros = [UInt8](repeating: 0, count: pageSize)
         try target.copyIn([UInt8](repeating: 0x55, count: 9 * pageSize))
         try disk.read(at: 6 * 4096, into: target)
         #expect(try target.copyOut() == Array(bytes[pageSize...]) + zeros)
+        // A page that begins in one region of memory and ends in the other.
+        let across = try bench.memory.buffer(UInt64(SwapBench.border - 1000), count: UInt64(pageSize))
+        try across.copyIn(noise(50))
+        try disk.write(at: 50 * 4096, from: across)
+        #expect(try bench.read(disk, page: 50) == noise(50))
+        try across.copyIn(zeros)
+        try disk.read(at: 50 * 4096, into: across)
+        #expect(try across.copyOut() == noise(50))
         // To the very end of the disk.
         try bench.write(disk, page: 4095, noise(99))
         #expect(try bench.read(disk, page: 4094, count: 2) == zeros + noise(99))
