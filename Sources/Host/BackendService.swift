@@ -18,7 +18,7 @@ public enum BackendService {
         public var owner: String
         public var merges = true
         public var swapBytes: UInt64?
-        /// The guest's memory comes from elsewhere, and what it had swapped does not.
+        /// The guest's memory comes from elsewhere, it seems, and what it had swapped does not.
         public var awaitsSwap = false
         public var group = ""
         public var periodMilliseconds: UInt64?
@@ -109,7 +109,8 @@ extension RuntimeDirectory {
         for path in [base, folder(name)] { try Files.setAccess(path, mode: 0o711) }
     }
 
-    /// The guest that is started next comes from a saved image.
+    /// The guest that is started next is to come from a saved image. A start that fails early leaves this note behind, for a
+    /// guest that does not; so it counts only until QEMU connects, and where QEMU's command line cannot be read.
     public func noteArrival(_ name: String) throws(QuireError) {
         try prepareService(name)
         _ = try Descriptor.open(arrivalPath(name), O_RDWR | O_CREAT | O_NOFOLLOW)

@@ -67,6 +67,17 @@ public struct QEMUCommandLine: Sendable, Equatable {
     /// The guest's memory comes from elsewhere (-incoming, -loadvm): what else belongs to it has to, too.
     public let bringsMemory: Bool
 
+    private static func bringsMemory(_ options: [Option]) -> Bool {
+        options.contains { $0.name == "incoming" || $0.name == "loadvm" }
+    }
+
+    /// The same of a QEMU that runs with one of our disks; nil: that can't be told of this process.
+    static func bringsMemory(process: Int32) -> Bool? {
+        // What has no disk of ours on its command line is no QEMU, or not yet or no longer one.
+        guard let text = try? Files.read("/proc/\(process)/cmdline", limit: 1 << 22), text.contains("vhost-user-blk") else { return nil }
+        return bringsMemory(options(text.split(separator: "\0", omittingEmptySubsequences: false).map(String.init)))
+    }
+
     /// A disk that the backend serves besides the control disk.
     public struct Disk: Sendable, Equatable {
         /// Of its chardev; its device's has `-disk` behind it.
@@ -160,7 +171,7 @@ public struct QEMUCommandLine: Sendable, Equatable {
             throw QuireError(
                 .unsupported, "-machine \(key)= encrypts guest RAM, so that the host cannot take pages back: remove it or run QEMU without quire")
         }
-        bringsMemory = options.contains { $0.name == "incoming" || $0.name == "loadvm" }
+        bringsMemory = Self.bringsMemory(options)
         isSingleThreadedTCG = try Self.isSingleThreadedTCG(options, machine["accel"])
         let layout = try Self.memory(options, machine)
         var words = arguments.map(Word.text)

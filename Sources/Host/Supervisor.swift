@@ -34,7 +34,7 @@ public struct Supervisor: ~Copyable {
             public var group = ""
             public init(agentPath: String) { self.agentPath = agentPath }
         }
-        /// The swap disk; nil: none. `awaitsRestore` follows from QEMU's arguments.
+        /// The swap disk; nil: none. `awaitsRestore` follows from QEMU's arguments, where they are known.
         public var swap: SwapDisk.Options?
         /// Disks that it shares with others. Their identity and token are found out here.
         public var sharedDisks: [SharedDisk.Options] = []

@@ -15,7 +15,8 @@ import VhostBackend
 ///
 /// And no byte of another life of the guest's: memory and swap belong together. A guest that arrives (`-incoming`,
 /// `-loadvm`) finds no content here that is its own until `quire tmem restore` has brought it; until then every request is
-/// an I/O error. While the guest runs, content is neither replaced nor saved.
+/// an I/O error. Whether it arrives is on the command line of the QEMU that connects, whatever we were told before: who
+/// tells may expect a guest that then does not come. While the guest runs, content is neither replaced nor saved.
 ///
 /// The content is replaced as a whole. It is in the pool `swap.N`; a restore fills `swap.N+1`, and the last thing it puts
 /// there is a page that no disk has, the mark. So at a start the pool with the highest number that has a mark is the
@@ -29,7 +30,7 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle {
         /// limit but the disk's size.
         public var overcommit: Double?
         public var compression = Tmem.Compression.lz4
-        /// The guest comes from somewhere else: see above.
+        /// The guest comes from somewhere else: see above. What the QEMU that connects says of itself counts more.
         public var awaitsRestore = false
         public init(byteCount: UInt64) { self.byteCount = byteCount }
 
@@ -85,6 +86,8 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle {
     private struct State {
         var pool: TmemPool
         var generation: UInt32
+        /// The guest comes from somewhere else.
+        var arrives: Bool
         /// The guest uses the device.
         var isRunning = false
         /// A save or a restore is going on.
@@ -100,7 +103,6 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle {
 
     public let store: Tmem
     private let client: String
-    private let awaitsRestore: Bool
     private let logger: Logger
     private let state: Mutex<State>
 
@@ -113,7 +115,6 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle {
         self.client = client
         self.logger = logger
         byteCount = options.byteCount
-        awaitsRestore = options.awaitsRestore
         var current: (pool: TmemPool, generation: UInt32)?
         var others: [TmemPool] = []
         for pool in store.pools {
@@ -134,7 +135,7 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle {
         }
         for pool in others { pool.destroy() }
         let (pool, generation) = if let current { current } else { (try Self.makePool(1, in: store, client), 1 as UInt32) }
-        state = Mutex(State(pool: pool, generation: generation))
+        state = Mutex(State(pool: pool, generation: generation, arrives: options.awaitsRestore))
         // A disk that has shrunk would have pages beyond its end.
         if try Self.hasPages(pool, from: byteCount / pageBytes) {
             throw QuireError(.invalid, "the store is of a larger swap disk than \(Size.exact(byteCount)): give its size")
@@ -166,8 +167,10 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle {
     // MARK: - The device's life
 
     public func deviceStarted(_ start: DeviceStart) {
+        let arrives = start.frontEnd.flatMap { QEMUCommandLine.bringsMemory(process: $0) }
         let awaits = state.withLock { state in
             state.isRunning = true
+            if let arrives { state.arrives = arrives }
             return isAwaiting(state)
         }
         if awaits {
@@ -178,7 +181,7 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle {
     public func deviceStopping() { state.withLock { $0.isRunning = false } }
     public func loggingChanged(_ enabled: Bool) {}
 
-    private func isAwaiting(_ state: borrowing State) -> Bool { awaitsRestore && state.generation == 1 }
+    private func isAwaiting(_ state: borrowing State) -> Bool { state.arrives && state.generation == 1 }
 
     // MARK: - The disk
 

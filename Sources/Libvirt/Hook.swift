@@ -8,7 +8,7 @@ import Platform
 /// | operation     | what happens                                                                                    |
 /// | ------------- | ----------------------------------------------------------------------------------------------- |
 /// | prepare begin | the VM's backend is started; it listens when the hook returns. A failure here stops the start   |
-/// | restore begin | before *prepare*: the guest comes from a saved image. Its swap disk waits for what was on it             |
+/// | restore begin | before *prepare*: a guest shall come from a saved image. Its swap disk waits for what was on it          |
 /// | migrate begin | before *prepare*, on the host that the guest comes to: refused with a swap disk, which would stay behind |
 /// | start begin   | QEMU's user is known now: its group may connect                                                  |
 /// | release end   | QEMU has gone: the backend is ended                                                               |

@@ -83,7 +83,9 @@ private final class SwapBench {
     }
 
     /// What a guest's start of the device is to the disk.
-    func start(_ disk: SwapDisk) { disk.deviceStarted(DeviceStart(memory: memory, rings: [], nonce: 1)) }
+    func start(_ disk: SwapDisk, by frontEnd: Int32? = nil) {
+        disk.deviceStarted(DeviceStart(memory: memory, rings: [], nonce: 1, frontEnd: frontEnd))
+    }
 }
 
 private let zeros = [UInt8](repeating: 0, count: pageSize)
@@ -421,6 +423,38 @@ private let zeros = [UInt8](repeating: 0, count: pageSize)
         let disk = try bench.disk(options)
         #expect(disk.snapshot.reason.isEmpty)
         #expect(try Self.holds(Self.content, bench, disk))
+    }
+
+    /// Whether the guest comes from elsewhere is what its QEMU was started with. Where that can't be read, or is of something
+    /// else than QEMU, what was expected counts.
+    @Test(arguments: [true, false]) func believesQEMU(_ expected: Bool) throws {
+        var options = SwapDisk.Options(byteCount: 16 << 20)
+        options.awaitsRestore = expected
+        func awaits(_ arguments: [String], isKnown: Bool = true) throws -> Bool {
+            let bench = try SwapBench()
+            let disk = try bench.disk(options)
+            #expect(disk.snapshot.reason.isEmpty != expected)
+            var pipe = try Pipe()
+            let input = pipe.takeReader()
+            var child = ChildProcess.Options()
+            child.passing = [.init(from: input.raw, to: 0)]
+            child.parentDeathSignal = SIGKILL
+            var qemu = try ChildProcess(["sh", "-c", "read line; true"] + arguments, child)
+            bench.start(disk, by: isKnown ? qemu.pid : nil)
+            pipe.closeWriter()
+            qemu.wait()
+            let isRefused = message { try bench.read(disk, page: 0) } != nil
+            #expect(disk.snapshot.reason.isEmpty != isRefused)
+            return isRefused
+        }
+        let disk = ["-chardev", "socket,id=quire-swap,path=/x", "-device", #"{"driver":"vhost-user-blk-pci","chardev":"quire-swap"}"#]
+        #expect(try awaits(["qemu-system-x86_64", "-S"] + disk) == false)
+        #expect(try awaits(["qemu-system-x86_64"] + disk + ["-incoming", "defer"]) == true)
+        #expect(try awaits(["qemu-system-x86_64", "-loadvm", "one"] + disk) == true)
+        // An argument that only looks like it.
+        #expect(try awaits(["qemu-system-x86_64", "-name", "-incoming"] + disk) == false)
+        #expect(try awaits(["libvirtd", "-incoming", "defer"]) == expected)
+        #expect(try awaits(["qemu-system-x86_64"] + disk + ["-incoming", "defer"], isKnown: false) == expected)
     }
 
     /// A death in the middle of a restore leaves the old content, one behind its last step the new.

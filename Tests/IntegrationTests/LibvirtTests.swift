@@ -155,8 +155,11 @@ extension Integration {
             let definition = try host.write("web1.xml", host.definition("web1"))
             #expect(try host.refusal(["sh", "-c", "/run/programs/quire libvirt hook web1 migrate begin - < \(definition)"])
                 .contains("its swap disk would not come with it"))
-            // The next start is a fresh one.
+            // A restore that fails before anything is prepared leaves its note behind. The next start is a fresh one all the same.
+            try host.sh("/run/programs/quire libvirt hook web1 restore begin - < \(definition)")
+            #expect(Files.identity(of: host.runtime.base + "/web1/arrives") != nil)
             console = try host.boot("web1")
+            try host.wait(for: "the swap disk to wait for nothing", console) { host.status("web1").tmem.reason.isEmpty }
             try console.sh("\(find); dd if=$d bs=4096 count=8 iflag=direct 2>/dev/null | cmp -n 32768 - /dev/zero")
         }
 

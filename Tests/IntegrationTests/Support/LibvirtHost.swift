@@ -67,6 +67,9 @@ final class LibvirtHost {
     /// `quire libvirt …`, as root in libvirtd's namespace.
     @discardableResult func quire(_ arguments: String...) throws -> String { try host(inside + ["/run/programs/quire", "libvirt"] + arguments) }
 
+    /// A shell's command, there as well.
+    @discardableResult func sh(_ command: String) throws -> String { try host(inside + ["sh", "-c", command]) }
+
     /// What it says when it has to fail: one line, status 1.
     func refusal(_ arguments: [String]) throws -> String {
         let (status, text) = try Program.run(inside + arguments)
