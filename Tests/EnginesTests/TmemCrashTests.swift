@@ -1,6 +1,7 @@
 import Engines
 import Glibc
 import Platform
+import Synchronization
 import TestSupport
 import Testing
 
@@ -61,6 +62,80 @@ import Testing
         #expect(wrong == 0)
         print("tmem: \(rounds) rounds in killed processes, \(wrong) wrong pages")
     }
+
+    /// What there is at every step is what a kill would leave then: a copy of the file, opened. The keys that are being changed
+    /// have the old page or the new one, all others theirs. The control: as below.
+    @Test(arguments: [false, true]) func everyStepMayBeTheLast(_ namesBeforeWriting: Bool) throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        struct State {
+            var pages: [UInt32: [UInt8]] = [:]
+            var changing: [UInt32: [UInt8]?] = [:]
+            var steps = 0
+            var wrong = 0
+        }
+        let state = Mutex(State())
+        var seams = TmemSeams()
+        seams.namesBeforeWriting = namesBeforeWriting
+        seams.step = {
+            state.withLock { state in
+                state.steps += 1
+                guard let copy = try? fixture.copy() else { return state.wrong += 1 }
+                defer { copy.close() }
+                guard let tmem = try? copy.open(), let pool = tmem.pool(named: "swap") else { return state.wrong += 1 }
+                for key in 0..<Self.stepKeys {
+                    let found: [UInt8]?
+                    do { found = try pool.page(0, key) } catch {
+                        state.wrong += 1
+                        continue
+                    }
+                    if found == state.pages[key] { continue }
+                    if let new = state.changing[key], new == found { continue }
+                    state.wrong += 1
+                }
+            }
+        }
+        let tmem = try fixture.open(seams: seams)
+        let pool = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "swap", client: "c"))
+        func change(_ new: [UInt32: [UInt8]?], _ body: () throws -> Void) rethrows {
+            state.withLock { $0.changing = new }
+            try body()
+            state.withLock { state in
+                for (key, page) in new { state.pages[key] = page }
+                state.changing = [:]
+            }
+        }
+        func put(_ key: UInt32, _ page: [UInt8]) throws { try change([key: page]) { try pool.put(0, key, bytes: page) } }
+        var random = SplitMix(11)
+        for step in 0..<60 as Range<UInt64> {
+            let key = UInt32(random.next() % UInt64(Self.stepKeys))
+            switch random.next() % 8 {
+            case 0: change([key: nil]) { pool.flush(0, key) }
+            case 1:
+                let range = key..<min(key + 5, Self.stepKeys)
+                change(Dictionary(uniqueKeysWithValues: range.map { ($0, nil as [UInt8]?) })) { pool.flush(0, pages: range) }
+            default: try put(key, TmemPages.any(step))
+            }
+        }
+        // A put that finds no room leaves neither the old page nor the new one.
+        try put(1, TmemPages.page(1, randomWords: 20))
+        try pool.setCap(pool.statistics.storedBytes)
+        change([1: nil]) { #expect(errorCode { try pool.put(0, 1, bytes: TmemPages.page(1 << 40)) } == .noSpace) }
+        try pool.setCap(nil)
+        // Slabs that run empty, among the pages of a pool that ends.
+        let other = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "other", client: "c"))
+        for key in 0..<Self.stepKeys {
+            try put(key, TmemPages.page(UInt64(key)))
+            try other.put(0, key, bytes: TmemPages.page(UInt64(key) + (key % 2 == 0 ? 0 : 1000)))
+        }
+        for key in 0..<Self.stepKeys where key % 4 != 0 { change([key: nil]) { pool.flush(0, key) } }
+        other.destroy()
+        tmem.compact()
+        let (steps, wrong) = state.withLock { ($0.steps, $0.wrong) }
+        print("tmem: \(wrong) wrong pages at \(steps) steps")
+        #expect(steps > 500 && (wrong == 0) != namesBeforeWriting)
+    }
+    private static let stepKeys: UInt32 = 48
 
     /// The control: a leaf that names a content before its bytes are written is found out.
     @Test func namingBeforeWritingLosesPages() throws {

@@ -63,6 +63,20 @@ struct TmemFixture {
         try Tmem(Descriptor.duplicate(of: file), configuration, seams: seams)
     }
     func close() { Glibc.close(file) }
+
+    private init(file: Int32) { self.file = file }
+
+    /// As it is now: what a process would leave that was killed at this moment.
+    func copy() throws -> TmemFixture {
+        let source = try Descriptor.duplicate(of: file), target = try Tmem.makeFile(name: "test-tmem-copy")
+        let end = try source.status().byteCount
+        var at: UInt64 = 0
+        while let data = Memfd.nextData(source.raw, from: at, to: end) {
+            try target.writeBytes(at: data.lowerBound, source.readBytes(at: data.lowerBound, count: Int(data.upperBound - data.lowerBound)))
+            at = data.upperBound
+        }
+        return TmemFixture(file: target.release())
+    }
     /// What the kernel says that the file takes.
     var allocatedBytes: UInt64 { (try? FileStatus(of: file).allocatedBytes) ?? 0 }
 }

@@ -272,6 +272,7 @@ final class Contents: SplitTableUser, Sendable {
         let location = Location(unit: unit, length: length, codec: codec, tag: tag)
         // The slot is ours alone.
         if !seams.namesBeforeWriting { unsafe write(location, source) }
+        seams.step?()
 
         var isFull = false, wantsGrowth = false
         let acquired = stripe.state.withLock { state -> Acquired? in
@@ -282,6 +283,7 @@ final class Contents: SplitTableUser, Sendable {
                 return nil
             }
             file.contents.store32(Int(number) * 16 + 8, print)
+            seams.step?()
             file.contents.store64(Int(number) * 16, location.word)
             setOwner(number, UInt32(pool) << 16 | 1)
             let bucket = table.bucket(print)
@@ -350,6 +352,7 @@ final class Contents: SplitTableUser, Sendable {
             }
             guard let fresh = numbers.take(&state.free, next: next) else { return nil }
             file.contents.store32(Int(fresh) * 16 + 8, print)
+            seams.step?()
             file.contents.store64(Int(fresh) * 16, word)
             setOwner(fresh, Self.ownerFill | UInt32(pool) << 16 | 1)
             setNext(fresh, table.head(bucket))
@@ -383,6 +386,7 @@ final class Contents: SplitTableUser, Sendable {
             table.removed()
             let location = location(index)
             file.contents.store64(Int(index) * 16, 0)
+            seams.step?()
             setNext(index, state.free.head)
             state.free.head = index
             if number & Self.fillBit != 0 {
@@ -428,7 +432,9 @@ final class Contents: SplitTableUser, Sendable {
             guard slabs.isVictim(from.unit), let unit = slabs.allocateForMove(from: from.unit) else { return nil }
             let to = Location(unit: unit, length: from.length, codec: from.codec, tag: from.tag)
             unsafe write(to, UnsafeRawPointer(file.data.address(from.offset, count: from.length)))
+            seams.step?()
             file.contents.store64(Int(number) * 16, to.word)
+            seams.step?()
             return from.unit
         }
     }

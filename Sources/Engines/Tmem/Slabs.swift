@@ -71,6 +71,7 @@ final class Slabs: Sendable {
                 guard let slab = takeSlab() else { return nil }
                 // Before anything can be in it.
                 file.classes.store8(Int(slab), UInt8(slabClass))
+                seams.step?()
                 let at = Int(slab) * Self.infoBytes
                 info.store64(at, UInt64(Self.noSlot) << 16)
                 its.slabs.wrappingAdd(1, ordering: .relaxed)
@@ -130,6 +131,7 @@ final class Slabs: Sendable {
             }
             let slot = UInt16(unit % UInt64(Self.unitsPerSlab)) / UInt16(slabClass)
             file.data.store16(Int(unit) * Self.unitBytes, info.load16(at + Self.freeAt))
+            seams.step?()
             info.store16(at + Self.freeAt, slot)
             if flags & (Self.isListed | Self.isVictim) == 0 { list(slab, &head) }
             return false

@@ -18,5 +18,7 @@ package struct TmemSeams: Sendable {
     package var forgetsVictims = true
     /// Called where compaction lets a slab take part again that was to run empty.
     package var whileReleasing: (@Sendable () -> Void)?
+    /// Called between two changes of the file: a kill may come at any of these places, with locks held or not.
+    package var step: (@Sendable () -> Void)?
     package init() {}
 }

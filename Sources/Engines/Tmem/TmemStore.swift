@@ -76,6 +76,7 @@ final class TmemStore: Sendable {
             let acquired = try unsafe page.withUnsafeBytes { (bytes) throws(QuireError) -> Contents.Acquired in
                 try unsafe acquire(bytes.baseAddress!, page, pool)
             }
+            seams.step?()
             let old: UInt32
             do throws(QuireError) {
                 old = try commit(acquired.number, pool, key, hash, stripe, slot)
@@ -83,8 +84,10 @@ final class TmemStore: Sendable {
                 contents.release(acquired.number, pool.number)
                 throw error
             }
+            seams.step?()
             if acquired.isShared { pool.count(.putsShared, stripe) }
             if old != 0 { contents.release(old, pool.number) }
+            seams.step?()
             if seams.namesBeforeWriting, !acquired.isShared, acquired.number & Contents.fillBit == 0 {
                 ProcessCalls.sleep(microseconds: 200)
                 unsafe page.withUnsafeBytes { unsafe contents.writeLate(acquired.number, $0.baseAddress!) }
@@ -235,12 +238,14 @@ final class TmemStore: Sendable {
                 clear(leaf, slot, number, pool, stripe)
                 numbers[count] = number
                 count += 1
+                seams.step?()
             }
             if leaves.isEmpty(leaf) { leaves.remove(leaf, key, hash, listed: pool.isEphemeral, &state) }
         }
         for index in 0..<count {
             willFree?(contents.share(numbers[index], pool.number))
             contents.release(numbers[index], pool.number)
+            seams.step?()
         }
         return count
     }
@@ -385,10 +390,12 @@ final class TmemStore: Sendable {
         changes.withLock { _ in
             guard pool.isLive.exchange(false, ordering: .sequentiallyConsistent) else { return }
             file.setPoolState(pool.number, .dying)
+            seams.step?()
             // Whoever saw it alive is done when its stripe could be locked.
             leaves.grace()
             _ = flush(pool, object: nil, ending: true)
             file.setPoolState(pool.number, .free)
+            seams.step?()
             pool.client.pools.withLock { $0.removeAll { $0 === pool } }
             setPools(pools.filter { $0 !== pool })
             budget.giveBack(PoolRecord.metadataBytes, isMetadata: true)
