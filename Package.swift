@@ -73,7 +73,7 @@ let package = Package(
             swiftSettings: settings),
         .executableTarget(
             name: "quired",
-            dependencies: ["PageStore", "Host", "StoreProtocol", .product(name: "ArgumentParser", package: "swift-argument-parser")],
+            dependencies: ["Engines", "PageStore", "Host", "StoreProtocol", .product(name: "ArgumentParser", package: "swift-argument-parser")],
             swiftSettings: settings),
         .executableTarget(
             name: "quire-backend",

@@ -277,7 +277,8 @@ public final class BackendProcess: Sendable {
                 let storage = try SwapDisk(chosen, store: Tmem(file, chosen.store), client: options.name, logger: logger)
                 block = VirtioBlock(storage: storage, queueCount: chosen.queueCount, lifecycle: storage, logger: logger)
                 swap = storage
-            case .shared(let chosen):
+            case .shared(var chosen):
+                chosen.vm = options.name
                 logger[metadataKey: "device"] = "\(chosen.name)"
                 let log = logger
                 let storage = try SharedDisk(chosen) { log.warning("\($0)") }

@@ -19,6 +19,8 @@ public final class SharedDisk: BlockStorage {
         public var identity: SharedDiskMessage.Welcome?
         /// The same for every backend of one VM: see `SharedDiskMessage`. 0: one of this process.
         public var token: UInt64 = 0
+        /// The VM's name, for people.
+        public var vm = ""
         /// What the user takes it for; checked when quired is asked.
         public var expectedBytes: UInt64?
         public init(name: String, path: String) {
@@ -36,7 +38,7 @@ public final class SharedDisk: BlockStorage {
         }
 
         var hello: SharedDiskMessage.Hello {
-            SharedDiskMessage.Hello(name: name, group: group, token: token == 0 ? UInt64.random(in: 1 ... .max) : token)
+            SharedDiskMessage.Hello(name: name, group: group, token: token == 0 ? UInt64.random(in: 1 ... .max) : token, vm: vm)
         }
 
         /// Asks quired what the disk is, and whether this VM may have it.

@@ -228,15 +228,20 @@ public struct StatusReport: Sendable, Equatable, Codable {
         return String(decoding: (try? encoder.encode(reports)) ?? Data(), as: UTF8.self)
     }
 
-    /// Only names and what is said of transcendent memory.
-    public static func tmemJSON(_ reports: [StatusReport]) -> String {
+    /// Only names and what is said of transcendent memory; then the shared disks.
+    public static func tmemJSON(_ reports: [StatusReport], _ disks: [SharedDiskReport]) -> String {
         struct Entry: Encodable {
             let name: String
+            var group: String? = nil
+            var attached: [String]? = nil
             let tmem: Tmem
         }
+        let entries =
+            reports.map { Entry(name: $0.name, tmem: $0.tmem) }
+            + disks.map { Entry(name: $0.name, group: $0.group, attached: $0.attached, tmem: $0.tmem) }
         let encoder = JSONEncoder()
         encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
-        return String(decoding: (try? encoder.encode(reports.map { Entry(name: $0.name, tmem: $0.tmem) })) ?? Data(), as: UTF8.self)
+        return String(decoding: (try? encoder.encode(entries)) ?? Data(), as: UTF8.self)
     }
 
     /// The reports that `json` wrote.
@@ -283,7 +288,7 @@ public struct StatusReport: Sendable, Equatable, Codable {
         ("RATIO", true), ("HITS", true), ("MISSES", true), ("EVICTED", true), ("FAILED", true),
     ]
 
-    private func cells(of pool: Tmem.Pool) -> [String] {
+    private static func cells(_ name: String, _ pool: Tmem.Pool) -> [String] {
         [
             name, pool.name, pool.kind + (pool.scope == "shared" ? ", shared" : ""), "\(pool.pages)", Size.text(pool.bytes),
             pool.capacityBytes == 0 ? "-" : Size.text(pool.capacityBytes), Size.text(pool.storedBytes),
@@ -292,9 +297,10 @@ public struct StatusReport: Sendable, Equatable, Codable {
         ]
     }
 
-    /// The pools of all of them; no lines where there are none.
-    public static func poolTable(_ reports: [StatusReport], colours: Bool) -> [String] {
-        let rows = reports.flatMap { report in report.tmem.pools.map(report.cells(of:)) }
+    /// The pools of all of them, VMs' and shared disks'; no lines where there are none.
+    public static func poolTable(_ reports: [StatusReport], _ disks: [SharedDiskReport], colours: Bool) -> [String] {
+        let owners = reports.map { ($0.name, $0.tmem) } + disks.map { ($0.name, $0.tmem) }
+        let rows = owners.flatMap { name, tmem in tmem.pools.map { cells(name, $0) } }
         return rows.isEmpty ? [] : aligned(poolColumns, rows, colours: colours) { _, _, cell in cell }
     }
 
@@ -302,9 +308,9 @@ public struct StatusReport: Sendable, Equatable, Codable {
         Size.text(UInt64(max(0, pagesPerSecond) * 4096)) + "/s"
     }
 
-    /// The VMs, then what is merged of them, then their pools of transcendent memory, each as lines of aligned columns; then what each has to say about itself, and
-    /// how often pages of the store are used.
-    public static func table(_ reports: [StatusReport], colours: Bool) -> String {
+    /// The VMs, then what is merged of them, then their pools of transcendent memory and the shared disks, each as lines of aligned
+    /// columns; then what each has to say about itself, and how often pages of the store are used.
+    public static func table(_ reports: [StatusReport], _ disks: [SharedDiskReport] = [], colours: Bool) -> String {
         var lines = aligned(columns, reports.map(\.cells), colours: colours) { row, column, cell in
             column == 1 ? "\u{1B}[\(reports[row].state.colour)m\(cell)\u{1B}[0m" : cell
         }
@@ -313,7 +319,7 @@ public struct StatusReport: Sendable, Equatable, Codable {
             lines.append("")
             lines += aligned(mergeColumns, merged.map(\.mergeCells), colours: colours) { _, _, cell in cell }
         }
-        let pools = poolTable(reports.filter { $0.pid != 0 }, colours: colours)
+        let pools = poolTable(reports.filter { $0.pid != 0 }, disks, colours: colours)
         if !pools.isEmpty { lines += [""] + pools }
         var notes: [String] = []
         for report in reports where !report.reason.isEmpty && report.state != .active {

@@ -21,7 +21,7 @@ import VhostBackend
 /// The content is replaced as a whole. It is in the pool `swap.N`; a restore fills `swap.N+1`, and the last thing it puts
 /// there is a page that no disk has, the mark. So at a start the pool with the highest number that has a mark is the
 /// disk (the first one needs none), and every other is what a death has left of a restore.
-public final class SwapDisk: BlockStorage, DeviceLifecycle {
+public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
     public struct Options: Sendable, Equatable {
         /// Of the disk.
         public var byteCount: UInt64
@@ -252,11 +252,11 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle {
         return snapshot
     }
 
-    /// By the name that people know it by.
     public func pool(named name: String) throws(QuireError) -> TmemPool {
-        guard name == "swap" else { throw QuireError(.invalid, "there is no pool '\(name)': quire tmem list shows those there are") }
+        guard name == "swap" else { throw Self.noPool(name) }
         return state.withLock { $0.pool }
     }
+    public func setCap(_ bytes: UInt64?) throws(QuireError) { try store.setCap(bytes) }
 
     // MARK: - Save and restore
 

@@ -2,6 +2,22 @@ import Engines
 import FoundationEssentials
 import Platform
 
+/// What commands are about: the store of a swap disk, or of a shared disk.
+public protocol TmemOwner {
+    var store: Tmem { get }
+    var snapshot: TmemSnapshot { get }
+    /// By the name that people know it by.
+    func pool(named name: String) throws(QuireError) -> TmemPool
+    /// Of the whole store.
+    func setCap(_ bytes: UInt64?) throws(QuireError)
+}
+
+extension TmemOwner {
+    public static func noPool(_ name: String) -> QuireError {
+        QuireError(.invalid, "there is no pool '\(name)': quire tmem list shows those there are")
+    }
+}
+
 /// What `quire tmem` asks of a backend: the words of a request, both ways.
 public enum TmemCommand: Sendable, Equatable {
     case list
@@ -57,20 +73,28 @@ public enum TmemCommand: Sendable, Equatable {
         QuireError(.unsupported, "this backend does not know the command 'tmem \(words.joined(separator: " "))'")
     }
 
-    /// Returns the answer's text: JSON for `list`, a number for `flush`, `save` and `restore`.
-    func carryOut(on disk: SwapDisk, _ request: inout CommandSocket.Request) throws(QuireError) -> String {
+    /// Returns the answer's text: JSON for `list`, a number for `flush`. Nil: it is `save` or `restore`, which come with a file.
+    public func carryOut(on owner: some TmemOwner) throws(QuireError) -> String? {
         switch self {
-        case .list: return Self.encode(StatusReport.Tmem(disk.snapshot))
-        case .freeze: disk.store.freeze()
-        case .thaw: disk.store.thaw()
-        case .flush(let bytes): return "\(disk.store.evict(bytes: bytes))"
-        case .weight(let name, let weight): try disk.pool(named: name).setWeight(weight)
-        case .cap(let name?, let bytes): try disk.pool(named: name).setCap(bytes)
-        case .cap(nil, let bytes): try disk.store.setCap(bytes)
-        case .save: return "\(try disk.save(to: DataSink(try request.takeFile(), cancel: request.cancel)))"
-        case .restore: return "\(try disk.restore(from: DataSource(try request.takeFile(), cancel: request.cancel)))"
+        case .list: return Self.encode(StatusReport.Tmem(owner.snapshot))
+        case .freeze: owner.store.freeze()
+        case .thaw: owner.store.thaw()
+        case .flush(let bytes): return "\(owner.store.evict(bytes: bytes))"
+        case .weight(let name, let weight): try owner.pool(named: name).setWeight(weight)
+        case .cap(let name?, let bytes): try owner.pool(named: name).setCap(bytes)
+        case .cap(nil, let bytes): try owner.setCap(bytes)
+        case .save, .restore: return nil
         }
         return ""
+    }
+
+    /// The same with files; how many pages were saved or restored.
+    func carryOut(on disk: SwapDisk, _ request: inout CommandSocket.Request) throws(QuireError) -> String {
+        if let answer = try carryOut(on: disk) { return answer }
+        let file = try request.takeFile()
+        return self == .save
+            ? "\(try disk.save(to: DataSink(file, cancel: request.cancel)))"
+            : "\(try disk.restore(from: DataSource(file, cancel: request.cancel)))"
     }
 
     private static func encode(_ report: StatusReport.Tmem) -> String {

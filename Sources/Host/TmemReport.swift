@@ -1,5 +1,6 @@
 import FoundationEssentials
 import Platform
+import StoreProtocol
 
 extension StatusReport {
     /// The transcendent memory that a VM's backend keeps. Encoded as an object of its own; pages have 4096 bytes. Counters
@@ -72,7 +73,7 @@ extension StatusReport {
 
         init() {}
 
-        init(_ page: TmemSnapshot) {
+        public init(_ page: TmemSnapshot) {
             state = !page.isPresent ? .off : page.isFrozen ? .frozen : .active
             reason = page.reason
             usedBytes = page.usedBytes
@@ -81,4 +82,53 @@ extension StatusReport {
             pools = page.pools.map(Pool.init)
         }
     }
+}
+
+/// What quired says of a disk that VMs share.
+public struct SharedDiskReport: Sendable, Equatable, Codable {
+    public var disk: String
+    /// The share group whose VMs may attach it.
+    public var group: String
+    /// The VMs that have it, by name, as their backends say.
+    public var attached: [String]
+    public var tmem: StatusReport.Tmem
+
+    public init(disk: String, group: String, attached: [String], tmem: StatusReport.Tmem) {
+        self.disk = disk
+        self.group = group
+        self.attached = attached
+        self.tmem = tmem
+    }
+
+    /// What `quire tmem` calls it: no VM can have such a name.
+    public static let prefix = "shared:"
+    public var name: String { Self.prefix + disk }
+
+    public static func unknown(_ disk: String) -> QuireError {
+        QuireError(.invalid, "there is no shared disk '\(disk.prefix(64))': quire tmem list shows those there are")
+    }
+
+    public static func encode(_ reports: [SharedDiskReport]) -> String {
+        // Numbers and text always encode.
+        String(decoding: (try? JSONEncoder().encode(reports)) ?? Data(), as: UTF8.self)
+    }
+
+    private static let patienceMilliseconds: Int32 = 2_000
+
+    /// Of all that our user's VMs may attach; none without a quired that has some.
+    public static func collect() throws(QuireError) -> [SharedDiskReport] {
+        guard let answer = try SharedDiskCommand.ask("list", at: path, patienceMilliseconds: patienceMilliseconds) else { return [] }
+        do { return try JSONDecoder().decode([SharedDiskReport].self, from: Data(answer.utf8)) } catch {
+            throw QuireError(.invalid, "quired's answer is not understood: it is of another version", cause: error)
+        }
+    }
+
+    /// Has quired carry out a command on one of them; returns its answer.
+    public static func ask(_ command: TmemCommand, of disk: String, patienceMilliseconds: Int32) throws(QuireError) -> String {
+        guard let answer = try SharedDiskCommand.ask("\(disk) \(command.request)", at: path, patienceMilliseconds: patienceMilliseconds)
+        else { throw unknown(disk) }
+        return answer
+    }
+
+    private static var path: String { SharedDiskClient.path(besideStore: StoreLink.standardPath()) }
 }

@@ -9,11 +9,18 @@ import Synchronization
 /// Clients are not trusted: every request is checked against the disk, and their window is read once. Who is silent costs a
 /// thread that sleeps; there are at most so many of them.
 public final class SharedDiskServer: Sendable {
+    private struct Attachment: Equatable {
+        let uid: UInt32
+        let disk: String
+        let token: UInt64
+        let vm: String
+    }
+
     private final class Client: Sendable {
         let socket: UnixSocket
         let uid: UInt32
-        /// Set by HELLO, once: which client of which disk.
-        let key = Mutex<String?>(nil)
+        /// Set by HELLO, once.
+        let attachment = Mutex<Attachment?>(nil)
         /// A later connection has taken its place: no request of this one is begun any more.
         let isRevoked = Atomic<Bool>(false)
         /// Its thread has done its last request.
@@ -32,7 +39,12 @@ public final class SharedDiskServer: Sendable {
         var isEnding = false
     }
 
+    /// Carries out an operator's command (`SharedDiskCommand`) for a user; `attached` says which VMs have a disk.
+    public typealias Commands =
+        @Sendable (_ text: String, _ uid: UInt32, _ attached: (_ disk: String) -> [String]) throws(QuireError) -> String
+
     private let disks: SharedDisks
+    private let commands: Commands
     private let listener: UnixSocket
     private let logger: Logger
     private let stop: EventDescriptor
@@ -43,8 +55,11 @@ public final class SharedDiskServer: Sendable {
     /// Of one user who is not root.
     private static let maxClientsPerUser = 64
 
-    public init(_ disks: SharedDisks, listener: consuming UnixSocket, logger: Logger) throws(QuireError) {
+    public init(
+        _ disks: SharedDisks, listener: consuming UnixSocket, logger: Logger, commands: @escaping Commands
+    ) throws(QuireError) {
         self.disks = disks
+        self.commands = commands
         self.listener = listener
         self.logger = logger
         stop = try EventDescriptor()
@@ -121,9 +136,14 @@ public final class SharedDiskServer: Sendable {
             guard
                 let bytes = try client.socket.receiveMessage(limit: SharedDiskMessage.maxBytes, maxDescriptors: 0, into: &none)
             else { return }
+            if let text = SharedDiskMessage.command(bytes) {
+                let answer = try commands(text, client.uid) { disk in attached(to: disk) }
+                try client.socket.sendMessage(SharedDiskCommand.answer(answer))
+                return
+            }
             let hello = try SharedDiskMessage.Hello(bytes)
             let shared = try disks.admit(hello, uid: client.uid)
-            revokeOthers(client, "\(client.uid) \(hello.name) \(hello.token)")
+            attach(client, Attachment(uid: client.uid, disk: hello.name, token: hello.token, vm: hello.vm))
             let size = SharedDiskMessage.windowPages * SharedDiskMessage.pageBytes
             let file = try Memfd(name: "quire-disk-window", byteCount: UInt64(size)).takeDescriptor()
             let window = try Mapping(file, byteCount: size)
@@ -142,11 +162,17 @@ public final class SharedDiskServer: Sendable {
         }
     }
 
+    /// The VMs that have a disk, by name; those that don't say theirs are `?`.
+    private func attached(to disk: String) -> [String] {
+        let all = state.withLock { state in state.clients.values.compactMap { client in client.attachment.withLock { $0 } } }
+        return all.filter { $0.disk == disk }.map { $0.vm.isEmpty ? "?" : $0.vm }.sorted()
+    }
+
     /// Returns when nothing that came on an older connection of the same client will be done any more.
-    private func revokeOthers(_ client: Client, _ key: String) {
+    private func attach(_ client: Client, _ attachment: Attachment) {
         let others = state.withLock { state in
-            client.key.withLock { $0 = key }
-            return state.clients.values.filter { other in other !== client && other.key.withLock { $0 } == key }
+            client.attachment.withLock { $0 = attachment }
+            return state.clients.values.filter { other in other !== client && other.attachment.withLock { $0 } == attachment }
         }
         for other in others {
             other.isRevoked.store(true, ordering: .sequentiallyConsistent)

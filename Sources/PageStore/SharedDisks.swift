@@ -38,10 +38,10 @@ public final class SharedDisks: Sendable {
     public static func isDiskName(_ name: String) -> Bool { isStoreName(name) && name.utf8.count <= 32 }
 
     /// One disk that is served.
-    final class Shared: Sendable {
-        let disk: Disk
-        let store: Tmem
-        let pool: TmemPool
+    public final class Shared: Sendable {
+        public let disk: Disk
+        public let store: Tmem
+        public let pool: TmemPool
         /// Names the content: a store that begins anew has another one.
         let id: UInt64
 
@@ -133,6 +133,13 @@ public final class SharedDisks: Sendable {
     }
 
     public var isEmpty: Bool { disks.isEmpty }
+
+    /// Those that a user may see, by name: what his VMs may attach, and all where he is root or ourselves.
+    public func visible(to uid: UInt32) -> [Shared] {
+        let seesAll = uid == 0 || uid == ProcessCalls.ownUID
+        return disks.values.filter { shared in seesAll || (try? store.group(shared.disk.group, uid: uid)) != nil }
+            .sorted { $0.disk.name < $1.disk.name }
+    }
 
     /// The disk that a client may attach.
     func admit(_ hello: SharedDiskMessage.Hello, uid: UInt32) throws(QuireError) -> Shared {

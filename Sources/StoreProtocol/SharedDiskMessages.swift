@@ -4,15 +4,21 @@ import Platform
 /// little-endian. Bytes of pages go through a window, a memory file that quired makes for each connection and passes with
 /// WELCOME; a request speaks of its first pages.
 ///
-///     HELLO    magic[8] version:u32 0:u32 name[64] group[72] token:u64
+///     HELLO    magic[8] version:u32 0:u32 name[64] group[72] token:u64 vm[64]
 ///     WELCOME  magic[8] version:u32 0:u32 pages:u64 id:u64              with the window's descriptor
 ///     REQUEST  op:u32 count:u32 page:u64 number:u64                     one at a time
 ///     REPLY    status:u32 0:u32 number:u64
 ///     ERROR    "!" and one line for a person; the connection ends
 ///
+/// Or, in place of all that, one question of an operator's and its answer (`SharedDiskCommand`):
+///
+///     COMMAND  "?" and words
+///     ANSWER   "=" and text, or ERROR
+///
 /// `id` names the disk's content: another one means that it was lost. `token` names the client, over deaths of it: a new
 /// connection with the same one is welcomed when nothing that came on an older one will be done any more. Otherwise a write
-/// that was repeated here could be done again, late, over a newer one.
+/// that was repeated here could be done again, late, over a newer one. `vm` is for people: who has the disk attached. Backends
+/// of before it was there leave it out.
 public enum SharedDiskMessage {
     public static let magic = Array("QUIREDSK".utf8)
     public static let version: UInt32 = 1
@@ -41,20 +47,24 @@ public enum SharedDiskMessage {
         /// Empty: the group of the VM's owner.
         public var group: String
         public var token: UInt64
-        public init(name: String, group: String, token: UInt64) {
+        /// Empty, or a name by the rules of `isStoreName`.
+        public var vm: String
+        public init(name: String, group: String, token: UInt64, vm: String = "") {
             self.name = name
             self.group = group
             self.token = token
+            self.vm = vm
         }
 
         public func encoded() -> [UInt8] {
-            var out = ByteWriter(reserving: 176)
+            var out = ByteWriter(reserving: 240)
             out.raw(magic)
             out.word32(version)
             out.word32(0)
             out.raw(paddedText(name, capacity: nameBytes))
             out.raw(paddedText(group, capacity: groupBytes))
             out.word64(token)
+            out.raw(paddedText(vm, capacity: nameBytes))
             return out.bytes
         }
 
@@ -70,7 +80,10 @@ public enum SharedDiskMessage {
             name = try input.text(nameBytes)
             group = try input.text(groupBytes)
             token = try input.word64()
+            vm = input.left == 0 ? "" : try input.text(nameBytes)
             try input.end()
+            // It is shown to people, on terminals.
+            guard vm.isEmpty || isStoreName(vm) else { throw ProtocolViolation("the name of the VM is none") }
         }
     }
 
@@ -166,6 +179,11 @@ public enum SharedDiskMessage {
             number = try input.word64()
             try input.end()
         }
+    }
+
+    /// The words of a COMMAND; nil if the message is none.
+    public static func command(_ bytes: [UInt8]) -> String? {
+        bytes.first == UInt8(ascii: "?") ? String(decoding: bytes.dropFirst(), as: UTF8.self) : nil
     }
 
     /// The line of an ERROR; nil if the message is none.

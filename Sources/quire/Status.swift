@@ -18,7 +18,9 @@ extension Quire {
                 which nothing is merged (from vm.max_map_count).
 
                 Then the pools of transcendent memory: PAGES and BYTES are what the guest has there, STORED what that takes \
-                on the host (a page that several share is counted in parts), FAILED pages that found no room.
+                on the host (a page that several share is counted in parts), FAILED pages that found no room. Rows called \
+                shared:DISK are disks of quired's that VMs share ('quire tmem list' says which have them); they are shown where no VM \
+                is named, and in 'quire tmem list --json'.
 
                 With --json: an array of objects with name, state, reason, pid, ram_bytes, resident_bytes, \
                 recycled_pages, recycled_bytes, recycled_total_pages, recycled_total_bytes, \
@@ -47,13 +49,19 @@ extension Quire {
             let reports = try failing { () throws(QuireError) -> [StatusReport] in
                 try StatusReport.collect(names, in: RuntimeDirectory.standard())
             }
-            if json {
-                print(StatusReport.json(reports))
-            } else if reports.isEmpty {
+            if json { return print(StatusReport.json(reports)) }
+            var disks: [SharedDiskReport] = []
+            if names.isEmpty {
+                // A quired that stands still keeps nobody from seeing his VMs.
+                do { disks = try SharedDiskReport.collect() } catch { writeStandardError("quire: \(error)") }
+            }
+            let colours = ProcessCalls.isTerminal(1) && ProcessCalls.environment("NO_COLOR") == nil
+            if reports.isEmpty {
                 print("No VM is running. Start one with: quire run -- qemu-system-x86_64 -m 2G …")
+                let pools = StatusReport.poolTable([], disks, colours: colours)
+                if !pools.isEmpty { print("\n" + pools.joined(separator: "\n")) }
             } else {
-                let colours = ProcessCalls.isTerminal(1) && ProcessCalls.environment("NO_COLOR") == nil
-                print(StatusReport.table(reports, colours: colours))
+                print(StatusReport.table(reports, disks, colours: colours))
             }
         }
     }

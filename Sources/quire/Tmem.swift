@@ -4,17 +4,29 @@ import Host
 import Platform
 
 extension Quire {
-    /// What the host keeps for guests: the swap disk of `quire run --swap`.
+    /// What the host keeps for guests: the swap disks of `quire run --swap`, the shared disks of quired.
     struct Tmem: ParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Shows and governs the memory that the host keeps for guests (quire run --swap).",
+            abstract: "Shows and governs the memory that the host keeps for guests (quire run --swap, quired --shared-disk).",
+            discussion: """
+                NAME is a VM, or shared:DISK for a disk of quired's that VMs share. Who may attach a shared disk sees it; to change \
+                something is for root and the user that quired runs as.
+                """,
             subcommands: [List.self, Freeze.self, Thaw.self, Flush.self, Weight.self, Cap.self, Save.self, Restore.self])
 
-        /// Has a VM's backend do something; returns its answer.
+        /// The disk, where a name is a shared disk's.
+        fileprivate static func sharedDisk(_ name: String) -> String? {
+            name.hasPrefix(SharedDiskReport.prefix) ? String(name.dropFirst(SharedDiskReport.prefix.count)) : nil
+        }
+
+        /// Has a VM's backend, or quired, do something; returns its answer.
         @discardableResult fileprivate static func ask(
             _ command: TmemCommand, of name: String, passing: [Int32] = [], patienceMilliseconds: Int32 = 60_000
         ) throws(QuireError) -> String {
-            try CommandSocket.ask(
+            if let disk = sharedDisk(name) {
+                return try SharedDiskReport.ask(command, of: disk, patienceMilliseconds: patienceMilliseconds)
+            }
+            return try CommandSocket.ask(
                 command.request, of: name, in: RuntimeDirectory.standard(), passing: passing,
                 patienceMilliseconds: patienceMilliseconds)
         }
@@ -29,59 +41,77 @@ extension Quire {
                 abstract: "Shows pools: what guests have there, and what it takes on the host.",
                 discussion: """
                     Columns as in 'quire status'. With --json: an array of objects with name (of the VM) and tmem, as in \
-                    'quire status --json', as of this moment.
+                    'quire status --json', as of this moment; for a shared disk name is shared:DISK, group the share group \
+                    whose VMs may attach it, and attached the names of those that have it.
                     """)
 
             @Flag(help: "Prints JSON with exact numbers.")
             var json = false
 
-            @Argument(help: ArgumentHelp("Only these VMs.", valueName: "name"))
+            @Argument(help: ArgumentHelp("Only these VMs and shared disks.", valueName: "name"))
             var names: [String] = []
 
             func run() throws {
-                let reports = try failing { () throws(QuireError) -> [StatusReport] in
-                    var reports = try StatusReport.collect(names, in: RuntimeDirectory.standard())
-                    for index in reports.indices where reports[index].tmem.state != .off || !names.isEmpty {
-                        reports[index].tmem = try TmemCommand.report(Tmem.ask(.list, of: reports[index].name))
-                    }
-                    return reports.filter { $0.tmem.state != .off }
-                }
+                let (reports, disks) = try failing { () throws(QuireError) in (try readVMs(), try readDisks()) }
                 if json {
-                    print(StatusReport.tmemJSON(reports))
-                } else if reports.isEmpty {
+                    print(StatusReport.tmemJSON(reports, disks))
+                } else if reports.isEmpty, disks.isEmpty {
                     print("No running VM has transcendent memory. Give one a swap disk with: quire run --swap 4G -- …")
                 } else {
                     let colours = ProcessCalls.isTerminal(1) && ProcessCalls.environment("NO_COLOR") == nil
-                    print(StatusReport.poolTable(reports, colours: colours).joined(separator: "\n"))
-                    for report in reports {
-                        let tmem = report.tmem
-                        let limit = tmem.capBytes == 0 ? "" : " of at most \(Size.text(tmem.capBytes))"
-                        print("\(report.name): \(Size.text(tmem.usedBytes))\(limit) of the host's memory, \(Size.text(tmem.metadataBytes)) of it for finding pages"
-                            + (tmem.state == .frozen ? "; frozen" : "") + (tmem.reason.isEmpty ? "" : "; \(tmem.reason)"))
+                    print(StatusReport.poolTable(reports, disks, colours: colours).joined(separator: "\n"))
+                    for report in reports { print(Self.line(report.name, report.tmem)) }
+                    for disk in disks {
+                        let attached = disk.attached.isEmpty ? "attached by no VM" : "attached by " + disk.attached.joined(separator: ", ")
+                        print(Self.line(disk.name, disk.tmem) + "; group \(disk.group); \(attached)")
                     }
                 }
+            }
+
+            private func readVMs() throws(QuireError) -> [StatusReport] {
+                let wanted = names.filter { Tmem.sharedDisk($0) == nil }
+                if wanted.isEmpty, !names.isEmpty { return [] }
+                var reports = try StatusReport.collect(wanted, in: RuntimeDirectory.standard())
+                for index in reports.indices where reports[index].tmem.state != .off || !wanted.isEmpty {
+                    reports[index].tmem = try TmemCommand.report(Tmem.ask(.list, of: reports[index].name))
+                }
+                return reports.filter { $0.tmem.state != .off }
+            }
+
+            private func readDisks() throws(QuireError) -> [SharedDiskReport] {
+                let wanted = names.compactMap(Tmem.sharedDisk)
+                if wanted.isEmpty, !names.isEmpty { return [] }
+                let all = try SharedDiskReport.collect()
+                for disk in wanted where !all.contains(where: { $0.disk == disk }) { throw SharedDiskReport.unknown(disk) }
+                return wanted.isEmpty ? all : all.filter { wanted.contains($0.disk) }
+            }
+
+            private static func line(_ name: String, _ tmem: StatusReport.Tmem) -> String {
+                let limit = tmem.capBytes == 0 ? "" : " of at most \(Size.text(tmem.capBytes))"
+                return "\(name): \(Size.text(tmem.usedBytes))\(limit) of the host's memory, \(Size.text(tmem.metadataBytes)) of it for finding pages"
+                    + (tmem.state == .frozen ? "; frozen" : "") + (tmem.reason.isEmpty ? "" : "; \(tmem.reason)")
             }
         }
 
         struct Freeze: ParsableCommand {
             static let configuration = CommandConfiguration(
                 abstract: "Takes no new pages into a VM's ephemeral pools, until thaw.",
-                discussion: "What is there stays. A swap disk is persistent, and goes on as before.")
-            @Argument(help: ArgumentHelp("The VM.", valueName: "name")) var name: String
+                discussion: "What is there stays. Swap disks and shared disks are persistent, and go on as before.")
+            @Argument(help: ArgumentHelp("The VM, or shared:DISK.", valueName: "name")) var name: String
             func run() throws { _ = try failing { () throws(QuireError) in try Tmem.ask(.freeze, of: name) } }
         }
 
         struct Thaw: ParsableCommand {
             static let configuration = CommandConfiguration(abstract: "Takes new pages again, after freeze.")
-            @Argument(help: ArgumentHelp("The VM.", valueName: "name")) var name: String
+            @Argument(help: ArgumentHelp("The VM, or shared:DISK.", valueName: "name")) var name: String
             func run() throws { _ = try failing { () throws(QuireError) in try Tmem.ask(.thaw, of: name) } }
         }
 
         struct Flush: ParsableCommand {
             static let configuration = CommandConfiguration(
                 abstract: "Gives memory of ephemeral pools back to the host at once.",
-                discussion: "Says how much it was: less where there is no more. Persistent pages, such as swapped ones, stay.")
-            @Argument(help: ArgumentHelp("The VM.", valueName: "name")) var name: String
+                discussion: "Says how much it was: less where there is no more. Persistent pages, swapped ones and those of shared disks, stay.")
+            @Argument(help: ArgumentHelp("The VM, or shared:DISK.", valueName: "name")) var name: String
             @Argument(help: ArgumentHelp("How much: 512M.", valueName: "size"), transform: Tmem.bytes) var size: UInt64
             func run() throws {
                 let answer = try failing { () throws(QuireError) in try Tmem.ask(.flush(size), of: name) }
@@ -92,7 +122,7 @@ extension Quire {
         struct Weight: ParsableCommand {
             static let configuration = CommandConfiguration(
                 abstract: "Sets how much of the ephemeral memory is a pool's, relative to others (100 unless set).")
-            @Argument(help: ArgumentHelp("The VM.", valueName: "name")) var name: String
+            @Argument(help: ArgumentHelp("The VM, or shared:DISK.", valueName: "name")) var name: String
             @Argument(help: ArgumentHelp("The pool, as in 'quire tmem list'.", valueName: "pool")) var pool: String
             @Argument(help: ArgumentHelp("From 1.", valueName: "n")) var weight: UInt32
             func run() throws { _ = try failing { () throws(QuireError) in try Tmem.ask(.weight(pool: pool, weight), of: name) } }
@@ -103,9 +133,10 @@ extension Quire {
                 abstract: "Sets how much of the host's memory pools may use.",
                 discussion: """
                     Without --pool: of the VM's whole store. Below what persistent pages use already it is refused, and \
-                    nothing changes. A pool's limit is kept when a backend is replaced, the store's is set anew by quire run.
+                    nothing changes. A pool's limit is kept when a backend is replaced, the store's is set anew by quire run. A shared disk has one limit, \
+                    which is kept when quired is replaced; VMs that write more get I/O errors.
                     """)
-            @Argument(help: ArgumentHelp("The VM.", valueName: "name")) var name: String
+            @Argument(help: ArgumentHelp("The VM, or shared:DISK.", valueName: "name")) var name: String
             @Argument(help: ArgumentHelp("512M, or none.", valueName: "size"), transform: { $0 == "none" ? nil : try Tmem.bytes($0) })
             var size: UInt64?
             @Option(help: ArgumentHelp("One pool, as in 'quire tmem list'.", valueName: "pool")) var pool: String?

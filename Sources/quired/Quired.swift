@@ -94,7 +94,11 @@ struct Quired: ParsableCommand {
         }
         let disks = try SharedDisks(wanted, store: store, keeper: link, logger: logger)
         let diskServer: SharedDiskServer? =
-            disks.isEmpty ? nil : try SharedDiskServer(disks, listener: listener(diskPath, link, Self.diskListenerItem), logger: logger)
+            disks.isEmpty
+            ? nil
+            : try SharedDiskServer(
+                disks, listener: listener(diskPath, link, Self.diskListenerItem), logger: logger,
+                commands: SharedDiskCommands(disks: disks).carryOut)
         let server = try StoreServer(
             store, listener: listener(path, link, Self.listenerItem),
             workers: workers ?? min(4, ProcessCalls.processorCount), logger: logger)

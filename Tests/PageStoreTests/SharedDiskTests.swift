@@ -1,4 +1,6 @@
+import FoundationEssentials
 import Glibc
+import Host
 import Platform
 import StoreProtocol
 import TestSupport
@@ -9,11 +11,12 @@ import Testing
     private static let options = ["--keep", "--shared-disk", "scratch,size=16M", "--group", "lab=12345", "--shared-disk", "other,size=1M,group=lab"]
 
     private static func client(
-        _ store: RunningStore, _ name: String = "scratch", group: String = "", token: UInt64 = 1,
+        _ store: RunningStore, _ name: String = "scratch", group: String = "", token: UInt64 = 1, vm: String = "",
         expected: SharedDiskMessage.Welcome? = nil
     ) -> SharedDiskClient {
         SharedDiskClient(
-            path: SharedDiskClient.path(besideStore: store.path), .init(name: name, group: group, token: token), expected: expected)
+            path: SharedDiskClient.path(besideStore: store.path), .init(name: name, group: group, token: token, vm: vm),
+            expected: expected)
     }
 
     /// Asks again as long as quired is away.
@@ -166,6 +169,93 @@ import Testing
         #expect(!works(one) && works(other) && works(next))
     }
 
+    /// What `quire tmem` and `quire status` say of shared disks, and do to them: no page that a VM has stored goes.
+    @Test func operators() throws {
+        let store = try RunningStore(Self.options)
+        func quire(_ words: String, by user: [String] = []) throws -> (isDone: Bool, text: String) {
+            var pipe = try Pipe()
+            let writer = pipe.takeWriter(), reader = pipe.takeReader()
+            var options = ChildProcess.Options()
+            options.passing = [.init(from: writer.raw, to: 1), .init(from: writer.raw, to: 2)]
+            options.variables = ["QUIRED_DIRECTORY": store.folder, "QUIRE_RUNTIME_DIR": store.folder + "/vms"]
+            var child = try ChildProcess(user + [products + "quire"] + words.split(separator: " ").map(String.init), options)
+            _ = consume writer
+            let text = String(decoding: try reader.readAll(limit: 1 << 16), as: UTF8.self)
+            let isDone = child.wait() == .exited(0)
+            #expect(isDone || text.hasPrefix("quire: ") && text.filter { $0 == "\n" }.count == 1, "\(text)")
+            return (isDone, text)
+        }
+        struct Entry: Decodable {
+            let name: String
+            let group: String?
+            let attached: [String]?
+            let tmem: StatusReport.Tmem
+        }
+        func listed() throws -> Entry {
+            let all = try JSONDecoder().decode([Entry].self, from: Data(quire("tmem list --json").text.utf8))
+            #expect(all.map(\.name) == ["shared:other", "shared:scratch"])
+            return try #require(all.last)
+        }
+        let one = Self.client(store, token: 1, vm: "one")
+        _ = try one.attach(patienceMilliseconds: 5000)
+        let bytes = Self.pages(3, 64)
+        try one.put(10, bytes)
+        #expect(try one.get(9, count: 3) == [UInt8](repeating: 0, count: 4096) + bytes[..<8192])
+        let found = try listed()
+        let pool = try #require(found.tmem.pools.first)
+        #expect(found.group == "owner-\(ProcessCalls.ownUID)" && found.attached == ["one"])
+        #expect(pool.name == "scratch" && pool.scope == "shared" && pool.pages == 64 && pool.capacityBytes == 16 << 20)
+        #expect(pool.storedBytes == 64 * 4096 && pool.ratio == 1 && pool.hits == 2 && pool.misses == 1 && pool.putsFailed == 0)
+        #expect(try quire("status").text.contains("shared:scratch  scratch  persistent, shared"))
+        #expect(try quire("tmem list shared:scratch").text.contains("attached by one"))
+        #expect(try !quire("tmem list shared:scratch").text.contains("shared:other"))
+
+        // Persistent pages: nothing of this takes one away.
+        #expect(try quire("tmem flush shared:scratch 1G").isDone)
+        #expect(try quire("tmem freeze shared:scratch").isDone && listed().tmem.state == .frozen)
+        try one.put(500, Self.pages(4, 1))
+        #expect(try quire("tmem thaw shared:scratch").isDone && quire("tmem weight shared:scratch scratch 50").isDone)
+        #expect(try quire("tmem cap shared:scratch 64K").text.contains("its cap cannot be 65536"))
+        #expect(try quire("tmem cap shared:scratch 1M").isDone)
+        // The limit holds, in quired's next life, too; what failed left nothing, what was there stays.
+        store.kill()
+        #expect(try listed().tmem.capBytes == 1 << 20)
+        #expect(throws: QuireError.self) {
+            for part in 0..<8 as Range<UInt64> { try Self.persist { () throws(QuireError) in try one.put(1000 + part * 64, Self.pages(100 + part, 64)) } }
+        }
+        #expect(try listed().tmem.pools.first.map { $0.putsFailed > 0 && $0.storedBytes <= 1 << 20 } == true)
+        #expect(try one.get(10, count: 64) == bytes && one.get(500, count: 1) == Self.pages(4, 1))
+        #expect(try quire("tmem cap shared:scratch none").isDone && listed().tmem.capBytes == 0)
+        try one.put(2000, Self.pages(5, 64))
+
+        for (words, said) in [
+            ("weight shared:scratch swap 50", "there is no pool 'swap'"), ("freeze shared:none", "there is no shared disk 'none'"),
+            ("list shared:none", "there is no shared disk 'none'"), ("save shared:scratch /dev/null", "neither saved nor restored"),
+        ] {
+            let (isDone, text) = try quire("tmem " + words)
+            #expect(!isDone && text.contains(said), "\(text)")
+        }
+        // Who is of another group sees his own, and changes nothing.
+        guard ProcessCalls.isRoot else { return }
+        let path = SharedDiskClient.path(besideStore: store.path)
+        try Files.setAccess(store.folder, mode: 0o755)
+        try Files.setAccess(path, mode: 0o777)
+        let user = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups"]
+        let theirs = try quire("tmem list", by: user)
+        #expect(theirs.text.contains("shared:other") && !theirs.text.contains("scratch"), "\(theirs.text)")
+        #expect(try quire("tmem cap shared:scratch none", by: user).text.contains("there is no shared disk 'scratch'"))
+        #expect(try quire("tmem cap shared:other none", by: user).text.contains("only root and quired's own user"))
+    }
+
+    /// A backend of before VMs said their names is served.
+    @Test func anOlderBackendIsServed() throws {
+        let store = try RunningStore(Self.options)
+        let socket = try UnixSocket.connect(to: SharedDiskClient.path(besideStore: store.path), kind: .messages)
+        try socket.sendMessage(Array(SharedDiskMessage.Hello(name: "scratch", group: "", token: 1).encoded().dropLast(64)))
+        var descriptors = UnixSocket.PassedDescriptors()
+        #expect(try SharedDiskMessage.Welcome(socket.receiveMessage(limit: 512, maxDescriptors: 1, into: &descriptors) ?? []).pages == 4096)
+    }
+
     /// Whatever comes, nobody but its sender is hurt.
     @Test func nonsenseEndsTheConnection() throws {
         let store = try RunningStore(Self.options)
@@ -186,7 +276,9 @@ import Testing
         let hello = SharedDiskMessage.Hello(name: "scratch", group: "", token: 3).encoded()
         var newer = hello
         newer[8] = 2
-        for bad in [newer, Array(hello.dropLast()), [1], hello + [0], Array("GET / HTTP/1.1\r\n\r\n".utf8)] {
+        // A name that would do something to a terminal.
+        let loud = SharedDiskMessage.Hello(name: "scratch", group: "", token: 3, vm: "\u{1B}[2J").encoded()
+        for bad in [newer, Array(hello.dropLast()), [1], hello + [0], loud, Array("GET / HTTP/1.1\r\n\r\n".utf8), Array("?".utf8), Array("?scratch".utf8)] {
             #expect(SharedDiskMessage.error(try answers(bad, nil)) != nil)
         }
         for request in [
