@@ -6,11 +6,6 @@ import Testing
 extension Integration {
     /// A disk in the host's memory that two guests have.
     @Suite(.serialized) struct SharedDisks {
-        private static func disk(_ guest: Guest) throws -> String {
-            try guest.sh("for d in /sys/block/vd*; do [ \"$(cat $d/serial)\" = scratch ] && echo /dev/${d##*/}; done; true")
-                .filter { !$0.isWhitespace }
-        }
-
         /// Written and verified by one guest while quired is killed again and again, and its backend, too; read by the other.
         @Test func verifiesAcrossDeaths() throws {
             let store = try Store(["--keep", "--shared-disk", "scratch,size=64M"])
@@ -19,7 +14,8 @@ extension Integration {
             let two = try Guest(machine.with { $0.name = "two" })
             try one.watched {
                 try two.watched {
-                    let mine = try Self.disk(one), theirs = try Self.disk(two)
+                    let mine = try one.disk("scratch"), theirs = try two.disk("scratch")
+                    #expect(try store.sharedDisk("scratch").attached == ["one", "two"])
                     let load = try one.console.start(
                         """
                         fio --name=v --filename=\(mine) --direct=1 --rw=randwrite --bsrange=4k-64k --size=6M --offset_increment=8M \
@@ -55,7 +51,7 @@ extension Integration {
             let guest = try Guest(
                 Machine(qemu: .ten, memory: "256M", options: ["--store", store.path, "--shared-disk", "scratch", "--no-merge"]))
             try guest.watched {
-                let disk = try Self.disk(guest)
+                let disk = try guest.disk("scratch")
                 let backend = guest.backendPID, worker = store.worker
                 ProcessCalls.signal(worker, SIGSTOP)
                 defer { ProcessCalls.signal(worker, SIGCONT) }

@@ -11,32 +11,41 @@ extension Integration {
         private static let much = 330
         private static let seconds = Effort.scaled(20)
 
-        /// Patterns larger than memory are checked and written anew while the backend is killed again and again: not one byte
-        /// is wrong, the guest sees no error, and what is freed at the end goes back to the host.
+        /// Patterns larger than memory are checked and written anew while the backend and quired are killed again and again: not
+        /// one byte is wrong, the guest sees no error, and what is freed at the end goes back to the host. It swaps to the VM's own
+        /// disk, which its backend has, and where that is full to a shared disk, which quired has.
         @Test(arguments: [QEMU.distribution, .ten])
         func swapsAcrossDeaths(_ qemu: QEMU) throws {
+            let store = try Store(["--keep", "--shared-disk", "more,size=512M"])
             let guest = try Guest(Self.small.with {
                 $0.qemu = qemu
-                $0.options += ["--swap-queues", "2"]
+                $0.options += ["--swap-queues", "2", "--store", store.path, "--shared-disk", "more"]
             })
             try guest.watched {
-                let disk = try guest.swapOn()
+                let disks = [try guest.swapOn(mebibytes: 64), try guest.swapOn("more")]
+                let pools = { [try guest.swapPool(), try store.sharedDisk("more").tmem.pools[0]] }
                 let load = try guest.console.start("quire-load sweep \(Self.much) \(Self.seconds) --threads 2")
-                try guest.wait(for: "the guest to swap") { try guest.swapPool().pages > 20_000 }
-                let before = try guest.swapPool()
+                try guest.wait(for: "the guest to swap to both disks") { try pools().allSatisfy { $0.pages > 8000 } }
+                let before = try pools()
                 for _ in 0..<Effort.kills {
-                    let pid = guest.backendPID
-                    try guest.console.drain(Int32.random(in: 500...2500))
-                    ProcessCalls.signal(pid, SIGKILL)
-                    try guest.wait(for: "another backend") { guest.backendPID != pid && guest.backendPID != 0 }
+                    let backend = guest.backendPID, worker = store.worker
+                    try guest.console.drain(Int32.random(in: 300...1200))
+                    ProcessCalls.signal(worker, SIGKILL)
+                    // Sometimes while quired is away, sometimes long after.
+                    try guest.console.drain(Int32.random(in: 0...1200))
+                    ProcessCalls.signal(backend, SIGKILL)
+                    try guest.wait(for: "another backend and another quired") {
+                        ![backend, 0].contains(guest.backendPID) && (try? store.sharedDisk("more").attached) == [guest.machine.name]
+                            && store.worker != worker
+                    }
                 }
                 let (text, status) = try guest.console.finish(load, within: Guest.patience(for: Self.seconds) * 2)
-                #expect(status == 0 && text.contains("ok "), "\(text)")
-                let pool = try guest.swapPool()
-                print("\(qemu): \(text.filter { $0 != "\n" }); at first \(before.pages) pages swapped, \(before.storedBytes >> 20) MiB; read \(pool.hits) since the last death")
-                #expect(pool.hits > 0)
-                try guest.sh("swapoff \(disk) && swapon -d \(disk)", within: Effort.patience * 2)
-                try guest.wait(for: "discarded pages to be free") { try guest.swapPool().pages < 64 }
+                #expect(status == 0 && text.contains("ok "), "\(text)\n\(store.errors)")
+                let after = try pools()
+                print("\(qemu): \(text.filter { $0 != "\n" }); at first \(before.map(\.pages)) pages swapped, \(before.map { $0.storedBytes >> 20 }) MiB; read \(after.map(\.hits)) since the last deaths")
+                #expect(after.allSatisfy { $0.hits > 0 })
+                for disk in disks { try guest.sh("swapoff \(disk) && swapon -d \(disk)", within: Effort.patience * 2) }
+                try guest.wait(for: "discarded pages to be free") { try pools().allSatisfy { $0.pages < 64 } }
                 try guest.expectQuietLog()
             }
         }

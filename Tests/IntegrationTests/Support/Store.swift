@@ -32,6 +32,14 @@ final class Store {
     /// Of all groups together.
     func figures() throws -> StoreFigures { try StoreClient.figures(path: path) }
 
+    /// What `quire tmem list` says of a shared disk.
+    func sharedDisk(_ name: String) throws -> SharedDiskReport {
+        let answer = try SharedDiskCommand.ask("list", at: SharedDiskClient.path(besideStore: path), patienceMilliseconds: 10_000)
+        let all: [SharedDiskReport] = try decodeJSON(answer ?? "[]")
+        guard let report = all.first(where: { $0.disk == name }) else { throw Trouble("there is no shared disk '\(name)': \(errors)") }
+        return report
+    }
+
     func waitForService() throws { try waitUntil("quired to serve", state: { self.errors }) { (try? figures()) != nil } }
 
     /// The process that does the work: the keeper's child, or the only one there is.

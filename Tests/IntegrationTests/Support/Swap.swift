@@ -3,18 +3,19 @@ import Host
 import Platform
 
 extension Guest {
-    /// The swap disk's path in the guest: found by its serial number, as an operator's udev rule would.
-    func swapDisk() throws -> String {
-        let path = try sh("for d in /sys/block/vd*; do [ \"$(cat $d/serial)\" = quire-swap ] && echo /dev/${d##*/}; done; true")
+    /// A disk's path in the guest: found by its serial number, as an operator's udev rule would.
+    func disk(_ serial: String) throws -> String {
+        let path = try sh("for d in /sys/block/vd*; do [ \"$(cat $d/serial)\" = \(serial) ] && echo /dev/${d##*/}; done; true")
             .filter { !$0.isWhitespace }
-        guard path.hasPrefix("/dev/vd") else { throw Trouble("the guest has no swap disk: '\(path)'") }
+        guard path.hasPrefix("/dev/vd") else { throw Trouble("the guest has no disk \(serial): '\(path)'") }
         return path
     }
+    func swapDisk() throws -> String { try disk("quire-swap") }
 
-    /// Makes it the guest's swap space; freed pages are discarded.
-    @discardableResult func swapOn() throws -> String {
-        let disk = try swapDisk()
-        try sh("mkswap \(disk) >/dev/null && swapon -d \(disk)")
+    /// Makes it swap space of the guest's, all of it or so much; freed pages are discarded. The guest fills one before the next.
+    @discardableResult func swapOn(_ serial: String = "quire-swap", mebibytes: Int? = nil) throws -> String {
+        let disk = try disk(serial)
+        try sh("mkswap \(disk) \(mebibytes.map { "\($0 * 1024)" } ?? "") >/dev/null && swapon -d \(disk)")
         return disk
     }
 
