@@ -46,7 +46,7 @@ struct TmemBench: ParsableCommand {
         }
         part("guest", bars: []) {
             guard let programs else { throw QuireError(.invalid, "there are no programs and guests: run make build guest") }
-            try TmemGuest(programs: programs, quick: options.quick).run(into: &$0)
+            try TmemGuest(programs: programs).run(into: &$0)
         }
         report.machine.append(("load_after", .text(Machine.load)))
         Recycle.show(report.conclusion)
