@@ -407,14 +407,4 @@ public struct GroupFigures: Equatable, Sendable {
 }
 
 /// 1 to 64 of A-Z a-z 0-9 . _ - and no dot in front: names of VMs and of share groups.
-public func isStoreName(_ name: String) -> Bool {
-    (1...64).contains(name.utf8.count) && name.first != "."
-        && name.utf8.allSatisfy { byte in
-            switch byte {
-            case UInt8(ascii: "a")...UInt8(ascii: "z"), UInt8(ascii: "A")...UInt8(ascii: "Z"),
-                UInt8(ascii: "0")...UInt8(ascii: "9"), UInt8(ascii: "."), UInt8(ascii: "_"), UInt8(ascii: "-"):
-                true
-            default: false
-            }
-        }
-}
+public func isStoreName(_ name: String) -> Bool { PlainName.isValid(name) }

@@ -1,5 +1,3 @@
-import Platform
-
 /// Sizes and durations as people write and read them.
 public enum Size {
     /// Reads a size as QEMU's `qemu_strtosz` does: decimal with an optional fraction, or hexadecimal, then one of
@@ -84,5 +82,5 @@ public enum Size {
 }
 
 extension Character {
-    var isASCIIDigit: Bool { self >= "0" && self <= "9" }
+    package var isASCIIDigit: Bool { self >= "0" && self <= "9" }
 }
