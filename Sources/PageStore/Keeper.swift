@@ -19,11 +19,11 @@ public struct Keeper {
 
     public init() {}
 
-    /// Runs `command` with `--keeper-fd 3` until it ends by itself with status 0, or SIGTERM or SIGINT comes. Returns
-    /// the status to exit with. As long as anything is parked it goes on, whatever fails: what it holds is lost with
+    /// Runs `command` with `--keeper-fd 3` until it ends by itself with status 0, or SIGTERM or SIGINT comes; SIGHUP is passed
+    /// on to it. Returns the status to exit with. As long as anything is parked it goes on, whatever fails: what it holds is lost with
     /// it.
     public mutating func run(_ command: [String], log: (String) -> Void) throws(QuireError) -> Int32 {
-        let signals = try SignalDescriptor([SIGTERM, SIGINT, SIGCHLD])
+        let signals = try SignalDescriptor([SIGTERM, SIGINT, SIGHUP, SIGCHLD])
         var pause: UInt32 = 0
         while true {
             isReady = false
@@ -44,7 +44,8 @@ public struct Keeper {
             while case let now = monotonicNanoseconds(), now < deadline {
                 // Ends of children are signals too, and no reason to hurry.
                 let left = Int32((deadline - now) / 1_000_000 + 1)
-                if !waitReadable([signals.descriptor.raw], timeoutMilliseconds: left).isEmpty, Self.isStop(signals) {
+                // Who is started next reads its configuration anyway.
+                if !waitReadable([signals.descriptor.raw], timeoutMilliseconds: left).isEmpty, Self.read(signals).stop {
                     return 0
                 }
             }
@@ -81,9 +82,14 @@ public struct Keeper {
         var isStopping = false
         while true {
             let ready = waitReadable([socket.descriptor.raw, signals.descriptor.raw])
-            if ready.contains(1), Self.isStop(signals) {
-                isStopping = true
-                ProcessCalls.signal(pid, SIGTERM)
+            if ready.contains(1) {
+                let asked = Self.read(signals)
+                if asked.stop {
+                    isStopping = true
+                    ProcessCalls.signal(pid, SIGTERM)
+                }
+                // One that does not know the signal yet dies of it, and the next one reads what is new all the same.
+                if asked.reload { ProcessCalls.signal(pid, SIGHUP) }
             }
             guard ready.contains(0) else { continue }
             var descriptors = UnixSocket.PassedDescriptors()
@@ -104,11 +110,17 @@ public struct Keeper {
         }
     }
 
-    /// Reads what signals there are; true if one of them asks to stop.
-    private static func isStop(_ signals: borrowing SignalDescriptor) -> Bool {
-        var stop = false
-        while let event = signals.next() { if event.number != SIGCHLD { stop = true } }
-        return stop
+    /// Reads what signals there are, and what they ask for.
+    private static func read(_ signals: borrowing SignalDescriptor) -> (stop: Bool, reload: Bool) {
+        var stop = false, reload = false
+        while let event = signals.next() {
+            switch event.number {
+            case SIGTERM, SIGINT: stop = true
+            case SIGHUP: reload = true
+            default: break
+            }
+        }
+        return (stop, reload)
     }
 }
 

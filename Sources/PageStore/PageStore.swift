@@ -77,6 +77,13 @@ public final class PageStore: Sendable {
         restore(parked)
     }
 
+    // MARK: - While it works
+
+    /// From now on. What is shared stays, also above it.
+    public func setLimit(pages: Int) { budget.setLimit(pages) }
+    /// See `Reserve`.
+    public func setReserve(percent: Int) { reserve.setPercent(percent) }
+
     // MARK: - After quired was killed
 
     private static let sharePrefix = "share-", machinePrefix = "vm-"
@@ -265,7 +272,9 @@ public final class PageStore: Sendable {
     private func share(_ group: String, _ node: Int) throws(QuireError) -> Share {
         let key = Self.key(seams.shareKey(group), node)
         if let share = registry.withLock({ $0.shares[key] }) { return share }
-        let slots = configuration.limitPages + 1
+        // All files are sparse, and the budget says how much of them may be used: there is room for a limit that is raised, up to
+        // the host's memory.
+        let slots = min(max(budget.limit, ProcessCalls.memoryBytes / StoreFile.slotBytes) + 1, Int(QUIRE_STORE_SLOT_LIMIT))
         let store = try StoreFile.makeFile(slots: slots)
         let table = try SlotTable.makeFile(group: group, node: node, slots: slots)
         let raw = [store.raw, table.raw]

@@ -5,12 +5,21 @@ import Synchronization
 
 /// Slots that all stores may have together.
 final class SlotBudget: Sendable {
-    let limit: Int
+    private let most: Atomic<Int>
+    /// Below zero while more is in use than there may be.
     private let left: Atomic<Int>
 
     init(_ limit: Int) {
-        self.limit = limit
+        most = Atomic(limit)
         left = Atomic(limit)
+    }
+
+    var limit: Int { most.load(ordering: .relaxed) }
+
+    /// Takes nothing from anybody.
+    func setLimit(_ limit: Int) {
+        let before = most.exchange(limit, ordering: .relaxed)
+        left.add(limit - before, ordering: .relaxed)
     }
 
     /// Takes up to `count`; returns how many.
