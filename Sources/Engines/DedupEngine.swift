@@ -95,6 +95,7 @@ public final class DedupEngine: Sendable {
     }
 
     private struct Control {
+        var configuration: Configuration
         var memory: GuestMemory?
         var pause: Pause = []
         var isUnmerged = false
@@ -108,7 +109,7 @@ public final class DedupEngine: Sendable {
         var unmergeFailure: QuireError?
     }
 
-    public let configuration: Configuration
+    public var configuration: Configuration { control.read { $0.configuration } }
     private let pages: MergedPages
     private var map: PageMap { pages.map }
     private let merger: any PageMerger
@@ -123,11 +124,10 @@ public final class DedupEngine: Sendable {
     public init(
         _ configuration: Configuration, pages: MergedPages, merger: any PageMerger, store: any ContentStore
     ) throws(QuireError) {
-        self.configuration = configuration
         self.pages = pages
         self.merger = merger
         self.store = store
-        control = Monitor(Control(isUnmerged: pages.map.isUnmerged))
+        control = Monitor(Control(configuration: configuration, isUnmerged: pages.map.isUnmerged))
         crew = try Crew("dedup", helpers: configuration.workers - 1)
         let thread = try JoinableThread("dedup") { [self] in coordinate() }
         coordinator.withLock { $0 = thread }
@@ -157,16 +157,31 @@ public final class DedupEngine: Sendable {
         exchange { if paused { $0.pause.insert(reason) } else { $0.pause.remove(reason) } }
     }
 
-    /// Brings every merged page back, and merges nothing any more until `resume`: also after a restart of this process.
-    /// Returns when it is done. Throws why it cannot be done; then it is tried again at every period.
-    public func unmerge(until deadline: UInt64) throws(QuireError) {
+    /// A page is merged when it was not written for two of these, from now on; the period that runs ends at once.
+    public func setPeriod(milliseconds: UInt32) throws(QuireError) {
+        let old = configuration
+        let new = try Configuration(periodMilliseconds: milliseconds, workers: old.workers, tracksWrites: old.tracksWrites)
+        exchange {
+            $0.configuration = new
+            $0.isFresh = true
+        }
+    }
+
+    /// Begins to bring every merged page back, and merges nothing any more until `resume`: also after a restart of this process.
+    /// What cannot be done is tried again at every period. Returns how many times all was back before.
+    @discardableResult public func beginUnmerge() -> Int {
         map.isUnmerged = true
-        let count = control.update { control in
+        return control.update { control in
             control.isUnmerged = true
             control.isFresh = true
             control.unmergeFailure = nil
             return control.unmerges
         }
+    }
+
+    /// The same, and returns when it is done. Throws why it cannot be done.
+    public func unmerge(until deadline: UInt64) throws(QuireError) {
+        let count = beginUnmerge()
         let result = control.wait(until: deadline) { control -> Result<Void, QuireError>? in
             if let failure = control.unmergeFailure { return .failure(failure) }
             return control.unmerges > count ? .success(()) : nil
@@ -247,7 +262,6 @@ public final class DedupEngine: Sendable {
     }
 
     private func coordinate() {
-        let period = UInt64(configuration.periodMilliseconds) * 1_000_000
         var state = PassState()
         var nextPass: UInt64 = 0
         while true {
@@ -279,6 +293,7 @@ public final class DedupEngine: Sendable {
             note(failure)
             // Where nothing changes, looking comes seldom: up to four periods apart.
             let calm = UInt64(min(state.calmPasses / 4, 3))
+            let period = UInt64(configuration.periodMilliseconds) * 1_000_000
             nextPass = monotonicNanoseconds() + period * (isUnmerged ? 1 : 1 + calm)
             control.update { control in
                 control.isBusy = false

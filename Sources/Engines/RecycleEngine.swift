@@ -129,6 +129,7 @@ public final class RecycleEngine: Sendable {
 
     /// What the device has told us, and what the coordinator is doing. Guarded by the monitor.
     private struct Control {
+        var configuration: Configuration
         var start: (memory: GuestMemory, rings: [Range<UInt64>], nonce: UInt64, connection: Int32?)?
         /// Who claims for us.
         var recycler: (any PageRecycler)?
@@ -143,9 +144,9 @@ public final class RecycleEngine: Sendable {
         var headerAddress: UInt64 = 0
     }
 
-    public let configuration: Configuration
+    public var configuration: Configuration { control.read { $0.configuration } }
     private let map: PageMap
-    private let control = Monitor(Control())
+    private let control: Monitor<Control>
     /// Who wants the coordinator out of its pass: a count, because one of them may be served while another still waits.
     private let interruptions = Atomic<Int>(0)
     private var isInterrupted: Bool { interruptions.load(ordering: .acquiring) > 0 }
@@ -154,7 +155,7 @@ public final class RecycleEngine: Sendable {
     private let coordinator = Mutex<JoinableThread?>(nil)
 
     public init(_ configuration: Configuration, map: PageMap) throws(QuireError) {
-        self.configuration = configuration
+        control = Monitor(Control(configuration: configuration))
         self.map = map
         crew = try Crew("recycle", helpers: configuration.workers - 1)
         let thread = try JoinableThread("recycle") { [self] in coordinate() }
@@ -248,6 +249,15 @@ public final class RecycleEngine: Sendable {
     public func setPaused(_ reason: Pause, _ paused: Bool) {
         exchange { control in
             if paused { control.pause.insert(reason) } else { control.pause.remove(reason) }
+        }
+    }
+
+    /// How long a page must have been free, from now on. Marks keep their age in ticks, so what is free already goes a little sooner
+    /// or later than either period says.
+    public func setPeriod(milliseconds: UInt32) throws(QuireError) {
+        try exchange { (control) throws(QuireError) in
+            control.configuration = try Configuration(periodMilliseconds: milliseconds, workers: control.configuration.workers)
+            control.isFresh = true
         }
     }
 
@@ -345,7 +355,8 @@ public final class RecycleEngine: Sendable {
     // MARK: - The coordinator
 
     private func coordinate() {
-        let tick = configuration.tickNanoseconds
+        var configuration = self.configuration
+        var tick = configuration.tickNanoseconds
         var ticks: UInt64 = 0
         var nextTick = monotonicNanoseconds() + tick
         var nextPass: UInt64 = 0
@@ -353,19 +364,21 @@ public final class RecycleEngine: Sendable {
 
         while true {
             // Take the table, or wait for one. While `isBusy` nobody else changes it.
-            let work = control.wait { control -> (table: StateTable, isFresh: Bool, agent: Pass.Agent?)?? in
+            let work = control.wait { control -> (table: StateTable, changed: Configuration?, agent: Pass.Agent?)?? in
                 if control.isEnding { return .some(nil) }
                 guard let table = control.table, control.pause.isEmpty, !self.isInterrupted
                 else { return nil }
                 control.isBusy = true
                 defer { control.isFresh = false }
-                return (table, control.isFresh, Pass.Agent(control.recycler, connection: control.start?.connection))
+                return (table, control.isFresh ? control.configuration : nil, Pass.Agent(control.recycler, connection: control.start?.connection))
             }
-            guard let (table, isFresh, agent) = work ?? nil else { return }
+            guard let (table, changed, agent) = work ?? nil else { return }
 
             let now = monotonicNanoseconds()
             var failure: QuireError?
-            if isFresh {
+            if let changed {
+                configuration = changed
+                tick = changed.tickNanoseconds
                 // Go on from the guest's own epoch: marks that it has made meanwhile keep their age.
                 let epoch = table.publishedEpoch ?? PageMark.firstEpoch
                 ticks += (UInt64(epoch) &- UInt64(PageMark.epoch(ofTick: ticks)) &+ UInt64(PageMark.epochs))

@@ -155,6 +155,8 @@ public final class BackendProcess: Sendable {
         public var offersMemorySlots = false
         /// See `RecycleEngine.Pause.notAtomic`.
         public var guestIsNotAtomic = false
+        /// The host's configuration wants nothing merged; the agent is there, for when it does again.
+        public var startsUnmerged = false
         public var engine: RecycleEngine.Configuration
         /// Merging; nil: there is no agent in QEMU.
         public var merging: Merging?
@@ -245,6 +247,7 @@ public final class BackendProcess: Sendable {
                 logger: logger, peer: { frontEnds.peer })
             store = StoreLink(
                 path: merging.store, name: options.name, group: merging.group, map: map, link: link!, logger: logger)
+            if options.startsUnmerged { map.isUnmerged = true }
             dedup = try DedupEngine(merging.engine, pages: pages, merger: link!, store: store!)
             engine.setRecycler(link)
         } else {
@@ -384,6 +387,14 @@ public final class BackendProcess: Sendable {
         case "tmem":
             guard let swap else { throw QuireError(.unsupported, "it has no transcendent memory: start it with quire run --swap SIZE") }
             return try TmemCommand(parsing: words.dropFirst()).carryOut(on: swap, &request)
+        case Tuning.command:
+            let tuning = try Tuning(parsing: words.dropFirst())
+            try engine.setPeriod(milliseconds: tuning.periodMilliseconds)
+            guard let dedup else { return "" }
+            try dedup.setPeriod(milliseconds: tuning.mergePeriodMilliseconds)
+            // Pages come back at their own pace: it is no more than what un-merging a VM takes.
+            if let merges = tuning.merges { if merges { dedup.resume() } else { dedup.beginUnmerge() } }
+            return ""
         default: throw QuireError(.unsupported, "this backend does not know the command '\(request.text)'")
         }
     }
@@ -428,13 +439,16 @@ public final class BackendProcess: Sendable {
         guard let path = options.statusPath else { return }
         do throws(QuireError) {
             let page = try StatusPage.Writer(path: path, name: options.name, pid: getpid())
-            page.setPeriod(milliseconds: options.engine.periodMilliseconds)
-            let period = max(UInt64(options.engine.periodMilliseconds) * 1_000_000, 1_000_000_000)
-            var rate = RateWindow(nanoseconds: period)
-            var merging = MergeReport(rateNanoseconds: period)
-            // Every second; with a shorter period, every period.
-            let interval = UInt64(min(1000, max(100, options.engine.periodMilliseconds))) * 1_000_000
+            var rate = RateWindow()
+            var merging = MergeReport()
             while !isEnding.read({ $0 }) {
+                let milliseconds = engine.configuration.periodMilliseconds
+                page.setPeriod(milliseconds: milliseconds)
+                let period = max(UInt64(milliseconds) * 1_000_000, 1_000_000_000)
+                rate.nanoseconds = period
+                merging.setRate(nanoseconds: period)
+                // Every second; with a shorter period, every period.
+                let interval = UInt64(min(1000, max(100, milliseconds))) * 1_000_000
                 update(page, &rate)
                 if let swap { page.setTmem(swap.snapshot) }
                 if dedup != nil { updateMerging(page, &merging) }
@@ -492,15 +506,15 @@ struct StoreFullness: Sendable {
 
 /// What is kept from one report of merging to the next.
 struct MergeReport: Sendable {
-    var merged: RateWindow
-    var folded: RateWindow
+    var merged = RateWindow()
+    var folded = RateWindow()
     var fullness = StoreFullness()
     private var askedAt: UInt64 = 0
     private var movedPages: UInt64 = 0
 
-    init(rateNanoseconds: UInt64) {
-        merged = RateWindow(nanoseconds: rateNanoseconds)
-        folded = RateWindow(nanoseconds: rateNanoseconds)
+    mutating func setRate(nanoseconds: UInt64) {
+        merged.nanoseconds = nanoseconds
+        folded.nanoseconds = nanoseconds
     }
 
     /// Whether quired is to be asked for the group's figures: at once where pages came or went here, and otherwise so seldom
@@ -516,7 +530,8 @@ struct MergeReport: Sendable {
 
 extension BackendProcess {
     private func updateMerging(_ page: borrowing StatusPage.Writer, _ report: inout MergeReport) {
-        guard let statistics = dedup?.snapshot, let merging = options.merging else { return }
+        guard let dedup else { return }
+        let statistics = dedup.snapshot
         let now = monotonicNanoseconds()
         var snapshot = MergeSnapshot()
         snapshot.state =
@@ -526,7 +541,7 @@ extension BackendProcess {
             case .paused: .paused
             }
         snapshot.reason = statistics.reason
-        snapshot.periodMilliseconds = merging.engine.periodMilliseconds
+        snapshot.periodMilliseconds = dedup.configuration.periodMilliseconds
         snapshot.sharingPages = statistics.sharingPages
         snapshot.zeroPages = statistics.zeroPages
         snapshot.divergedPages = statistics.divergedPages
@@ -548,7 +563,7 @@ extension BackendProcess {
             }
         }
         if snapshot.state == .active, snapshot.reason.isEmpty, statistics.readsEverything {
-            snapshot.reason = merging.engine.tracksWrites
+            snapshot.reason = dedup.configuration.tracksWrites
                 ? "all of memory is read to find what the guest writes: this kernel does not tell it (Linux 6.7 does)"
                 : "all of memory is read to find what the guest writes (--no-write-tracking)"
         }
@@ -558,10 +573,8 @@ extension BackendProcess {
 
 /// Turns a counter into a rate over a sliding window.
 struct RateWindow: Sendable {
-    private let nanoseconds: UInt64
+    var nanoseconds: UInt64 = 1_000_000_000
     private var samples: [(time: UInt64, count: UInt64)] = []
-
-    init(nanoseconds: UInt64) { self.nanoseconds = nanoseconds }
 
     /// Notes a sample; returns the rate over the window, in thousandths a second.
     mutating func add(_ count: UInt64, at time: UInt64) -> UInt64 {

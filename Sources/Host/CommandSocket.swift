@@ -1,8 +1,8 @@
 import Logging
 import Platform
 
-/// Where `quire` asks the back end of a VM for something: a socket in the VM's folder, which its owner alone can enter. One
-/// message a request: words, and descriptors with some. One a reply: `=` and the answer, mostly none, or `!` and one line
+/// Where `quire` asks the back end of a VM for something, or its supervisor, or quired: a socket in a folder that its owner alone can
+/// enter. One message a request: words, and descriptors with some. One a reply: `=` and the answer, mostly none, or `!` and one line
 /// that says why not.
 public enum CommandSocket {
     private static let limit = 4096
@@ -30,11 +30,13 @@ public enum CommandSocket {
         private let stop: EventDescriptor
         private let thread = Monitor<JoinableThread?>(nil)
 
+        /// `mode`: of the socket, where others may enter the folder.
         public init(
-            path: String, logger: Logger, _ handle: @escaping @Sendable (inout Request) throws(QuireError) -> String
+            path: String, mode: UInt32? = nil, logger: Logger, _ handle: @escaping @Sendable (inout Request) throws(QuireError) -> String
         ) throws(QuireError) {
             self.path = path
             listener = try UnixSocket.listen(at: path, kind: .messages)
+            if let mode { try Files.setAccess(path, mode: mode) }
             try Descriptor.makeNonblocking(listener.descriptor.raw)
             stop = try EventDescriptor()
             let started = try JoinableThread("command") { [self] in
@@ -88,17 +90,26 @@ public enum CommandSocket {
         guard directory.isRunning(name) else {
             throw QuireError(.invalid, "no VM '\(name)' is running: quire status lists those that are")
         }
+        return try ask(
+            request, at: directory.commandPath(name), name, "the backend of '\(name)'", passing: passing,
+            patienceMilliseconds: patienceMilliseconds)
+    }
+
+    /// The same of whoever listens at `path`, which may be nobody for a moment (`.retry`). `name` and `who`: for messages.
+    @discardableResult public static func ask(
+        _ request: String, at path: String, _ name: String, _ who: String, passing: [Int32] = [], patienceMilliseconds: Int32
+    ) throws(QuireError) -> String {
         let socket: UnixSocket
-        do throws(QuireError) { socket = try UnixSocket.connect(to: directory.commandPath(name), kind: .messages) } catch {
-            throw QuireError(.busy, "the backend of '\(name)' cannot be reached: try again in a moment", cause: error)
+        do throws(QuireError) { socket = try UnixSocket.connect(to: path, kind: .messages) } catch {
+            throw QuireError(.retry, "\(who) cannot be reached: try again in a moment", cause: error)
         }
         try socket.sendMessage(Array(request.utf8), passing: passing)
         guard !waitReadable([socket.descriptor.raw], timeoutMilliseconds: patienceMilliseconds).isEmpty else {
-            throw QuireError(.busy, "the backend of '\(name)' has not answered within \(patienceMilliseconds / 1000) s")
+            throw QuireError(.busy, "\(who) has not answered within \(patienceMilliseconds / 1000) s")
         }
         var none = UnixSocket.PassedDescriptors()
         guard let bytes = try socket.receiveMessage(limit: answerLimit, maxDescriptors: 0, into: &none), let mark = bytes.first else {
-            throw QuireError(.closed, "the backend of '\(name)' went away: try again")
+            throw QuireError(.closed, "\(who) went away: try again")
         }
         let text = String(decoding: bytes.dropFirst(), as: UTF8.self)
         guard mark == UInt8(ascii: "=") else { throw QuireError(.busy, "\(name): \(text)") }

@@ -10,6 +10,7 @@ import Platform
 ///     BASE/NAME/shared-N.sock the same for its shared disks
 ///     BASE/NAME/agent.sock    where the agent in QEMU does
 ///     BASE/NAME/command.sock  where `quire` reaches the backend
+///     BASE/NAME/supervisor.sock  where it reaches who started the backend
 ///
 /// A VM runs as long as its lock is held. QEMU inherits the lock, so the name stays taken if the supervisor dies first;
 /// and a folder whose lock nobody holds is a dead owner's, and free to take.
@@ -54,6 +55,7 @@ public struct RuntimeDirectory: Sendable, Equatable {
 
     public func folder(_ name: String) -> String { base + "/" + name }
     public func commandPath(_ name: String) -> String { folder(name) + "/command.sock" }
+    public func supervisorPath(_ name: String) -> String { folder(name) + "/supervisor.sock" }
     public func statusPath(_ name: String) -> String { folder(name) + "/status" }
     func sharedSocketPath(_ name: String, _ number: Int) -> String { folder(name) + "/shared-\(number).sock" }
     func lockPath(_ name: String) -> String { folder(name) + "/lock" }
@@ -109,6 +111,7 @@ public struct RuntimeDirectory: Sendable, Equatable {
             for number in 0..<QEMUCommandLine.maxDisks { Files.remove(sharedSocketPath(name, number)) }
             Files.remove(folder(name) + "/agent.sock")
             Files.remove(folder(name) + "/command.sock")
+            Files.remove(supervisorPath(name))
             try lock.replaceContent("\(ProcessCalls.ownPID)\n")
             return Claim(directory: self, name: name, lock: lock)
         }
@@ -164,6 +167,7 @@ public struct RuntimeDirectory: Sendable, Equatable {
             for number in 0..<QEMUCommandLine.maxDisks { Files.remove(sharedSocketPath(number)) }
             Files.remove(agentSocketPath)
             Files.remove(directory.commandPath(name))
+            Files.remove(directory.supervisorPath(name))
             // The lock's file goes last, while it is still locked: whoever opened it meanwhile sees that it is gone.
             Files.remove(directory.lockPath(name))
             Files.removeDirectory(directory.folder(name))

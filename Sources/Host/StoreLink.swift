@@ -55,6 +55,11 @@ public final class StoreLink: ContentStore {
         return (folder ?? "/run/quired") + "/store.sock"
     }
 
+    /// Where quired takes commands, for its own user alone.
+    public static func commandPath(besideStore store: String) -> String {
+        (store.lastIndex(of: "/").map { String(store[...$0]) } ?? "") + "command.sock"
+    }
+
     public func prepare(_ memory: GuestMemory) -> ContentStoreState {
         if let box = state.withLock({ $0.client }) {
             do throws(QuireError) {

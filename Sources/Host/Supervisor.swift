@@ -10,7 +10,7 @@ import Platform
 /// If the supervisor itself dies, QEMU and the backend go on: the backend sees that the lifeline has closed.
 ///
 /// One thread, no locks: signals and the ends of children arrive through a signalfd, everything else is
-/// looked after a few times a second.
+/// looked after a few times a second. A second one answers `quire config reload` (`Tuner`).
 public struct Supervisor: ~Copyable {
     public struct Configuration: Sendable {
         /// Nil: QEMU's -name, else qemu-PID.
@@ -32,6 +32,8 @@ public struct Supervisor: ~Copyable {
             /// quired's socket; nil: where it is by default.
             public var store: String?
             public var group = ""
+            /// False: the agent is there, and nothing is merged.
+            public var isOn = true
             public init(agentPath: String) { self.agentPath = agentPath }
         }
         /// The swap disk; nil: none. `awaitsRestore` follows from QEMU's arguments, where they are known.
@@ -40,12 +42,17 @@ public struct Supervisor: ~Copyable {
         public var sharedDisks: [SharedDisk.Options] = []
         /// QEMU's program and arguments.
         public var arguments: [String]
+        /// Reads the host's configuration again; nil: there is none for this VM.
+        public var reload: (@Sendable () throws(QuireError) -> Reloaded)?
         /// One line for the user.
         public var log: @Sendable (String) -> Void = { writeStandardError("quire: " + $0) }
         public init(backendPath: String, arguments: [String]) {
             self.backendPath = backendPath
             self.arguments = arguments
         }
+
+        /// Of the VM: what was asked for, QEMU's -name, or qemu-PID.
+        public var vmName: String { name ?? QEMUCommandLine.vmName(arguments) ?? "qemu-\(ProcessCalls.ownPID)" }
     }
 
     static let readyWithin: UInt64 = 10_000_000_000
@@ -72,6 +79,7 @@ public struct Supervisor: ~Copyable {
     private let statusPath: String
     private let agentSocketPath: String
     private let commandPath: String
+    private let tuner: Tuner
 
     /// What has to outlive a backend: the store's file and the socket.
     private struct SwapParts: ~Copyable {
@@ -117,7 +125,7 @@ public struct Supervisor: ~Copyable {
         }
         let version = QEMUCommandLine.Version(
             versionOutput: try ChildProcess.output(of: [program, "--version"]))
-        let name = configuration.name ?? QEMUCommandLine.vmName(configuration.arguments) ?? "qemu-\(ProcessCalls.ownPID)"
+        let name = configuration.vmName
         try RuntimeDirectory.checkName(name)
         let command = try QEMUCommandLine(
             configuration.arguments, controlSocket: directory.folder(name) + "/control.sock",
@@ -174,6 +182,7 @@ public struct Supervisor: ~Copyable {
             sharedSockets.append(try UnixSocket.listen(at: claim.sharedSocketPath(number)).takeDescriptor())
         }
         let page = try StatusPage.Supervisor(path: claim.statusPath)
+        let tuner = try Tuner(configuration, claim.name, in: claim.directory)
         var pipe = try Pipe()
         ram = list
         pageMap = map
@@ -181,6 +190,7 @@ public struct Supervisor: ~Copyable {
         swap = swapParts
         self.sharedSockets = sharedSockets
         status = page
+        self.tuner = tuner
         lifelineReader = pipe.takeReader()
         lifelineWriter = pipe.takeWriter()
         self.signals = signals
@@ -215,20 +225,22 @@ public struct Supervisor: ~Copyable {
             options.passing.append(.init(from: sharedSockets.raw[index], to: firstShared + Int32(index)))
             arguments += ["--device", shared.device("fd=\(firstShared + Int32(index))")]
         }
+        let tuning = tuner.tuning
         arguments += [
             "--page-map-fd", "4", "--status", statusPath, "--supervisor-fd", "5",
-            "--period", "\(configuration.periodMilliseconds)ms", "--workers", "\(configuration.workers)",
+            "--period", "\(tuning.periodMilliseconds)ms", "--workers", "\(configuration.workers)",
             "--log-level", configuration.logLevel,
         ]
         arguments += ["--command-socket", commandPath]
         if let merging = configuration.merging {
             arguments += [
-                "--agent-socket", agentSocketPath, "--merge-period", "\(merging.periodMilliseconds)ms",
+                "--agent-socket", agentSocketPath, "--merge-period", "\(tuning.mergePeriodMilliseconds)ms",
                 "--merge-workers", "\(merging.workers)",
             ]
             if !merging.tracksWrites { arguments.append("--no-write-tracking") }
             if let store = merging.store { arguments += ["--store", store] }
             if !merging.group.isEmpty { arguments += ["--group", merging.group] }
+            if tuning.merges == false { arguments.append("--unmerged") }
         }
         if memorySlots { arguments.append("--memory-slots") }
         if singleThreadedTCG { arguments.append("--single-threaded-tcg") }
@@ -269,6 +281,9 @@ public struct Supervisor: ~Copyable {
     }
 
     mutating func endBackend() {
+        // Whoever asks the backend for something just now is answered by its end.
+        tuner.stop()
+        defer { tuner.end() }
         guard backend != nil else { return }
         backend!.signal(SIGTERM)
         // A stopped process takes no SIGTERM.

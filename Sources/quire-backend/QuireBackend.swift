@@ -87,6 +87,9 @@ struct QuireBackend: ParsableCommand {
         help: "Read all of memory to find what the guest writes, as on a kernel before Linux 6.7.")
     var noWriteTracking = false
 
+    @Flag(help: "Merge nothing until 'quire merge', or until the host's configuration says so.")
+    var unmerged = false
+
     @Option(help: ArgumentHelp("quired's socket (default: /run/quired/store.sock, or in $XDG_RUNTIME_DIR).", valueName: "path"))
     var store: String?
 
@@ -152,6 +155,7 @@ struct QuireBackend: ParsableCommand {
         options.offersMemorySlots = memorySlots
         options.guestIsNotAtomic = singleThreadedTCG
         options.commandPath = commandSocket
+        options.startsUnmerged = unmerged
         if let agentSocket {
             guard let milliseconds = Size.milliseconds(mergePeriod), let value = UInt32(exactly: milliseconds) else {
                 throw QuireError(.invalid, "--merge-period \(mergePeriod): give a time such as 10s or 500ms")
