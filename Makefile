@@ -98,7 +98,7 @@ LIB := $(DESTDIR)$(PREFIX)/lib
 install-files:
 	install -d $(DESTDIR)$(PREFIX)/bin $(LIB)/quire $(SHARE)/qemu/vhost-user $(SHARE)/doc/quire/examples \
 		$(LIB)/systemd/system $(LIB)/sysctl.d $(LIB)/udev/rules.d $(LIB)/sysusers.d $(LIB)/tmpfiles.d \
-		$(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d $(SHARE)/man/man1 $(SHARE)/bash-completion/completions \
+		$(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d $(DESTDIR)$(SYSCONFDIR)/quire $(SHARE)/man/man1 $(SHARE)/bash-completion/completions \
 		$(SHARE)/zsh/vendor-completions $(SHARE)/fish/vendor_completions.d
 	install -m 755 $(BIN)/quire $(BIN)/quire-backend $(BIN)/quired $(BIN)/quire-exporter $(DESTDIR)$(PREFIX)/bin/
 	install -m 755 $(AGENT) $(LIB)/quire/
@@ -111,6 +111,11 @@ install-files:
 	install -m 644 packaging/tmpfiles.conf $(LIB)/tmpfiles.d/quire.conf
 	$(PLACED) qemu-config/libvirt-hook > $(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d/quire
 	chmod 755 $(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d/quire
+	@mkdir -p build
+	$(BIN)/quire config template > build/quire.toml
+	@# What somebody has written there stays.
+	[ -e $(DESTDIR)$(SYSCONFDIR)/quire/quire.toml ] || install -m 644 build/quire.toml $(DESTDIR)$(SYSCONFDIR)/quire/quire.toml
+	install -m 644 build/quire.toml $(SHARE)/doc/quire/examples/quire.toml
 	install -m 644 qemu-config/domain.xml packaging/apparmor-libvirt-qemu $(SHARE)/doc/quire/examples/
 	for program in quire quire-backend quired quire-exporter; do \
 		scripts/manual $(BIN)/$$program > $(SHARE)/man/man1/$$program.1 && \

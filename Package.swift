@@ -22,6 +22,7 @@ let package = Package(
         .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
         .package(url: "https://github.com/apple/swift-log", from: "1.16.2"),
         .package(url: "https://github.com/apple/swift-nio", from: "2.101.2"),
+        .package(url: "https://github.com/LebJe/TOMLKit", from: "0.6.0"),
     ],
     targets: [
         .target(name: "CQuireLayout"),
@@ -39,6 +40,9 @@ let package = Package(
         .executableTarget(
             name: "tmem-putter", dependencies: ["CPlatform", "Engines", "Platform", "TestSupport"], path: "Tests/TmemPutter"),
         .target(name: "Platform", dependencies: ["CPlatform"], swiftSettings: settings),
+        // The configuration file, for the programs: nothing that touches a guest's pages parses it.
+        .target(
+            name: "Configuration", dependencies: ["Platform", .product(name: "TOMLKit", package: "TOMLKit")], swiftSettings: settings),
         .target(name: "GuestMemory", dependencies: ["Platform"], swiftSettings: settings),
         .target(
             name: "VhostBackend",
@@ -73,7 +77,7 @@ let package = Package(
             swiftSettings: settings),
         .executableTarget(
             name: "quired",
-            dependencies: ["Engines", "PageStore", "Host", "StoreProtocol", .product(name: "ArgumentParser", package: "swift-argument-parser")],
+            dependencies: ["Configuration", "Engines", "PageStore", "Host", "StoreProtocol", .product(name: "ArgumentParser", package: "swift-argument-parser")],
             swiftSettings: settings),
         .executableTarget(
             name: "quire-backend",
@@ -87,7 +91,7 @@ let package = Package(
         .executableTarget(
             name: "quire",
             dependencies: [
-                "Host", "Libvirt", "Metrics", "StoreProtocol", .product(name: "ArgumentParser", package: "swift-argument-parser"),
+                "Configuration", "Host", "Libvirt", "Metrics", "StoreProtocol", .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             swiftSettings: settings),
         // What the running VMs say, for programs and people; and the program that serves it.
@@ -101,7 +105,7 @@ let package = Package(
         .executableTarget(
             name: "quire-exporter",
             dependencies: [
-                "Host", "Metrics", "Platform", .product(name: "ArgumentParser", package: "swift-argument-parser"),
+                "Configuration", "Host", "Metrics", "Platform", .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "NIOCore", package: "swift-nio"), .product(name: "NIOHTTP1", package: "swift-nio"),
                 .product(name: "NIOPosix", package: "swift-nio"),
             ],
@@ -122,6 +126,9 @@ let package = Package(
         .target(
             name: "TestSupport", dependencies: ["CQuireLayout", "Host", "Platform", "StoreProtocol"], path: "Tests/Support", swiftSettings: settings),
         .testTarget(name: "BenchTests", dependencies: ["Bench"], swiftSettings: settings),
+        .testTarget(
+            name: "ConfigurationTests", dependencies: ["Configuration", "Host", "Platform", "TestSupport", "quire"],
+            swiftSettings: settings),
         .testTarget(
             name: "HostTests",
             dependencies: [

@@ -39,24 +39,26 @@ public enum BackendService {
         }
     }
 
-    /// Serves until SIGTERM or SIGINT. `isReady` is called when QEMU may be started.
+    /// Serves until SIGTERM or SIGINT. `settings`: of the VM; period and group of them are in `base` already, with what else has a
+    /// say there. `isReady` is called when QEMU may be started.
     public static func run(
-        _ name: String, _ base: Supervisor.Configuration, in directory: RuntimeDirectory, isReady: () -> Void
+        _ name: String, _ settings: Settings, _ base: Supervisor.Configuration, in directory: RuntimeDirectory, isReady: () -> Void
     ) throws(QuireError) {
         ProcessCalls.ignoreBrokenPipes()
         let signals = try SignalDescriptor(Supervisor.forwarded + [SIGCHLD])
-        let settings = try Settings.read(directory.settingsPath(name))
         guard Files.isExecutable(base.backendPath) else {
             throw QuireError(.invalid, "there is no program \(base.backendPath): install quire-backend beside quire, or name it with --backend")
         }
         var configuration = base
         configuration.name = name
-        if let period = settings.periodMilliseconds { configuration.periodMilliseconds = period }
         if !settings.merges { configuration.merging = nil }
-        if !settings.group.isEmpty { configuration.merging?.group = settings.group }
+        // How its pages are kept is the host's matter.
         if let bytes = settings.swapBytes {
-            configuration.swap = SwapDisk.Options(byteCount: bytes)
+            configuration.swap = base.swap ?? SwapDisk.Options(byteCount: bytes)
+            configuration.swap?.byteCount = bytes
             configuration.swap?.awaitsRestore = settings.awaitsSwap
+        } else {
+            configuration.swap = nil
         }
         // Sockets are made for QEMU's group as well, and so are those of a backend that has to be started again. The folder
         // decides who gets to them.

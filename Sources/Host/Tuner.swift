@@ -27,7 +27,9 @@ public struct Tuning: Sendable, Equatable {
         let words = Array(words)
         guard (2...3).contains(words.count), let period = UInt32(words[0]), let mergePeriod = UInt32(words[1]),
             words.count == 2 || words[2] == "merge" || words[2] == "unmerge"
-        else { throw QuireError(.invalid, "'\(words.joined(separator: " "))' is no tuning: install the same release of quire and quire-backend") }
+        else {
+            throw QuireError(.invalid, "'\(words.joined(separator: " "))' is no tuning: install the same release of quire and quire-backend")
+        }
         periodMilliseconds = period
         mergePeriodMilliseconds = mergePeriod
         merges = words.count == 3 ? words[2] == "merge" : nil
@@ -79,9 +81,13 @@ final class Tuner: Sendable {
         reload = configuration.reload
         log = configuration.log
         guard reload != nil else { return }
-        let server = try CommandSocket.Server(path: directory.supervisorPath(name), logger: Logger(label: "") { _ in SwiftLogNoOpLogHandler() }) {
+        // What there is to say, it says itself.
+        let silence = Logger(label: "quire") { _ in SwiftLogNoOpLogHandler() }
+        let server = try CommandSocket.Server(path: directory.supervisorPath(name), logger: silence) {
             [self] request throws(QuireError) in
-            guard request.text == "reload" else { throw QuireError(.unsupported, "this supervisor does not know the command '\(request.text)'") }
+            guard request.text == "reload" else {
+                throw QuireError(.unsupported, "this supervisor does not know the command '\(request.text)'")
+            }
             return try carryOut().joined(separator: "\n")
         }
         state.withLock { $0.server = server }

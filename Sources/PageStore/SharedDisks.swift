@@ -12,24 +12,10 @@ public final class SharedDisks: Sendable {
         /// The share group whose VMs may attach it.
         public let group: String
 
-        /// `NAME,size=SIZE[,group=GROUP]`; without a group, that of quired's own user. `size`: reads a size.
-        public init(parsing text: String, ownGroup: String, size: (String) -> UInt64?) throws(QuireError) {
-            let parts = text.split(separator: ",", omittingEmptySubsequences: false).map(String.init)
-            var options: [String: String] = [:]
-            for part in parts.dropFirst() {
-                let pair = part.split(separator: "=", maxSplits: 1).map(String.init)
-                guard pair.count == 2, ["size", "group"].contains(pair[0]), options.updateValue(pair[1], forKey: pair[0]) == nil
-                else { throw QuireError(.invalid, "--shared-disk \(text): give NAME,size=SIZE[,group=GROUP]") }
-            }
-            guard SharedDisks.isDiskName(parts[0]) else {
-                throw QuireError(.invalid, "--shared-disk \(text): a name has 1 to 32 of A-Z a-z 0-9 . _ - and no dot in front")
-            }
-            guard let bytes = options["size"].flatMap(size), bytes % 4096 == 0, (1 << 20...1 << 43).contains(bytes) else {
-                throw QuireError(.invalid, "--shared-disk \(text): give a size of 1M to 8T in whole pages of 4 KiB, such as size=1G")
-            }
-            name = parts[0]
-            byteCount = bytes
-            group = options["group"] ?? ownGroup
+        public init(name: String, byteCount: UInt64, group: String) {
+            self.name = name
+            self.byteCount = byteCount
+            self.group = group
         }
 
         public var pages: UInt64 { byteCount / 4096 }

@@ -75,6 +75,8 @@ public struct FileStatus: Sendable, Equatable {
     public let allocatedBytes: UInt64
     public let isRegularFile: Bool
     public let uid: UInt32
+    /// Its permissions.
+    public let mode: mode_t
 
     public init(of raw: Int32) throws(QuireError) {
         var status = stat()
@@ -83,6 +85,7 @@ public struct FileStatus: Sendable, Equatable {
         byteCount = UInt64(status.st_size)
         allocatedBytes = UInt64(status.st_blocks) * 512
         uid = status.st_uid
+        mode = status.st_mode & 0o7777
         isRegularFile = (status.st_mode & mode_t(S_IFMT)) == mode_t(S_IFREG)
     }
 }

@@ -111,6 +111,14 @@ public enum Files {
         return unsafe stat(path, &status) == 0 && (status.st_mode & mode_t(S_IFMT)) == mode_t(S_IFDIR)
     }
 
+    /// Whether anything is at `path`, or may be: who is not allowed to look does not know.
+    public static func exists(_ path: String) -> Bool {
+        var status = stat()
+        if unsafe stat(path, &status) == 0 { return true }
+        let code = cp_errno()
+        return code != ENOENT && code != ENOTDIR
+    }
+
     /// The identity of what is at `path` now, links not followed; nil if there is nothing.
     public static func identity(of path: String) -> FileStatus.Identity? {
         var status = stat()

@@ -1,4 +1,5 @@
 import ArgumentParser
+import Configuration
 import Glibc
 import Host
 import Metrics
@@ -25,8 +26,11 @@ struct QuireExporter: ParsableCommand {
             """,
         version: "quire-exporter \(quireVersion)")
 
-    @Option(help: ArgumentHelp("Address and port to listen on, such as 127.0.0.1:9750 or [::1]:9750; or 'off'.", valueName: "address:port"))
-    var http = "127.0.0.1:9750"
+    @Option(help: ArgumentHelp("The configuration (default: /etc/quire/quire.toml, or in etc of where quire-exporter is installed); options beat it.", valueName: "file"))
+    var config: String?
+
+    @Option(help: ArgumentHelp("Address and port to listen on, such as 127.0.0.1:9750 or [::1]:9750; or 'off' (default: 127.0.0.1:9750).", valueName: "address:port"))
+    var http: String?
 
     @Option(help: ArgumentHelp("Unix socket to listen on as well, or 'off' (default: metrics.sock in quired's directory).", valueName: "path"))
     var httpSocket: String?
@@ -38,14 +42,14 @@ struct QuireExporter: ParsableCommand {
     var httpHost: [String] = []
 
     @Option(
-        help: ArgumentHelp("How long a request may take to arrive, and its answer to be taken.", valueName: "time"),
-        transform: Self.milliseconds)
-    var httpTimeout: UInt64 = 30_000
+        help: ArgumentHelp("How long a request may take to arrive, and its answer to be taken (default: 30s).", valueName: "time"),
+        transform: Keys.Exporter.httpTimeout.argument)
+    var httpTimeout: String?
 
     @Option(
-        help: ArgumentHelp("Time between the pictures that are kept, 60 of them; each costs what a scrape does.", valueName: "time"),
-        transform: Self.milliseconds)
-    var historyInterval: UInt64 = 15_000
+        help: ArgumentHelp("Time between the pictures that are kept, 60 of them; each costs what a scrape does (default: 15s).", valueName: "time"),
+        transform: Keys.Exporter.historyInterval.argument)
+    var historyInterval: String?
 
     @Option(help: ArgumentHelp("quired's socket (default: as for quire run).", valueName: "path"))
     var store: String?
@@ -53,11 +57,13 @@ struct QuireExporter: ParsableCommand {
     @Option(help: ArgumentHelp("Look for VMs in this runtime directory only. Repeatable (default: those of all users for root, your own otherwise).", valueName: "path"))
     var runtimeDirectory: [String] = []
 
-    static func milliseconds(_ text: String) throws -> UInt64 {
-        guard let value = Size.milliseconds(text), (100...600_000).contains(value) else {
-            throw ValidationError("'\(text)' is no such time: use 100ms to 10m")
-        }
-        return value
+    private func settings() throws(QuireError) -> Resolution {
+        // Relative paths are a shell's: the file has none.
+        let arguments: [String: RawValue?] = [
+            Keys.Exporter.http.name: .argument(http), Keys.Exporter.httpHost.name: .arguments(httpHost),
+            Keys.Exporter.httpTimeout.name: .argument(httpTimeout), Keys.Exporter.historyInterval.name: .argument(historyInterval),
+        ]
+        return try ConfigurationFile.read(config).resolve(.exporter, arguments.compactMapValues { $0 })
     }
 
     func run() throws {
@@ -72,18 +78,21 @@ struct QuireExporter: ParsableCommand {
         ProcessCalls.raiseFileLimit()
         // Before any thread.
         let signals = try SignalDescriptor([SIGTERM, SIGINT])
-        let token = try readToken()
-        let address = try tcpAddress(token)
-        let socketPath = try unixPath()
+        let settings = try settings()
+        let http = settings.value(Keys.Exporter.http)
+        let token = try readToken(httpTokenFile ?? settings[Keys.Exporter.httpTokenFile])
+        let address = try tcpAddress(http, token)
+        let socketPath = try unixPath(httpSocket ?? settings[Keys.Exporter.httpSocket])
         guard address != nil || socketPath != nil else {
             throw QuireError(.invalid, "there is nothing to listen on: --http and --http-socket are both off")
         }
-        let directories = runtimeDirectory.isEmpty ? try RuntimeDirectories.standard() : RuntimeDirectories(runtimeDirectory)
+        let folders = runtimeDirectory.isEmpty ? settings[Keys.Exporter.runtimeDirectory] ?? [] : runtimeDirectory
+        let directories = folders.isEmpty ? try RuntimeDirectories.standard() : RuntimeDirectories(folders)
         let collector = try Collector(
-            directories, storePath: store ?? StoreLink.standardPath(),
-            history: History(intervalMilliseconds: historyInterval))
-        let server = WebServer(Web(collector), patience: .milliseconds(Int64(httpTimeout)))
-        var hosts = Set(httpHost.map { $0.lowercased() })
+            directories, storePath: store ?? settings[Keys.Exporter.store] ?? StoreLink.standardPath(),
+            history: History(intervalMilliseconds: settings.value(Keys.Exporter.historyInterval)))
+        let server = WebServer(Web(collector), patience: .milliseconds(Int64(settings.value(Keys.Exporter.httpTimeout))))
+        var hosts = Set((settings[Keys.Exporter.httpHost] ?? []).map { $0.lowercased() })
         if let address {
             let bound: SocketAddress?
             do { bound = try server.listen(on: .tcp(address), gate: Gate(hosts: hosts, token: token)) } catch {
@@ -109,8 +118,8 @@ struct QuireExporter: ParsableCommand {
         collector.end()
     }
 
-    private func readToken() throws(QuireError) -> [UInt8]? {
-        guard let path = httpTokenFile else { return nil }
+    private func readToken(_ path: String?) throws(QuireError) -> [UInt8]? {
+        guard let path else { return nil }
         let token = try Array(Files.read(path, limit: 4096).utf8.prefix { $0 != 0x0A })
         guard token.count >= 16, token.allSatisfy({ (0x21...0x7E).contains($0) }) else {
             throw QuireError(
@@ -119,7 +128,7 @@ struct QuireExporter: ParsableCommand {
         return token
     }
 
-    private func tcpAddress(_ token: [UInt8]?) throws(QuireError) -> SocketAddress? {
+    private func tcpAddress(_ http: String, _ token: [UInt8]?) throws(QuireError) -> SocketAddress? {
         guard http != "off" else { return nil }
         guard let colon = http.lastIndex(of: ":"), let port = UInt16(http[http.index(after: colon)...]) else {
             throw QuireError(.invalid, "--http \(http): give ADDRESS:PORT, such as 127.0.0.1:9750, or off")
@@ -143,9 +152,9 @@ struct QuireExporter: ParsableCommand {
     }
 
     /// Beside quired's socket unless told otherwise.
-    private func unixPath() throws(QuireError) -> String? {
-        if httpSocket == "off" { return nil }
-        if let path = httpSocket { return path }
+    private func unixPath(_ path: String?) throws(QuireError) -> String? {
+        if path == "off" { return nil }
+        if let path { return path }
         let store = StoreLink.standardPath()
         guard let slash = store.lastIndex(of: "/") else { return nil }
         let folder = String(store[..<slash])

@@ -1,4 +1,5 @@
 import ArgumentParser
+import Configuration
 import FoundationEssentials
 import Host
 import Libvirt
@@ -97,8 +98,8 @@ extension Quire.Libvirt {
 
         @Option(
             help: ArgumentHelp("How long a page has to be free before the host takes it.", valueName: "time"),
-            transform: Quire.Run.milliseconds)
-        var period: UInt64?
+            transform: Keys.Backend.period.argument)
+        var period: String?
 
         @Flag(help: "No agent in QEMU: equal pages are not merged.")
         var noMerge = false
@@ -117,7 +118,7 @@ extension Quire.Libvirt {
             var request = Domain.Request(directory: try RuntimeDirectory.standard())
             request.swapBytes = swap
             request.group = group
-            request.period = period
+            request.period = period.flatMap { Size.milliseconds($0) }
             if !noMerge {
                 guard let path = agent ?? Quire.Run.agentBesideUs(), Files.identity(of: path) != nil else {
                     throw QuireError(.invalid, "libquire-agent.so is not beside quire: name it with --agent, or merge nothing with --no-merge")

@@ -16,7 +16,7 @@ struct Quire: ParsableCommand {
             """,
         version: "quire \(quireVersion)",
         subcommands: [
-            Run.self, Status.self, Top.self, Unmerge.self, Merge.self, Tmem.self, Libvirt.self, Doctor.self, Serve.self,
+            Run.self, Status.self, Top.self, Unmerge.self, Merge.self, Tmem.self, Libvirt.self, Config.self, Doctor.self, Serve.self,
         ])
 }
 

@@ -1,7 +1,7 @@
 import ArgumentParser
+import Configuration
 import Host
 import Platform
-import StoreProtocol
 
 extension Quire {
     struct Run: ParsableCommand {
@@ -12,6 +12,8 @@ extension Quire {
                 reaches its backend, starts the backend, and then QEMU with your terminal. Everything else on QEMU's \
                 command line stays as you wrote it. A backend that dies or hangs is replaced while the guest runs on.
 
+                What no option says, the configuration does: its section [vm.NAME], then [backend] (quire config --help).
+
                 Signals that quire gets are passed on to QEMU. Exits as QEMU does; 128 and the signal's number when a \
                 signal killed QEMU; 1 if it could not be started.
 
@@ -21,27 +23,31 @@ extension Quire {
         @Option(help: ArgumentHelp("The VM's name in 'quire status' (default: QEMU's -name, else qemu-PID).", valueName: "name"))
         var name: String?
 
-        @Option(
-            help: ArgumentHelp("How long a page has to be free before the host takes it: 500ms, 10s, 2m.", valueName: "time"),
-            transform: Self.milliseconds)
-        var period: UInt64 = 10_000
+        @OptionGroup var file: ConfigurationOption
 
-        @Option(help: ArgumentHelp("Threads of the backend that recycle, 1 to 16.", valueName: "n"))
-        var workers = 1
+        @Option(
+            help: ArgumentHelp("How long a page has to be free before the host takes it: 500ms, 10s, 2m (default: 10s).", valueName: "time"),
+            transform: Keys.Backend.period.argument)
+        var period: String?
+
+        @Option(help: ArgumentHelp("Threads of the backend that recycle, 1 to 16 (default: 1).", valueName: "n"), transform: Keys.Backend.workers.argument)
+        var workers: String?
 
         @Option(help: ArgumentHelp("The backend's program (default: quire-backend beside quire).", valueName: "path"))
         var backend: String?
 
         @Option(
-            help: ArgumentHelp("A page is merged with its equals when it was not written for two of these.", valueName: "time"),
-            transform: Self.milliseconds)
-        var mergePeriod: UInt64 = 10_000
+            help: ArgumentHelp("A page is merged with its equals when it was not written for two of these (default: 10s).", valueName: "time"),
+            transform: Keys.Backend.mergePeriod.argument)
+        var mergePeriod: String?
 
-        @Option(help: ArgumentHelp("Threads of the backend that look for equal pages, 1 to 16.", valueName: "n"))
-        var mergeWorkers = 1
+        @Option(
+            help: ArgumentHelp("Threads of the backend that look for equal pages, 1 to 16 (default: 1).", valueName: "n"),
+            transform: Keys.Backend.mergeWorkers.argument)
+        var mergeWorkers: String?
 
         @Option(help: ArgumentHelp("Share equal pages with VMs of this group (default: those of the same user).", valueName: "name"))
-        var group = ""
+        var group: String?
 
         @Option(help: ArgumentHelp("quired's socket (default: /run/quired/store.sock, or in $XDG_RUNTIME_DIR).", valueName: "path"))
         var store: String?
@@ -49,8 +55,8 @@ extension Quire {
         @Option(help: ArgumentHelp("The agent for QEMU (default: libquire-agent.so beside quire, or in ../lib/quire).", valueName: "path"))
         var agent: String?
 
-        @Flag(help: "Read all of memory to find what the guest writes, as on a host kernel before Linux 6.7.")
-        var noWriteTracking = false
+        @Flag(inversion: .prefixedNo, help: "Ask the kernel what the guest writes; or read all of memory to find out, as on a host kernel before Linux 6.7 (default: ask).")
+        var writeTracking: Bool?
 
         @Option(
             help: ArgumentHelp("Give the guest a disk of this size to swap to: mkswap and swapon it; the host keeps its pages compressed.", valueName: "size"))
@@ -60,46 +66,46 @@ extension Quire {
             help: ArgumentHelp("The host's memory for the swap disk is its size divided by this; when that is full, the guest gets I/O errors.", valueName: "factor"))
         var swapOvercommit: String?
 
-        @Option(help: ArgumentHelp("How swapped pages are compressed: lz4, zstd or zstd:LEVEL.", valueName: "method"))
-        var swapCompression = "lz4"
+        @Option(help: ArgumentHelp("How swapped pages are compressed: lz4, zstd or zstd:LEVEL (default: lz4).", valueName: "method"))
+        var swapCompression: String?
 
-        @Option(help: ArgumentHelp("Queues of the swap disk, 1 to 16.", valueName: "n"))
-        var swapQueues = 1
+        @Option(help: ArgumentHelp("Queues of the swap disk, 1 to 16 (default: 1).", valueName: "n"), transform: Keys.Backend.swapQueues.argument)
+        var swapQueues: String?
 
         @Option(
             name: .customLong("shared-disk"),
             help: ArgumentHelp("Attach a disk that VMs of the group share (quired --shared-disk); its serial number is its name. Repeatable.", valueName: "name[,size=SIZE]"))
         var sharedDisk: [String] = []
 
-        @Flag(help: "Load no agent into QEMU: equal pages are not merged.")
-        var noMerge = false
+        @Flag(inversion: .prefixedNo, help: "Merge equal pages, for which an agent is loaded into QEMU, or load none (default: merge).")
+        var merge: Bool?
 
-        @Option(help: ArgumentHelp("What the backend logs to stderr: trace, debug, info, notice, warning, error, critical.", valueName: "level"))
-        var logLevel = LogLevel.notice
+        @Option(
+            help: ArgumentHelp("What the backend logs to stderr: trace, debug, info, notice, warning, error, critical (default: notice).", valueName: "level"),
+            transform: Keys.Backend.logLevel.argument)
+        var logLevel: String?
 
         @Argument(
             parsing: .postTerminator,
             help: ArgumentHelp("QEMU and its arguments, behind --.", valueName: "qemu-command"))
         var command: [String] = []
 
-        enum LogLevel: String, ExpressibleByArgument, CaseIterable {
-            case trace, debug, info, notice, warning, error, critical
-        }
-
-        static func milliseconds(_ text: String) throws -> UInt64 {
-            guard let value = Size.milliseconds(text), (100...3_600_000).contains(value) else {
-                throw ValidationError("'\(text)' is no period: use 100ms to 1h, such as 500ms, 10s or 2m")
-            }
-            return value
-        }
-
         func validate() throws {
-            guard (1...16).contains(mergeWorkers) else { throw ValidationError("--merge-workers is \(mergeWorkers): use 1 to 16") }
-            guard (1...16).contains(swapQueues) else { throw ValidationError("--swap-queues is \(swapQueues): use 1 to 16") }
-            guard (1...16).contains(workers) else { throw ValidationError("--workers is \(workers): use 1 to 16") }
             guard !command.isEmpty else {
                 throw ValidationError("no QEMU command: put it behind --, as in: quire run -- qemu-system-x86_64 -m 2G …")
             }
+        }
+
+        private var arguments: [String: RawValue] {
+            [
+                Keys.Backend.period.name: .argument(period), Keys.Backend.workers.name: .argument(workers),
+                Keys.Backend.merge.name: .argument(merge), Keys.Backend.mergePeriod.name: .argument(mergePeriod),
+                Keys.Backend.mergeWorkers.name: .argument(mergeWorkers), Keys.Backend.group.name: .argument(group),
+                Keys.Backend.store.name: .argument(store), Keys.Backend.writeTracking.name: .argument(writeTracking),
+                Keys.Backend.swap.name: .argument(swap), Keys.Backend.swapOvercommit.name: .argument(swapOvercommit),
+                Keys.Backend.swapCompression.name: .argument(swapCompression), Keys.Backend.swapQueues.name: .argument(swapQueues),
+                Keys.Backend.sharedDisk.name: .arguments(sharedDisk), Keys.Backend.logLevel.name: .argument(logLevel),
+            ].compactMapValues { $0 }
         }
 
         func run() throws {
@@ -107,47 +113,16 @@ extension Quire {
                 var configuration = Supervisor.Configuration(
                     backendPath: backend ?? Self.backendBesideUs(), arguments: command)
                 configuration.name = name
-                configuration.periodMilliseconds = period
-                configuration.workers = workers
-                configuration.logLevel = logLevel.rawValue
-                if let swap {
-                    var options = SwapDisk.Options(byteCount: try SwapDisk.checkSize(Size.parse(swap), "--swap \(swap)"))
-                    options.queueCount = swapQueues
-                    options.compression = try SwapDisk.compression(swapCompression)
-                    if let factor = swapOvercommit {
-                        options.overcommit = try SwapDisk.checkOvercommit(Double(factor), "--swap-overcommit \(factor)")
-                    }
-                    configuration.swap = options
-                } else if swapOvercommit != nil {
+                let source = VMConfiguration(name: configuration.vmName, file: file.config, arguments: arguments)
+                let settings = try source.resolve()
+                if settings[Keys.Backend.swap] == nil, swapOvercommit != nil {
                     throw QuireError(.invalid, "--swap-overcommit is for --swap: give its size")
                 }
-                for text in sharedDisk {
-                    let parts = text.split(separator: ",", omittingEmptySubsequences: false).map(String.init)
-                    var disk = SharedDisk.Options(
-                        name: parts[0], path: SharedDiskClient.path(besideStore: store ?? StoreLink.standardPath()))
-                    disk.group = group
-                    if parts.count > 1 {
-                        guard parts.count == 2, parts[1].hasPrefix("size="), let size = Size.parse(parts[1].dropFirst(5)) else {
-                            throw QuireError(.invalid, "--shared-disk \(text): give NAME or NAME,size=SIZE")
-                        }
-                        disk.expectedBytes = size
-                    }
-                    guard !configuration.sharedDisks.contains(where: { $0.name == disk.name }) else {
-                        throw QuireError(.invalid, "--shared-disk \(disk.name) is given twice")
-                    }
-                    configuration.sharedDisks.append(disk)
-                }
-                if !noMerge, let path = agent ?? Self.agentBesideUs() {
-                    var merging = Supervisor.Configuration.Merging(agentPath: path)
-                    merging.periodMilliseconds = mergePeriod
-                    merging.workers = mergeWorkers
-                    merging.group = group
-                    merging.tracksWrites = !noWriteTracking
-                    merging.store = store
-                    configuration.merging = merging
-                } else if !noMerge {
+                let path = settings.value(Keys.Backend.merge) ? agent ?? Self.agentBesideUs() : nil
+                if path == nil, settings.value(Keys.Backend.merge) {
                     configuration.log("equal pages are not merged: libquire-agent.so is not beside quire, name it with --agent")
                 }
+                try source.apply(settings, agent: path, to: &configuration)
                 return try Supervisor.run(configuration, directory: RuntimeDirectory.standard())
             }
             throw ExitCode(status)

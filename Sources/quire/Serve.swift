@@ -1,4 +1,5 @@
 import ArgumentParser
+import Configuration
 import Host
 import Platform
 
@@ -22,15 +23,27 @@ extension Quire {
         @Option(help: ArgumentHelp("The backend's program (default: quire-backend beside quire).", valueName: "path"))
         var backend: String?
 
-        @Option(name: .customLong("log-level"), help: ArgumentHelp("What the backend logs to stderr.", valueName: "level"))
-        var logLevel = Run.LogLevel.notice
+        @Option(
+            name: .customLong("log-level"), help: ArgumentHelp("What the backend logs to stderr.", valueName: "level"),
+            transform: Keys.Backend.logLevel.argument)
+        var logLevel: String?
+
+        @OptionGroup var file: ConfigurationOption
 
         func run() throws {
             try failing { () throws(QuireError) in
+                let directory = try RuntimeDirectory.standard()
+                let settings = try BackendService.Settings.read(directory.settingsPath(name))
+                // What the domain's definition says is for this VM, as a command line is.
+                let arguments: [String: RawValue?] = [
+                    Keys.Backend.logLevel.name: .argument(logLevel),
+                    Keys.Backend.period.name: .argument(settings.periodMilliseconds.map { "\($0)ms" }),
+                    Keys.Backend.group.name: .argument(settings.group.isEmpty ? nil : settings.group),
+                ]
                 var configuration = Supervisor.Configuration(backendPath: backend ?? Run.backendBesideUs(), arguments: [])
-                configuration.logLevel = logLevel.rawValue
-                if let agent = Run.agentBesideUs() { configuration.merging = .init(agentPath: agent) }
-                try BackendService.run(name, configuration, in: RuntimeDirectory.standard()) {
+                let source = VMConfiguration(name: name, file: file.config, arguments: arguments.compactMapValues { $0 }, isService: true)
+                try source.apply(source.resolve(), agent: settings.merges ? Run.agentBesideUs() : nil, to: &configuration)
+                try BackendService.run(name, settings, configuration, in: directory) {
                     ServiceManager.notify("READY=1")
                     if let raw = readyDescriptor { try? Descriptor.tell(raw, "ready") }
                 }

@@ -1,4 +1,5 @@
 import ArgumentParser
+import Configuration
 import Glibc
 import Host
 import Logging
@@ -14,16 +15,21 @@ struct Quired: ParsableCommand {
         discussion: """
             Owns the store that equal pages are kept in and the index that finds them. Backends of VMs connect to \
             DIRECTORY/store.sock. With --keep, what VMs use survives the death of this program, which is started again.
+
+            SIGHUP reads the configuration again: limit and reserve change at once, and nothing that VMs share is lost.
             """,
         version: "quired \(quireVersion)")
 
     @Option(help: ArgumentHelp("Where the socket is; made if it is missing.", valueName: "path"))
     var directory: String?
 
-    @Option(help: "The most memory that shared pages may take: 4G. Half of the host's without it.")
+    @Option(help: ArgumentHelp("The configuration (default: /etc/quire/quire.toml, or in etc of where quired is installed); options beat it.", valueName: "file"))
+    var config: String?
+
+    @Option(help: "The most memory that shared pages may take: 4G (default: half of the host's).")
     var limit: String?
 
-    @Option(name: .customLong("candidates"), help: "Memory for contents seen once: 32M. 1/2048 of the host's without it.")
+    @Option(name: .customLong("candidates"), help: "Memory for contents seen once: 32M (default: 1/2048 of the host's).")
     var candidates: String?
 
     @Option(help: ArgumentHelp("A share group, and the users whose VMs may be in it. Repeatable.", valueName: "name=uid,…"))
@@ -31,9 +37,9 @@ struct Quired: ParsableCommand {
 
     @Option(
         help: ArgumentHelp(
-            "Merge nothing more while the host has less memory left than so many percent of what merged pages would need if all guests wrote them at once.",
+            "Merge nothing more while the host has less memory left than so many percent of what merged pages would need if all guests wrote them at once (default: 100).",
             valueName: "percent"))
-    var reserve = 100
+    var reserve: String?
 
     @Option(
         name: .customLong("shared-disk"),
@@ -42,8 +48,8 @@ struct Quired: ParsableCommand {
             valueName: "name,size=SIZE[,group=G]"))
     var sharedDisk: [String] = []
 
-    @Option(help: "Threads that answer.")
-    var workers: Int?
+    @Option(help: "Threads that answer (default: one a processor, at most 4).")
+    var workers: String?
 
     @Flag(help: "Stay above the program that does the work, keep its memory, and start it again when it dies.")
     var keep = false
@@ -51,19 +57,33 @@ struct Quired: ParsableCommand {
     @Option(name: .customLong("keeper-fd"), help: .hidden)
     var keeper: Int32?
 
-    @Option(name: .customLong("log-level"), help: "trace, debug, info, notice, warning, error or critical.")
-    var logLevel = "notice"
+    @Option(name: .customLong("log-level"), help: "trace, debug, info, notice, warning, error or critical (default: notice).")
+    var logLevel: String?
 
     func run() throws {
         let status: Int32
         do throws(QuireError) {
-            let configuration = try store()
-            status = try keep && keeper == nil ? keepRunning() : serve(configuration)
+            if keep && keeper == nil {
+                // What is wrong is said before there is anything to keep.
+                _ = try Settings(config, arguments)
+                status = try keepRunning()
+            } else {
+                status = try serve()
+            }
         } catch {
             writeStandardError("quired: \(error)")
             throw ExitCode(1)
         }
         if status != 0 { throw ExitCode(status) }
+    }
+
+    private var arguments: [String: RawValue] {
+        [
+            Keys.Quired.limit.name: .argument(limit), Keys.Quired.candidates.name: .argument(candidates),
+            Keys.Quired.group.name: .arguments(group), Keys.Quired.reserve.name: .argument(reserve),
+            Keys.Quired.sharedDisk.name: .arguments(sharedDisk), Keys.Quired.workers.name: .argument(workers),
+            Keys.Quired.logLevel.name: .argument(logLevel),
+        ].compactMapValues { $0 }
     }
 
     private func keepRunning() throws(QuireError) -> Int32 {
@@ -73,26 +93,23 @@ struct Quired: ParsableCommand {
         return try keeper.run([own] + CommandLine.arguments.dropFirst()) { writeStandardError("quired: \($0)") }
     }
 
-    private func serve(_ configuration: PageStore.Configuration) throws(QuireError) -> Int32 {
-        guard let level = Logger.Level(rawValue: logLevel) else {
-            throw QuireError(.invalid, "--log-level \(logLevel): choose trace, debug, info, notice, warning, error or critical")
-        }
-        var logger = Logger(label: "quired") { StreamLogHandler.standardError(label: $0) }
-        logger.logLevel = level
+    private func serve() throws(QuireError) -> Int32 {
         ProcessCalls.raiseFileLimit()
         ProcessCalls.ignoreBrokenPipes()
-        let signals = try SignalDescriptor([SIGTERM, SIGINT])
+        let signals = try SignalDescriptor([SIGTERM, SIGINT, SIGHUP])
         let link = if let keeper { try KeeperLink(adopting: Descriptor(owning: keeper)) } else { nil as KeeperLink? }
+        let settings = try Settings(config, arguments, keeper: link)
+        var logger = Logger(label: "quired") { StreamLogHandler.standardError(label: $0) }
+        logger.logLevel = settings.logLevel
+        if let trouble = settings.trouble { logger.error("\(trouble): going on with what held before") }
+        let configuration = try settings.store()
         let store =
             if let link { try PageStore(configuration, keeper: link, logger: logger) } else {
                 try PageStore(configuration, logger: logger)
             }
         let path = try socketPath()
         let diskPath = SharedDiskClient.path(besideStore: path)
-        let wanted = try sharedDisk.map { text throws(QuireError) in
-            try SharedDisks.Disk(parsing: text, ownGroup: PageStore.ownGroup(ProcessCalls.ownUID), size: Size.parse)
-        }
-        let disks = try SharedDisks(wanted, store: store, keeper: link, logger: logger)
+        let disks = try SharedDisks(settings.disks(), store: store, keeper: link, logger: logger)
         let diskServer: SharedDiskServer? =
             disks.isEmpty
             ? nil
@@ -100,13 +117,26 @@ struct Quired: ParsableCommand {
                 disks, listener: listener(diskPath, link, Self.diskListenerItem), logger: logger,
                 commands: SharedDiskCommands(disks: disks).carryOut)
         let server = try StoreServer(
-            store, listener: listener(path, link, Self.listenerItem),
-            workers: workers ?? min(4, ProcessCalls.processorCount), logger: logger)
+            store, listener: listener(path, link, Self.listenerItem), workers: settings.workers, logger: logger)
+        let reloading = Reloading(settings, config, arguments, store: store, keeper: link, logger: logger)
+        let commands = try CommandSocket.Server(path: StoreLink.commandPath(besideStore: path), mode: 0o600, logger: logger) {
+            request throws(QuireError) in
+            guard request.text == "reload" else { throw QuireError(.unsupported, "this quired does not know the command '\(request.text)'") }
+            return try reloading.reload().joined(separator: "\n")
+        }
         logger.notice("listening on \(path), at most \(Size.exact(UInt64(configuration.limitPages) * 4096)) for shared pages")
         link?.ready()
         // Also by the one that a keeper has started: the service is the keeper's.
         ServiceManager.notify("READY=1")
-        _ = waitReadable([signals.descriptor.raw])
+        serving: while true {
+            _ = waitReadable([signals.descriptor.raw])
+            while let event = signals.next() {
+                guard event.number == SIGHUP else { break serving }
+                // What it says, the log says.
+                _ = try? reloading.reload()
+            }
+        }
+        commands.end()
         server.end()
         diskServer?.end()
         Files.remove(path)
@@ -137,29 +167,5 @@ struct Quired: ParsableCommand {
         }
         try folder.setMode(0o750)
         return directory + "/store.sock"
-    }
-
-    private func store() throws(QuireError) -> PageStore.Configuration {
-        func bytes(_ text: String?, _ option: String, _ otherwise: Int) throws(QuireError) -> Int {
-            guard let text else { return otherwise }
-            guard let value = Size.parse(text).flatMap({ Int(exactly: $0) }), value >= 4096 else {
-                throw QuireError(.invalid, "--\(option) \(text): give a size such as 512M")
-            }
-            return value
-        }
-        var configuration = try PageStore.Configuration(
-            limitPages: bytes(limit, "limit", ProcessCalls.memoryBytes / 2) / 4096,
-            candidateBytes: bytes(candidates, "candidates", ProcessCalls.memoryBytes / 2048))
-        guard (0...100_000).contains(reserve) else { throw QuireError(.invalid, "--reserve \(reserve): give a percentage, such as 50") }
-        configuration.reservePercent = reserve
-        for text in group {
-            let parts = text.split(separator: "=", omittingEmptySubsequences: false)
-            let users = parts.count == 2 ? parts[1].split(separator: ",").map { UInt32($0) } : []
-            guard !users.isEmpty, !users.contains(nil), PageStore.isGroupName(String(parts[0])) else {
-                throw QuireError(.invalid, "--group \(text): give NAME=UID or NAME=UID,UID; NAME does not begin with owner-")
-            }
-            configuration.groups[String(parts[0])] = Set(users.compactMap { $0 })
-        }
-        return configuration
     }
 }

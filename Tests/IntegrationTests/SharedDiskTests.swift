@@ -92,7 +92,7 @@ extension Integration {
             #expect(try refusal(["--shared-disk", "none", "--group", "lab"]).contains("no shared disk 'none'"))
             #expect(try refusal(["--shared-disk", "scratch,size=1G", "--group", "lab"]).contains("has 64M, not 1G"))
             #expect(try refusal(["--shared-disk", "scratch", "--shared-disk", "scratch", "--group", "lab"]).contains("given twice"))
-            #expect(try refusal(["--swap", "1000"]).contains("is no size for a swap disk"))
+            #expect(try refusal(["--swap", "1000"]).contains("--swap 1000: give a size from 1M to 8T in whole pages"))
             #expect(Files.list(folder.path + "/run") ?? [] == [])
         }
     }

@@ -117,7 +117,7 @@ final class Quired {
     init(_ more: [String] = []) throws {
         folder = try Folder()
         process = try Running(
-            [products + "quired", "--directory", folder.path, "--limit", "256M", "--candidates", "1M"] + more,
+            [products + "quired", "--directory", folder.path, "--config", "/dev/null", "--limit", "256M", "--candidates", "1M"] + more,
             log: folder.path + "/log")
         guard eventually(milliseconds: 20_000, { (try? figures()) != nil }) else { throw Trouble("quired: \(process.text)") }
     }
@@ -137,7 +137,7 @@ final class Exporter {
     init(_ directories: [String], store: String = "/nonexistent/store.sock", _ more: [String] = []) throws {
         folder = try Folder()
         process = try Running(
-            [products + "quire-exporter", "--http", "127.0.0.1:0", "--http-socket", folder.path + "/metrics.sock", "--store", store]
+            [products + "quire-exporter", "--config", "/dev/null", "--http", "127.0.0.1:0", "--http-socket", folder.path + "/metrics.sock", "--store", store]
                 + directories.flatMap { ["--runtime-directory", $0] } + more, log: folder.path + "/log")
         let prefix = "quire-exporter: listening on http://127.0.0.1:"
         var found: UInt16?

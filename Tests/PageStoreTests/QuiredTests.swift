@@ -94,8 +94,8 @@ import Testing
         func option(_ words: String) throws -> String {
             try ChildProcess.output(of: ["sh", "-c", "\(RunningStore.program) \(words) 2>&1; true"])
         }
-        #expect(try option("--limit 3x") == "quired: --limit 3x: give a size such as 512M\n")
-        #expect(try option("--group web") == "quired: --group web: give NAME=UID or NAME=UID,UID; NAME does not begin with owner-\n")
+        #expect(try option("--limit 3x") == "quired: --limit 3x: give a size from 4K to 8191G, such as \"4G\"\n")
+        #expect(try option("--group web") == "quired: --group web: give a list of \"NAME=UID,UID\"\n")
         #expect(try option("--keep --directory relative")
             == "quired: there is no runtime directory: give --directory and an absolute path\n")
     }
@@ -256,6 +256,73 @@ import Testing
         #expect(quired.stop() == .exited(0))
         Files.remove(copy)
         Files.removeDirectory(folder)
+    }
+
+    // MARK: - The configuration
+
+    /// Limit and reserve follow the file while VMs have pages in the store; a broken file changes nothing, and does not keep a quired
+    /// from taking the place of one that died.
+    @Test func reloadKeepsTheStore() throws {
+        let config = "/tmp/quired-\(ProcessCalls.ownPID)-\(UInt32.random(in: 0 ... .max)).toml"
+        defer { Files.remove(config) }
+        func write(_ text: String) throws { try Descriptor.open(config, O_RDWR | O_CREAT, mode: 0o600).replaceContent(text) }
+        try write("[quired]\nlimit = \"32K\"\n")
+        let quired = try RunningStore(limit: nil, config: config)
+        let worker = quired.worker
+        var a = try Backend(FakeVM("a"), path: quired.path), b = try Backend(FakeVM("b"), path: quired.path)
+        for gfn in UInt64(0)..<64 {
+            try a.vm.write(gfn, page(gfn))
+            try b.vm.write(gfn, page(gfn))
+        }
+        /// Merges what there is room for.
+        func mergeAll() throws -> UInt64 {
+            _ = try a.lookUp(0..<64)
+            for run in try b.lookUp(0..<64) {
+                let (merged, refused) = try b.merge(run)
+                #expect(refused == [])
+                try b.client.report(merged.map { .init(.merged, $0..<$0 + 1) })
+            }
+            return try quired.figures().sharedPages
+        }
+        // The control: no more than the limit, however often it is asked.
+        #expect(try mergeAll() == 8)
+        #expect(try mergeAll() == 8)
+        #expect(try quired.figures().limitPages == 8)
+        #expect(try quired.reload() == "", "nothing has changed")
+
+        try write("[quired]\nlimit = \"64M\"\nreserve = 50\ngroup = [\"lab=1000\"]\n")
+        #expect(
+            try quired.reload() == """
+                quired.limit: "32K" -> "64M"
+                quired.reserve: 100 -> 50
+                quired.group: [] -> ["lab=1000"], from the next start on
+                """)
+        let figures = try quired.figures()
+        #expect(figures.limitPages == 16384 && figures.sharedPages == 8 && figures.machines == 2)
+        #expect(try eventually { try mergeAll() == 64 })
+        for (gfn, slot) in b.mapped { #expect(try b.content(of: slot) == page(gfn)) }
+
+        // Broken: one line, and everything stays.
+        try write("[quired]\nlimit = \"1M\"\nreserve = -1\n")
+        #expect(message { try quired.reload() }?.contains("\(config):3: quired.reserve: -1 is not allowed: give ") == true)
+        #expect(try quired.figures().limitPages == 16384)
+        // Also where the one that works dies: what held before holds.
+        quired.kill()
+        #expect(quired.waitUntilItServes())
+        try b.reconnect(quired.path)
+        #expect(b.client.welcome.keptPages == UInt64(b.mapped.count) && b.client.welcome.unknownPages == 0)
+        #expect(try quired.figures().limitPages == 16384)
+
+        // SIGHUP to the keeper does the same, and takes nothing from anybody: a lower limit is above what is used.
+        let second = quired.worker
+        try write("[quired]\nlimit = \"16K\"\n")
+        quired.signal(SIGHUP)
+        #expect(try eventually { try quired.figures().limitPages == 4 })
+        #expect(quired.worker == second && second != worker)
+        #expect(try quired.figures().sharedPages == UInt64(b.mapped.count))
+        for (gfn, slot) in b.mapped { #expect(try b.content(of: slot) == page(gfn)) }
+        #expect(quired.stop() == .exited(0))
+        #expect(Files.list(quired.folder) == [])
     }
 
     // MARK: - Hostile clients

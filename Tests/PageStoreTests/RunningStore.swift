@@ -14,12 +14,15 @@ final class RunningStore {
 
     static let program = products + "quired"
 
-    init(_ more: [String] = ["--keep"], program: String = RunningStore.program) throws {
+    /// `limit`: nil: what the configuration says. `config`: nothing is configured unless a test names a file.
+    init(
+        _ more: [String] = ["--keep"], limit: String? = "256M", config: String = "/dev/null", program: String = RunningStore.program
+    ) throws {
         folder = "/tmp/quired-test-\(ProcessCalls.ownPID)-\(UInt32.random(in: 0 ... .max))"
         arguments = [
-            program, "--directory", folder, "--limit", "256M", "--candidates", "1M", "--workers", "3",
+            program, "--directory", folder, "--config", config, "--candidates", "1M", "--workers", "3",
             "--log-level", "error",
-        ] + more
+        ] + (limit.map { ["--limit", $0] } ?? []) + more
         process = try Self.start(arguments)
         guard waitUntilItServes() else { throw QuireError(.closed, "quired does not serve") }
     }
@@ -33,6 +36,13 @@ final class RunningStore {
     var path: String { folder + "/store.sock" }
     func waitUntilItServes() -> Bool { eventually { (try? figures()) != nil } }
     func figures() throws -> StoreFigures { try StoreClient.figures(path: path) }
+
+    /// What `quire config reload` does.
+    func reload() throws -> String {
+        try CommandSocket.ask("reload", at: StoreLink.commandPath(besideStore: path), "quired", "quired", patienceMilliseconds: 60_000)
+    }
+    /// The keeper's, or that of the only process.
+    func signal(_ number: Int32) { process.signal(number) }
 
     /// The process that does the work: the keeper's child, or the only one there is.
     var worker: Int32 {
@@ -65,6 +75,7 @@ final class RunningStore {
     deinit {
         if process.poll() == nil { _ = stop() }
         Files.remove(path)
+        Files.remove(StoreLink.commandPath(besideStore: path))
         Files.removeDirectory(folder)
     }
 }

@@ -13,6 +13,10 @@ struct Machine {
     var arguments: [String] = []
     /// Of `quire run`.
     var options: [String] = []
+    /// The host's configuration: none, whatever this machine has.
+    var configuration = "/dev/null"
+    /// Nil: what the configuration says.
+    var period: String? = Guest.period
     /// What runs `quire run`, with it as arguments; empty: nobody.
     var wrapper: [String] = []
     var commandLine = "panic=1 quiet"
@@ -73,8 +77,8 @@ final class Guest {
         // If the tests are killed, SIGTERM ends quire run, and that its children.
         options.parentDeathSignal = SIGTERM
         var process = try ChildProcess(
-            ["env", "QUIRE_RUNTIME_DIR=" + base] + machine.wrapper + [Program.quire, "run", "--name", machine.name, "--period", Self.period]
-                + machine.options + ["--", machine.qemu.program] + machine.qemu.acceleration(for: machine.kernel, patchingCode: machine.patchesCodeUnderLoad)
+            ["env", "QUIRE_RUNTIME_DIR=" + base] + machine.wrapper + [Program.quire, "run", "--name", machine.name, "--config", machine.configuration]
+                + (machine.period.map { ["--period", $0] } ?? []) + machine.options + ["--", machine.qemu.program] + machine.qemu.acceleration(for: machine.kernel, patchingCode: machine.patchesCodeUnderLoad)
                 + ["-m", machine.memory, "-smp", "2", "-display", "none", "-monitor", "none", "-serial", "stdio"]
                 // Their firmware takes its time at every boot, and no guest here looks at them.
                 + ["-nic", "none", "-vga", "none"]

@@ -16,7 +16,7 @@ final class Store {
         let log = try Descriptor.open(folder.path + "/errors", O_RDWR | O_CREAT | O_APPEND)
         child.passing = [.init(from: log.raw, to: 1), .init(from: log.raw, to: 2)]
         process = try ChildProcess(
-            [products + "quired", "--directory", folder.path + "/store", "--limit", "1G", "--candidates", "4M"]
+            [products + "quired", "--directory", folder.path + "/store", "--config", "/dev/null", "--limit", "1G", "--candidates", "4M"]
                 + options, child)
         do { try waitForService() } catch {
             end()

@@ -1,0 +1,89 @@
+import Glibc
+import Host
+import Platform
+import Testing
+
+extension Integration {
+    /// What an operator writes into the configuration reaches VMs that run.
+    @Suite(.serialized) struct Configuration {
+        /// Periods change, for one VM alone where the file says so; merging ends and begins; a broken file changes nothing; and a
+        /// backend that is replaced has what holds now. Meanwhile the guest works, and reads what it wrote.
+        @Test func reload() throws {
+            let folder = try Folder(), store = try Store()
+            let path = folder.path + "/quire.toml"
+            func write(_ text: String) throws { try Descriptor.open(path, O_RDWR | O_CREAT, mode: 0o600).replaceContent(text) }
+            try write("[backend]\nperiod = \"1h\"\nmerge-period = \"1h\"\nstore = \"\(store.path)\"\n")
+            var machine = Machine(configuration: path, name: "one")
+            machine.period = nil
+            let one = try Guest(machine, in: folder)
+            // Its guest has nothing to do here.
+            let two = try Guest(
+                machine.with {
+                    $0.name = "two"
+                    $0.arguments = ["-S"]
+                    $0.boots = false
+                    $0.options = ["--merge-period", "2s"]
+                }, in: folder)
+            func reload(_ expected: Int32 = 0) throws -> String {
+                let (status, text) = try Program.run([
+                    "env", "QUIRE_RUNTIME_DIR=\(folder.path)/run", Program.quire, "config", "reload", "--store", folder.path + "/none/store.sock",
+                ])
+                #expect(status == expected, "\(text)")
+                return text
+            }
+            try one.watched {
+                #expect(one.status.periodMilliseconds == 3_600_000 && one.status.merging.periodMilliseconds == 3_600_000)
+                try two.wait(for: "the other's status") { two.status.merging.periodMilliseconds == 2000 }
+                try one.loadModule()
+                try one.waitForActive()
+                // The control: with this period nothing is recycled before the test is over.
+                try one.sh("quire-load hold 100 0 >/dev/null")
+                #expect(one.status.recycledTotalPages == 0)
+                #expect(try reload() == "one: nothing changed\ntwo: nothing changed\n")
+
+                try write("[backend]\nperiod = \"1h\"\nmerge-period = \"1h\"\nworkers = 2\nstore = \"\(store.path)\"\n[vm.one]\nperiod = \"500ms\"\nmerge-period = \"100ms\"\n")
+                #expect(
+                    try reload() == """
+                        one: vm.one.period: "1h" -> "500ms"
+                        one: vm.one.merge-period: "1h" -> "100ms"
+                        one: backend.workers: 1 -> 2, from the next start on
+                        two: backend.workers: 1 -> 2, from the next start on
+
+                        """)
+                try one.waitForRecycling(pages: 12800)
+                try one.wait(for: "the new periods in the status") {
+                    one.status.periodMilliseconds == 500 && one.status.merging.periodMilliseconds == 100
+                }
+                try one.wait(for: "pages of zeros, at least, to be merged") { one.status.merging.mergedTotalPages > 0 }
+                #expect(two.status.periodMilliseconds == 3_600_000)
+                // What its command line says stays.
+                #expect(two.status.merging.periodMilliseconds == 2000)
+
+                // Broken: one line a VM, and everything goes on.
+                try write("[backend]\nperiod = \"soon\"\n")
+                let text = try reload(1)
+                let line = "\(path):2: backend.period: \"soon\" is not allowed: give a time from 100ms to 1h, such as \"10s\""
+                #expect(text == "quire: one: \(line)\nquire: two: \(line)\n", "\(text)")
+                #expect(one.stderr.contains("one: the configuration is not reloaded: \(line)"))
+                try one.expectRecycling(mebibytes: 50)
+
+                // Merging ends; the successor of a backend knows that, and the new period; and begins again.
+                try write("[backend]\nperiod = \"1s\"\nmerge-period = \"100ms\"\nmerge = false\nworkers = 2\nstore = \"\(store.path)\"\n")
+                let off = try reload()
+                #expect(off.contains("one: backend.merge: true -> false\n"), "\(off)")
+                try one.wait(for: "all pages to be its own") {
+                    one.status.merging.state == .paused && one.status.merging.sharingPages + one.status.merging.zeroPages == 0
+                }
+                let backend = one.backendPID
+                ProcessCalls.signal(backend, SIGKILL)
+                try one.waitForSuccessor(of: backend)
+                try one.wait(for: "the successor's status") { one.status.periodMilliseconds == 1000 && one.status.merging.state == .paused }
+                try write("[backend]\nperiod = \"1s\"\nmerge-period = \"100ms\"\nworkers = 2\nstore = \"\(store.path)\"\n")
+                #expect(try reload().contains("one: backend.merge: false -> true\n"))
+                try one.wait(for: "merging to go on") { one.status.merging.mergedTotalPages > 0 && one.status.merging.state == .active }
+                try one.churn(100, seconds: 2)
+                try one.expectQuietLog()
+            }
+        }
+    }
+}
