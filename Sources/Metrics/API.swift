@@ -71,6 +71,7 @@ enum API {
             case indexBytes = "index_bytes"
             case candidateBytes = "candidate_bytes"
             case ledgerBytes = "ledger_bytes"
+            case lackingBytes = "lacking_bytes"
         }
 
         func encode(to encoder: any Encoder) throws {
@@ -85,6 +86,7 @@ enum API {
             try out.encode(figures.indexBytes, forKey: .indexBytes)
             try out.encode(figures.candidateBytes, forKey: .candidateBytes)
             try out.encode(figures.ledgerBytes, forKey: .ledgerBytes)
+            try out.encode(figures.lackingBytes, forKey: .lackingBytes)
             try out.encode(figures.promotions, forKey: .promotions)
             try out.encode(figures.hits, forKey: .hits)
             try out.encode(figures.stale, forKey: .stale)

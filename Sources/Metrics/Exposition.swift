@@ -211,6 +211,9 @@ public enum Exposition {
             .whole($0.candidateBytes)
         },
         Family(.gauge, "quire_store_ledger_bytes", "Memory for the notes of who uses which page.") { .whole($0.ledgerBytes) },
+        Family(.gauge, "quire_store_lacking_bytes", "Memory that the host has too little of for anything more to be merged (the reserve).") {
+            .whole($0.lackingBytes)
+        },
         Family(.counter, "quire_store_promotions_total", "Contents that got a page of the store.") { .whole($0.promotions) },
         Family(.counter, "quire_store_hits_total", "Guest pages that found their content in the store.") { .whole($0.hits) },
         Family(.counter, "quire_store_stale_total", "Contents given up because a page had changed meanwhile.") { .whole($0.stale) },

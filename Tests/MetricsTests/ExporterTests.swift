@@ -91,6 +91,7 @@ import Testing
         let figures = try quired.figures()
         #expect(found["quire_store_up"] == "1" && found["quire_store_vms"] == "4")
         #expect(found["quire_store_pages_limit"] == "\(figures.limitPages)" && figures.limitPages == 65_536)
+        #expect(found["quire_store_lacking_bytes"] == "0" && figures.lackingBytes == 0)
         #expect(found["quire_store_ledger_bytes"] == "\(figures.ledgerBytes)")
         #expect(found["quire_group_vms{group=\"owner-\(uid)\",node=\"0\"}"] == "3")
         #expect(found["quire_group_vms{group=\"web\",node=\"0\"}"] == "1")
