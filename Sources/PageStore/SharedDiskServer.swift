@@ -150,10 +150,15 @@ public final class SharedDiskServer: Sendable {
             try client.socket.sendMessage(
                 SharedDiskMessage.Welcome(pages: shared.disk.pages, id: shared.id).encoded(), passing: [file.raw])
             var scratch = [UInt8](repeating: 0, count: SharedDiskMessage.pageBytes)
+            var isDamageSaid = false
             while let bytes = try client.socket.receiveMessage(limit: SharedDiskMessage.maxBytes, maxDescriptors: 0, into: &none) {
                 if client.isRevoked.load(ordering: .sequentiallyConsistent) { return }
                 let request = try SharedDiskMessage.Request(bytes, pages: shared.disk.pages)
                 let status = try shared.carryOut(request, window: window, scratch: &scratch)
+                if status == .damaged, !isDamageSaid {
+                    isDamageSaid = true
+                    logger.error("the shared disk '\(hello.name)' is damaged at or behind page \(request.page): its guests get I/O errors there")
+                }
                 try client.socket.sendMessage(SharedDiskMessage.Reply(status, number: request.number).encoded())
             }
         } catch {

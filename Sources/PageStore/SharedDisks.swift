@@ -74,7 +74,12 @@ public final class SharedDisks: Sendable {
                 for number in 0..<Int(request.count) {
                     var span = scratch.mutableSpan
                     var bytes = unsafe span.mutableBytes
-                    let isThere = try pool.get(0, first + UInt32(number), into: &bytes)
+                    let isThere: Bool
+                    do throws(QuireError) { isThere = try pool.get(0, first + UInt32(number), into: &bytes) } catch {
+                        // Damaged, and no other connection would find it better.
+                        guard error.code == .invalid else { throw error }
+                        return .damaged
+                    }
                     window.copyIn(number * size, isThere ? scratch : Self.zeros)
                 }
             case .flush: pool.flush(0, pages: first..<first + request.count)

@@ -110,8 +110,11 @@ public final class SharedDiskClient: Sendable {
     ) throws(QuireError) -> R {
         try state.withLock { (state) throws(QuireError) in
             try connect(&state)
+            let window: Window, status: SharedDiskMessage.Status
             do throws(QuireError) {
-                guard case .ready(let connection, let window) = state.link else { throw Self.away(nil) }
+                guard case .ready(let connection, let ours) = state.link else { throw Self.away(nil) }
+                window = ours
+                var answer: SharedDiskMessage.Status?
                 var wanted = SharedDiskMessage.Request(operation, page: page, count: UInt32(count), number: state.number)
                 // Somebody gave up waiting, in all likelihood the same caller: what it asked for is answered.
                 if let (earlier, since) = state.outstanding {
@@ -123,32 +126,37 @@ public final class SharedDiskClient: Sendable {
                     }
                     state.outstanding = nil
                     wanted.number = earlier.number
-                    if wanted == earlier, isSame(window.mapping) { return try finish(reply, window, after) }
+                    answer = wanted == earlier && isSame(window.mapping) ? reply : nil
                 }
-                state.number += 1
-                wanted.number = state.number
-                before(window.mapping)
-                try connection.socket.sendMessage(wanted.encoded())
-                guard let reply = try Self.receive(connection.socket, number: wanted.number) else {
-                    state.outstanding = (wanted, monotonicNanoseconds())
-                    throw Self.away(nil)
+                if answer == nil {
+                    state.number += 1
+                    wanted.number = state.number
+                    before(window.mapping)
+                    try connection.socket.sendMessage(wanted.encoded())
+                    answer = try Self.receive(connection.socket, number: wanted.number)
+                    if answer == nil { state.outstanding = (wanted, monotonicNanoseconds()) }
                 }
-                return try finish(reply, window, after)
+                guard let answer else { throw Self.away(nil) }
+                status = answer
             } catch {
-                if error.code == .noSpace || error.code == .retry { throw error }
+                if error.code == .retry { throw error }
                 state.link = .none
                 state.outstanding = nil
                 note(away: error, &state)
                 throw Self.away(error)
             }
+            return try finish(status, page, window, after)
         }
     }
 
     private func finish<R: Sendable>(
-        _ status: SharedDiskMessage.Status, _ window: Window, _ after: (borrowing Mapping) -> R
+        _ status: SharedDiskMessage.Status, _ page: UInt64, _ window: Window, _ after: (borrowing Mapping) -> R
     ) throws(QuireError) -> R {
-        guard status == .done else { throw QuireError(.noSpace, "the shared disk '\(hello.name)' has no room") }
-        return after(window.mapping)
+        switch status {
+        case .done: return after(window.mapping)
+        case .noSpace: throw QuireError(.noSpace, "the shared disk '\(hello.name)' has no room")
+        case .damaged: throw QuireError(.invalid, "the shared disk '\(hello.name)' is damaged at or behind page \(page)")
+        }
     }
 
     private static func away(_ cause: QuireError?) -> QuireError { QuireError(.retry, "quired is away", cause: cause) }

@@ -40,6 +40,8 @@ public enum SharedDiskMessage {
         case done = 0
         /// Some of the pages of a PUT found no room.
         case noSpace = 1
+        /// A page of a GET is not what was put.
+        case damaged = 2
     }
 
     public struct Hello: Sendable, Equatable {

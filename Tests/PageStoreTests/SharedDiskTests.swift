@@ -113,6 +113,48 @@ import Testing
         }
     }
 
+    /// A page that is not what was put is an error, at once and whoever asks; the others are as they were.
+    @Test func aDamagedPageIsAnError() throws {
+        let store = try RunningStore(Self.options)
+        let client = Self.client(store)
+        _ = try client.attach(patienceMilliseconds: 5000)
+        // Compressed it begins with what it begins with.
+        let mark = Array("not to be found elsewhere".utf8)
+        let bytes = mark + [UInt8](repeating: 1, count: 2048) + [UInt8](repeating: 2, count: 2048 - mark.count)
+        try client.put(5, bytes)
+        try client.put(6, Self.pages(1, 1))
+        var damaged = 0
+        for name in Files.list("/proc/\(store.worker)/fd") ?? [] {
+            let path = "/proc/\(store.worker)/fd/\(name)"
+            guard Files.target(ofLink: path)?.hasPrefix("/memfd:") == true, let file = try? Descriptor.open(path, O_RDWR) else { continue }
+            var at: UInt64 = 0
+            let end = try file.status().byteCount
+            while let data = Memfd.nextData(file.raw, from: at, to: end) {
+                for page in stride(from: data.lowerBound, to: data.upperBound, by: 4096) {
+                    let found = try file.readBytes(at: page, count: 4096)
+                    guard let place = found.firstRange(of: mark)?.lowerBound else { continue }
+                    // The window has it uncompressed.
+                    guard found != bytes else { continue }
+                    try file.writeBytes(at: page + UInt64(place), [UInt8](repeating: 0xff, count: 64))
+                    damaged += 1
+                }
+                at = data.upperBound
+            }
+        }
+        #expect(damaged == 1)
+        for asker in [client, Self.client(store, token: 2)] {
+            _ = try asker.attach(patienceMilliseconds: 5000)
+            do {
+                _ = try Self.persist { () throws(QuireError) in try asker.get(4, count: 3) }
+                Issue.record("damaged bytes were read")
+            } catch { #expect((error as? QuireError)?.code == .invalid && "\(error)".contains("damaged"), "\(error)") }
+            #expect(try asker.get(6, count: 1) == Self.pages(1, 1))
+        }
+        // What is written anew is whole.
+        try client.put(5, bytes)
+        #expect(try client.get(5, count: 1) == bytes)
+    }
+
     /// A quired that stands still keeps nobody: a tenth of a second or so, then the caller may do something else. And what it
     /// had not done then it does not do later, over what the same VM has written since.
     @Test func standingStill() throws {
