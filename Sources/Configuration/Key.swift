@@ -34,9 +34,9 @@ public struct Key<Value: Sendable>: Sendable {
         self.isLive = isLive
     }
 
-    /// For command lines: the same text, if it is allowed.
+    /// For an option's `transform`, which says by itself what was given: the same text, if it is allowed.
     public func argument(_ text: String) throws(QuireError) -> String {
-        guard form.read(.argument(text)) != nil else { throw QuireError(.invalid, "'\(text)': give \(form.allowed)") }
+        guard form.read(.argument(text)) != nil else { throw QuireError(.invalid, "give \(form.allowed)") }
         return text
     }
 }

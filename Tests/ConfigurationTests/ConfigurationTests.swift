@@ -106,7 +106,7 @@ struct SchemaTests {
             message { try file("").resolve(.backend, ["period": .argument("soon")]) }
                 == "--period soon: give a time from 100ms to 1h, such as \"10s\"")
         #expect(message { try file("").resolve(.quired, ["group": .list([.argument("a=1"), .argument("b")])]) }?.hasPrefix("--group a=1 b: give ") == true)
-        #expect(message { try Keys.Backend.workers.argument("0") } == "'0': give a whole number from 1 to 16")
+        #expect(message { try Keys.Backend.workers.argument("0") } == "give a whole number from 1 to 16")
     }
 }
 
