@@ -28,7 +28,7 @@ extension Hypervisor {
         if mark.agent != nil { try CommandSocket.ask("unmerge", of: mark.name, in: directory) }
         do throws(QuireError) { try unplug(live, mark, handle, patience) } catch {
             // It stays as it was.
-            if mark.agent != nil { try? CommandSocket.ask("merge", of: mark.name, in: directory) }
+            if mark.agent != nil { _ = try? CommandSocket.ask("merge", of: mark.name, in: directory) }
             throw error
         }
         try Hook.end(mark.name, pid, in: directory)
