@@ -8,7 +8,7 @@ extension Integration {
     /// Domains of a real libvirtd, which runs QEMU as a user without rights.
     @Suite(.serialized, .enabled(if: ProcessCalls.isRoot, "libvirtd's system mode and its namespace need root"))
     struct Libvirt {
-        private static let agent = "/run/programs/libquire-agent.so"
+        private static let agent = "/run/programs/bin/libquire-agent.so"
 
         private static func isAlive(_ pid: Int32) -> Bool {
             guard let text = try? Files.read("/proc/\(pid)/stat", limit: 1024), let end = text.lastIndex(of: ")") else { return false }
@@ -102,6 +102,12 @@ extension Integration {
                 host.status("web1").pid != backend && host.status("web1").state == .active
             }
             #expect(host.status("web1").restarts == 1)
+            // The host's configuration reaches it while it runs; what the domain's definition says, stays.
+            #expect(
+                try host.configure("[backend]\nperiod = \"2s\"\nmerge-period = \"250ms\"\n", reload: "web1")
+                    == "web1: backend.merge-period: \"10s\" -> \"250ms\"\n")
+            try host.wait(for: "the new period", consoles[0]) { host.status("web1").merging.periodMilliseconds == 250 }
+            #expect(host.status("web1").periodMilliseconds == 500)
             // The service of the other: nothing is recycled any more, and the guest goes on.
             let service = try #require(host.runtime.owner("web2")), orphan = host.status("web2").pid
             ProcessCalls.signal(service, SIGKILL)
@@ -190,10 +196,10 @@ extension Integration {
             // A disk that is not there when QEMU starts holds it up for ever: so the hook says no instead.
             try host.quire("enable", "web1")
             let enabled = try host.definition("web1")
-            let programs = host.root + "/run/programs/"
+            let programs = host.root + "/run/programs/bin/"
             #expect(unsafe rename(programs + "quire-backend", programs + "away") == 0)
             #expect(try Program.run(["nsenter", "-t", host.root.split(separator: "/")[1].description, "--mount", "virsh", "start", "web1"]).text
-                .contains("web1: its backend did not start: there is no program /run/programs/quire-backend"))
+                .contains("web1: its backend did not start: there is no program /run/programs/bin/quire-backend"))
             #expect(Files.list(host.runtime.base) == [])
             #expect(unsafe rename(programs + "away", programs + "quire-backend") == 0)
 

@@ -64,6 +64,12 @@ final class LibvirtHost {
 
     @discardableResult func virsh(_ arguments: String...) throws -> String { try host(inside + ["virsh", "-q"] + arguments) }
 
+    /// Writes the host's configuration, and has a running VM read it.
+    func configure(_ text: String, reload name: String) throws -> String {
+        try Descriptor.open(root + "/run/programs/etc/quire/quire.toml", O_RDWR | O_CREAT, mode: 0o600).replaceContent(text)
+        return try host(inside + ["/run/programs/quire", "config", "reload", name])
+    }
+
     /// `quire libvirt …`, as root in libvirtd's namespace.
     @discardableResult func quire(_ arguments: String...) throws -> String { try host(inside + ["/run/programs/quire", "libvirt"] + arguments) }
 
