@@ -123,17 +123,16 @@ install-files:
 		$(BIN)/$$program --generate-completion-script zsh > $(SHARE)/zsh/vendor-completions/_$$program && \
 		$(BIN)/$$program --generate-completion-script fish > $(SHARE)/fish/vendor_completions.d/$$program.fish || exit 1; done
 
-# The Swift runtime goes into the programs: hosts have no toolchain.
+# The Swift runtime goes into the programs: hosts have no toolchain. A build of its own, as it would make the other one begin anew.
+STATIC := .build-static
 deb: prerequisites agent
-	$(BUILD) --static-swift-stdlib --product quire
-	$(BUILD) --static-swift-stdlib --product quire-backend
-	$(BUILD) --static-swift-stdlib --product quired
-	$(BUILD) --static-swift-stdlib --product quire-exporter
-	@scripts/package build/deb
+	for program in quire quire-backend quired quire-exporter; do \
+		$(BUILD) --scratch-path $(STATIC) --static-swift-stdlib --product $$program || exit 1; done
+	@scripts/package build/deb $(STATIC)/release
 
 # Installs, uses and purges the packages in a fresh Debian 12, as root.
-test-deb: deb
+test-deb: deb guest
 	@scripts/test-package build/deb
 
 clean:
-	rm -rf .build build
+	rm -rf .build $(STATIC) build
