@@ -20,7 +20,7 @@ struct IdleCPU {
 
     func run(into report: inout Report) throws {
         var table = Table(
-            title: "CPU with nothing to recycle, period 10 s: % of one CPU over \(windows * Self.windowSeconds) s",
+            title: "CPU with nothing to recycle, period 10 s: % of one CPU, medians of \(windows) windows of \(Self.windowSeconds) s",
             columns: ["guest RAM", "backend", "supervisor", "together", "windows seen"])
         var results: [JSON] = []
         // The guests are idle, so they are measured at the same time.
@@ -37,21 +37,21 @@ struct IdleCPU {
         }
         for (guest, seen) in zip(guests, samples) {
             guard try guest.report().state == .active else { throw QuireError(.system, "the guest is not registered any more") }
-            func share(_ from: Guest.Sample, _ to: Guest.Sample, _ what: (Guest.Sample) -> UInt64) -> Double {
-                Double(what(to) - what(from)) / Double(to.at - from.at) * 100
+            func shares(_ what: (Guest.Sample) -> UInt64) -> [Double] {
+                zip(seen, seen.dropFirst()).map { Double(what($1) - what($0)) / Double($1.at - $0.at) * 100 }
             }
-            let backend = share(seen.first!, seen.last!, \.backend), supervisor = share(seen.first!, seen.last!, \.supervisor)
-            let together = zip(seen, seen.dropFirst()).map { share($0, $1) { $0.backend + $0.supervisor } }
+            let backend = median(shares(\.backend)), supervisor = median(shares(\.supervisor))
+            let together = shares { $0.backend + $0.supervisor }
             table.row(
-                "\(guest.gibibytes) GiB", Table.number(backend), Table.number(supervisor), Table.number(backend + supervisor),
+                "\(guest.gibibytes) GiB", Table.number(backend), Table.number(supervisor), Table.number(median(together)),
                 "\(Table.number(together.min()!)) to \(Table.number(together.max()!))")
             results.append([
                 "guest_gib": .integer(guest.gibibytes), "period_ms": 10_000,
                 "seconds": .number(Double(seen.last!.at - seen.first!.at) / 1e9), "backend_percent": .number(backend),
-                "supervisor_percent": .number(supervisor), "percent": .number(backend + supervisor),
+                "supervisor_percent": .number(supervisor), "percent": .number(median(together)),
                 "window_percents": .array(together.map { .number($0) }),
             ])
-            if guest.gibibytes == 16 { report.add(Self.bar(backend + supervisor)) }
+            if guest.gibibytes == 16 { report.add(Self.bar(median(together))) }
         }
         table.note("Both processes of 'quire run'; the bar is on their sum. PPR's daemon: 5 %.")
         report.add("idle_cpu", .array(results), table: table)
