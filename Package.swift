@@ -116,7 +116,7 @@ let package = Package(
         .executableTarget(
             name: "quire-bench",
             dependencies: [
-                "Bench", "CBench", "CQuireLayout", "Platform", "GuestMemory", "Engines", "Host", "StoreProtocol",
+                "Bench", "CBench", "CQuireLayout", "Platform", "GuestMemory", "Engines", "Host", "PageContent", "PageStore", "StoreProtocol",
                 "TestSupport",
                 .product(name: "Logging", package: "swift-log"),
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),

@@ -8,12 +8,12 @@ import StoreProtocol
 ///
 /// The one thing that its user has to know is when a slot may mean something else: not while a reader that found it is
 /// inside `reading`. So a slot is removed, then `waitForReaders`, then it may be given another content.
-@safe final class ContentIndex: @unchecked Sendable {
+@safe package final class ContentIndex: @unchecked Sendable {
     // The C object is used by many threads, as it is made for. It holds a pointer to the hashes, which `table` keeps.
     private let index: OpaquePointer
     private let table: SlotTable
 
-    init(_ table: SlotTable) throws(QuireError) {
+    package init(_ table: SlotTable) throws(QuireError) {
         self.table = table
         guard let made = unsafe ci_new(table.hashWords, UInt64(table.slotLimit)) else {
             throw .system("cannot make a content index")
@@ -24,24 +24,24 @@ import StoreProtocol
     deinit { unsafe ci_free(index) }
 
     /// What `find` and `add` returned keeps its meaning until `body` has returned.
-    static func reading<R>(_ body: () -> R) -> R {
+    package static func reading<R>(_ body: () -> R) -> R {
         ci_read_lock()
         defer { ci_read_unlock() }
         return body()
     }
 
-    func find(_ hash: PageHash) -> UInt32? {
+    package func find(_ hash: PageHash) -> UInt32? {
         let slot = unsafe ci_find(index, hash.low, hash.high)
         return slot == 0 ? nil : UInt32(slot)
     }
 
     /// Adds a slot under the hash that the table has for it. Another slot that has this hash already is returned
     /// instead.
-    func add(_ slot: UInt32) -> UInt32 { UInt32(unsafe ci_add(index, UInt64(slot))) }
+    package func add(_ slot: UInt32) -> UInt32 { UInt32(unsafe ci_add(index, UInt64(slot))) }
 
     func remove(_ slot: UInt32) { _ = unsafe ci_remove(index, UInt64(slot)) }
 
-    static func waitForReaders() { ci_wait() }
+    package static func waitForReaders() { ci_wait() }
 
     /// A node of 16 bytes a slot, and about as much for its bucket.
     static let bytesPerSlot: UInt64 = 32

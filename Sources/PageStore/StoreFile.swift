@@ -48,7 +48,7 @@ final class StoreFile: Sendable {
 
 /// What must be known of a store after quired died: its group and secret, and the hash of each slot's content. A memory
 /// file beside the store's, which nobody but quired ever sees.
-@safe final class SlotTable: Sendable {
+@safe package final class SlotTable: Sendable {
     private typealias Header = quire_slot_table_header
     private static let headerBytes = MemoryLayout<Header>.size
     private static let entryBytes = 16
@@ -63,7 +63,7 @@ final class StoreFile: Sendable {
     let slotLimit: Int
     let hasher: PageHasher
 
-    static func makeFile(group: String, node: Int, slots: Int) throws(QuireError) -> Descriptor {
+    package static func makeFile(group: String, node: Int, slots: Int) throws(QuireError) -> Descriptor {
         let hasher = try PageHasher.random()
         let file = try Memfd(name: "quire-slots", byteCount: UInt64(headerBytes + slots * entryBytes)).takeDescriptor()
         try file.setMode(0o400)
@@ -78,7 +78,7 @@ final class StoreFile: Sendable {
         return file
     }
 
-    init(_ descriptor: consuming Descriptor) throws(QuireError) {
+    package init(_ descriptor: consuming Descriptor) throws(QuireError) {
         let size = Int(try descriptor.status().byteCount)
         guard size > Self.headerBytes else { throw QuireError(.invalid, "a store's table is too short") }
         mapping = try Mapping(descriptor, byteCount: size)
@@ -118,7 +118,7 @@ final class StoreFile: Sendable {
 
     /// Hashes of slots from `first` on. Written by a system call: where there is no memory it fails, and raises no
     /// signal.
-    func setHashes(_ first: Int, _ hashes: ArraySlice<PageHash>) throws(QuireError) {
+    package func setHashes(_ first: Int, _ hashes: ArraySlice<PageHash>) throws(QuireError) {
         var words: [UInt32] = []
         words.reserveCapacity(4 * hashes.count)
         for hash in hashes {

@@ -8,7 +8,7 @@ struct Dedup: ParsableCommand {
     static let configuration = CommandConfiguration(
         abstract: "The dedup engine, its agent and its store, beside the kernel's own merging (KSM).",
         discussion: """
-            Parts: unchanged, merge, write, guests, growth, equal. The bars on metadata come with merge. KSM's settings and \
+            Parts: unchanged, untracked, merge, write, guests, growth, equal, index. The bars on metadata come with merge. KSM's settings and \
             vm.max_map_count are changed meanwhile and restored at the end, whatever the end.
             """)
 
@@ -19,7 +19,7 @@ struct Dedup: ParsableCommand {
         help: ArgumentHelp("In part merge only runs of so many pages; repeatable.", valueName: "pages"))
     var runs: [Int] = []
 
-    static let parts = ["unchanged", "merge", "write", "guests", "growth", "equal"]
+    static let parts = ["unchanged", "untracked", "merge", "write", "guests", "growth", "equal", "index"]
 
     func validate() throws {
         for run in runs where !MergeCost.runs.contains(run) {
@@ -77,6 +77,7 @@ struct Dedup: ParsableCommand {
         part("equal", bars: EqualPages.bars) {
             try EqualPages(pageCount: options.quick ? size : 4 * gibibyte, steps: 4, kernel: kernel, programs: programs).run(into: &$0)
         }
+        part("index", bars: IndexGrowth.bars) { try IndexGrowth(pagesEach: options.quick ? 800 : 6400).run(into: &$0) }
         report.machine.append(("load_after", .text(Machine.load)))
         Recycle.show(report.conclusion)
         print(report.json.line)

@@ -1,6 +1,7 @@
 import Bench
 import Engines
 import Glibc
+import PageContent
 import Platform
 
 /// What it costs to merge memory that was just filled, from the first look at it until all that is equal is merged: CPU of
@@ -42,7 +43,7 @@ struct MergeCost {
         var costs = Table(
             title: "merging \(pageCount / 256) MiB of which half the pages are equal, in pairs: microseconds of CPU a merged page; "
                 + "\(rounds) rounds, ours and ksmd's in turn",
-            columns: ["runs of", "ksmd", "Quire", "ratio", "backend", "quired", "agent", "pages/s and core: ksmd", "Quire", "pages/s: ksmd", "Quire"])
+            columns: ["runs of", "ksmd", "Quire", "ratio", "floor", "backend", "quired", "agent", "pages/s and core: ksmd", "Quire", "pages/s: ksmd", "Quire"])
         var sizes = Table(
             title: "metadata after that: bytes a page of guest RAM",
             columns: ["runs of", "merged runs", "page map", "bitmaps", "ledger", "index and slots", "candidates", "mappings", "sum", "less 500 a run"])
@@ -56,13 +57,15 @@ struct MergeCost {
                 try scan(run, &outcome)
             }
             let ours = outcome.ours.map { outcome.each($0.cpu.all) }, theirs = outcome.theirs.map { outcome.each($0.cpu) }
+            progress("merge: runs of \(run), what nobody can do without")
+            let floor = try MergeFloor(pageCount, run)
             func part(_ path: KeyPath<MergeRig.CPU, Double>) -> String {
                 Table.number(median(outcome.ours.map { outcome.each($0.cpu[keyPath: path]) }))
             }
             let speed = median(outcome.ours.map { Double(outcome.pages) / $0.wall * 1e9 })
             let theirSpeed = median(outcome.theirs.map { Double(outcome.pages) / $0.wall * 1e9 })
             costs.row(
-                "\(run)", theirs.spread, ours.spread, outcome.ratios.spread, part(\.backend), part(\.store), part(\.agent),
+                "\(run)", theirs.spread, ours.spread, outcome.ratios.spread, Table.number(floor.microseconds / median(theirs)), part(\.backend), part(\.store), part(\.agent),
                 Table.number(1e6 / median(theirs)), Table.number(1e6 / median(ours)), Table.number(theirSpeed), Table.number(speed))
             let memory = outcome.memory
             let share = memory.excess / Double(pageCount) / 4096 * 100
@@ -77,11 +80,14 @@ struct MergeCost {
                 "quire_backend_cpu_us": outcome.ours.map { outcome.each($0.cpu.backend) }.json,
                 "quired_cpu_us": outcome.ours.map { outcome.each($0.cpu.store) }.json,
                 "agent_cpu_us": outcome.ours.map { outcome.each($0.cpu.agent) }.json, "ratios": outcome.ratios.json,
+                "hash_cpu_us": .number(floor.hash), "punch_cpu_us": .number(floor.punch),
+                "floor_ratio": .number(floor.microseconds / median(theirs)),
                 "quire_pages_per_s": .number(speed), "ksmd_pages_per_s": .number(theirSpeed), "metadata": memory.json,
             ])
             report.add(Self.bar(run, median(outcome.ratios)))
         }
         costs.note("Idle passes and waiting for pages to be quiet are in it. vm.max_map_count is raised for as long as this runs.")
+        costs.note(MergeFloor.note)
         costs.note("ksmd: pages_to_scan 20000, sleep_millisecs 0, smart_scan on.")
         report.add("merge", .array(results), table: costs)
         sizes.note("Mappings: vm_area_struct and maple_node in /proc/slabinfo, before and after; others on the host disturb it.")
@@ -109,6 +115,30 @@ struct MergeCost {
         let pages = Layout.pairs(pageCount, run: run) { other.set($0, $1) }
         try other.fill(0..<pageCount)
         outcome.theirs.append(try kernel.work { KernelMerging.mergedPages(of: other.pid) >= Int(Double(pages) * 0.999) })
+    }
+}
+
+/// What nothing can do without that merges pages of memory files: each page is read once, which is two for each merged
+/// one here, and the merged one's memory goes back to the host. By XXH3 and the bare system call, in microseconds of CPU a
+/// page; nothing is compared, copied, mapped or asked.
+struct MergeFloor {
+    let hash, punch: Double
+    var microseconds: Double { 2 * hash + punch }
+    static let note = "Floor: two pages hashed and one punched by a bare system call in the same runs, of ksmd's: what no merging of memory files goes below."
+
+    init(_ pageCount: Int, _ run: Int) throws {
+        let hasher = try PageHasher.random()
+        let memory = try Mapping(anonymousByteCount: pageCount * 4096)
+        for page in 0..<pageCount { memory.store64(page * 4096, UInt64(page + 1)) }
+        let started = threadCPUNanoseconds()
+        var sum: UInt64 = 0
+        for page in 0..<pageCount { sum ^= hasher.hash(memory, at: page * 4096).low }
+        hash = Double(threadCPUNanoseconds() - started) / Double(pageCount) / 1000
+        guard sum != 0 else { throw QuireError(.system, "hashes of different pages that are all equal") }
+        let rig = try Rig(memfds: 1, pageCount: pageCount, workers: 1)
+        try rig.touch()
+        let runs = rig.runs(run)
+        punch = try rig.punch(runs).each(of: runs.reduce(0) { $0 + $1.count }).cpu / 1000
     }
 }
 
