@@ -12,6 +12,7 @@
 #   make guest           what test guests boot, in build/guest
 #   make install         into DESTDIR/PREFIX
 #   make deb             Debian packages, in build/deb; `make test-deb` tries them in a fresh Debian 12
+#   make doc             a site of the libraries' documentation, in build/doc
 #   make clean
 
 SWIFT ?= swift
@@ -27,7 +28,7 @@ AGENT_CFLAGS := -O2 -g -Wall -Wextra -fPIC -fvisibility=hidden -ISources/QuireAg
 	-ISources/CPlatform/include
 
 .PHONY: build agent guest assets prerequisites test-prerequisites demo test tests soak bench-recycle bench-dedup bench-tmem \
-	bench-status install install-files deb test-deb clean
+	bench-status install install-files deb test-deb doc clean
 
 build: prerequisites agent
 	$(BUILD) --product quire
@@ -133,6 +134,9 @@ deb: prerequisites agent
 # Installs, uses and purges the packages in a fresh Debian 12, as root.
 test-deb: deb guest
 	@scripts/test-package build/deb
+
+doc: build
+	@scripts/documentation build/doc
 
 clean:
 	rm -rf .build $(STATIC) build
