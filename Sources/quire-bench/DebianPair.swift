@@ -15,9 +15,13 @@ struct DebianPair {
     let kernel: KernelMerging
     let programs: Programs
 
-    static var bars: [Bar] { [bar(nil)] }
+    static var bars: [Bar] { [bar(nil), metadata(nil)] }
     private static func bar(_ value: Double?) -> Bar {
         Bar("pages saved of two idle Debian guests, of what KSM saves", value, atLeast: 1, "times")
+    }
+
+    private static func metadata(_ value: Double?) -> Bar {
+        Bar("metadata of two idle Debian guests over their RAM, without mappings", value, atMost: 0.5, "%")
     }
 
     func run(into report: inout Report) throws {
@@ -33,6 +37,12 @@ struct DebianPair {
         table.row(
             "KSM", "\(theirs.saved)", "\(theirs.saved / 256)", "\(theirs.zero)", "\(theirs.sharing)", "\(theirs.slots)", "", "",
             Table.number(theirs.seconds) + " s")
+        let ram = Double(2 * mebibytes) * 1048576
+        func percent(_ bytes: Double) -> String { Table.number(bytes / ram * 100) }
+        let memory = ours.memory
+        table.note(
+            "Metadata of Quire's, % of guest RAM: page maps \(percent(memory.map)), bitmaps \(percent(memory.bitmaps)), ledgers "
+                + "\(percent(memory.ledger)), index and slots \(percent(memory.index)), candidates \(percent(memory.candidates)).")
         func json(_ pair: Pair) -> JSON {
             [
                 "saved_pages": .integer(pair.saved), "zero_pages": .integer(pair.zero), "sharing_pages": .integer(pair.sharing),
@@ -40,14 +50,16 @@ struct DebianPair {
                 "diverged_pages": .integer(pair.diverged), "seconds": .number(pair.seconds),
             ]
         }
-        report.add("guests", ["mebibytes": .integer(mebibytes), "quire": json(ours), "ksm": json(theirs)], table: table)
+        report.add("guests", ["mebibytes": .integer(mebibytes), "quire": json(ours), "ksm": json(theirs), "metadata": memory.json], table: table)
         report.add(Self.bar(Double(ours.saved) / Double(theirs.saved)))
+        report.add(Self.metadata(memory.all / ram * 100))
     }
 
     struct Pair {
         var zero = 0, sharing = 0, slots = 0, lonely = 0, diverged = 0
         var saved = 0
         var seconds = 0.0
+        var memory = Metadata()
     }
 
     private func options(_ isQuire: Bool) -> GuestMachine.Options {
@@ -101,6 +113,8 @@ struct DebianPair {
             pair.slots = Int(figures.sharedPages)
             pair.lonely = Int(figures.histogram[0])
             pair.saved = pair.zero + pair.sharing - pair.diverged - pair.slots
+            pair.memory = Metadata(
+                figures, mapBytes: reports.reduce(0) { $0 + $1.mapBytes }, pageCount: 2 * mebibytes * 256)
             return pair
         }
     }

@@ -3,6 +3,7 @@ import Engines
 import Glibc
 import PageContent
 import Platform
+import StoreProtocol
 
 /// What it costs to merge memory that was just filled, from the first look at it until all that is equal is merged: CPU of
 /// every process of ours, or of ksmd, over merged pages. Pages that are equal come in pairs, which is the dearest case for
@@ -146,23 +147,25 @@ struct MergeFloor {
 struct Metadata {
     var map = 0.0, bitmaps = 0.0, ledger = 0.0, index = 0.0, candidates = 0.0, mappings = 0.0
     var runs: UInt64 = 0
-    var pages = 0
     var all: Double { map + bitmaps + ledger + index + candidates + mappings }
     /// More than what a merged run may cost.
     var excess: Double { max(0, all - 500 * Double(runs)) }
 
     init() {}
     init(_ rig: MergeRig, _ statistics: DedupEngine.Statistics, _ pageCount: Int, mappings: Double) throws {
-        let figures = try rig.store.figures
-        pages = pageCount
+        self.init(try rig.store.figures, mapBytes: rig.map.allocatedBytes, pageCount: pageCount)
         runs = statistics.mergedRuns
-        map = Double(rig.map.allocatedBytes)
+        self.mappings = mappings
+    }
+
+    /// Without what the kernel needs for mappings.
+    init(_ figures: StoreFigures, mapBytes: UInt64, pageCount: Int) {
+        map = Double(mapBytes)
         // QuietPages: four bits a page; what is held: one.
         bitmaps = Double(pageCount) * 5 / 8
         ledger = Double(figures.ledgerBytes)
         index = Double(figures.indexBytes)
         candidates = min(Double(figures.candidateBytes), Double(pageCount) * 8)
-        self.mappings = mappings
     }
 
     var json: JSON {
