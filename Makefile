@@ -117,7 +117,8 @@ install-files:
 	@# What somebody has written there stays.
 	[ -e $(DESTDIR)$(SYSCONFDIR)/quire/quire.toml ] || install -m 644 build/quire.toml $(DESTDIR)$(SYSCONFDIR)/quire/quire.toml
 	install -m 644 build/quire.toml $(SHARE)/doc/quire/examples/quire.toml
-	install -m 644 qemu-config/domain.xml packaging/apparmor-libvirt-qemu $(SHARE)/doc/quire/examples/
+	install -m 644 qemu-config/domain.xml packaging/apparmor-libvirt-qemu packaging/selinux/quire.te packaging/selinux/quire.fc \
+		$(SHARE)/doc/quire/examples/
 	for program in quire quire-backend quired quire-exporter; do \
 		scripts/manual $(BIN)/$$program > $(SHARE)/man/man1/$$program.1 && \
 		$(BIN)/$$program --generate-completion-script bash > $(SHARE)/bash-completion/completions/$$program && \
