@@ -217,6 +217,9 @@ public final class DedupEngine: Sendable {
             return control.memory == nil ? (.idle, "no guest is running") : (.active, "")
         }
         var result = statistics.withLock { $0 }
+        let recycled = map.recycledMergedPages
+        result.zeroPages -= min(result.zeroPages, UInt64(recycled.zero))
+        result.sharingPages -= min(result.sharingPages, UInt64(recycled.shared))
         if phase != .active {
             result.phase = phase
             result.reason = reason
@@ -352,9 +355,11 @@ public final class DedupEngine: Sendable {
             $0.reason = result.stopped ?? state.whatIsLeftOut
         }
         if hasher != nil, result.failure == nil, result.stopped == nil, !isInterrupted { try takeOffers(memory, tracker, &state) }
-        // What others brought back: looked for now and then, since it costs a look at every merged page's entry.
+        // What others brought back: looked for now and then, since it costs a look at every merged page's entry; sooner where
+        // slots may have become free.
         let now = monotonicNanoseconds()
-        if now - state.accountedAt > Self.accountingNanoseconds {
+        let hasRecycled = map.recycledMergedPages.shared > 0
+        if now - state.accountedAt > (hasRecycled ? Self.soonNanoseconds : Self.accountingNanoseconds) {
             settleAccounts(&state)
             if let tracker, !state.huge.isEmpty {
                 // Those that others have broken up meanwhile.
@@ -428,6 +433,7 @@ public final class DedupEngine: Sendable {
     }
 
     private static let accountingNanoseconds: UInt64 = 30_000_000_000
+    private static let soonNanoseconds: UInt64 = 5_000_000_000
 
     /// Keeps what is known of regions that are still there; of new ones nothing is known.
     private func adopt(_ memory: GuestMemory, _ state: inout PassState) {
@@ -567,11 +573,10 @@ public final class DedupEngine: Sendable {
             state.noteFickle(done)
             let left = map.mergedCounts(range)
             statistics.withLock {
-                let zeros = kinds[index].zero - min(left.zero, kinds[index].zero)
-                let shared = kinds[index].shared - min(left.shared, kinds[index].shared)
-                $0.foldedPages += UInt64(zeros + shared)
-                $0.zeroPages -= min($0.zeroPages, UInt64(zeros))
-                $0.sharingPages -= min($0.sharingPages, UInt64(shared))
+                let gone = kinds[index] - left
+                $0.foldedPages += UInt64(gone.zero + gone.shared)
+                $0.zeroPages -= min($0.zeroPages, UInt64(gone.zero))
+                $0.sharingPages -= min($0.sharingPages, UInt64(gone.shared))
             }
             if case .gateClosed = outcome.reason { closed = true }
         }
@@ -629,6 +634,7 @@ public final class DedupEngine: Sendable {
 
     /// Looks through everything that is merged or was: what others brought back is released, and the figures are right.
     private func settleAccounts(_ state: inout PassState) {
+        let recycled = map.recycledMergedPages
         release(state.held.runs, &state)
         var zeros = 0, shared = 0
         map.forEachMerged { gfns, kind in
@@ -638,6 +644,7 @@ public final class DedupEngine: Sendable {
             $0.zeroPages = UInt64(zeros)
             $0.sharingPages = UInt64(shared)
         }
+        map.settleRecycledMerged(recycled)
     }
 
     /// Pages that were the first of their content, and have an equal now.

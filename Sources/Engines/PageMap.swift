@@ -1,6 +1,7 @@
 import CQuireLayout
 import GuestMemory
 import Platform
+import Synchronization
 
 /// The page map: one 64-bit entry a guest page, in a memory file that outlives the back end, behind a header that holds
 /// what a new back end must know of the dead one: which table was registered, and which claims were open.
@@ -16,6 +17,7 @@ public final class PageMap: Sendable {
     public let descriptor: Descriptor
     /// Entries: gfns 0 ..< pageCount.
     public let pageCount: UInt64
+    private let recycledMerged = Mutex(MergedCount())
 
     private typealias Header = quire_map_header
     private static let entryBytes = 8
@@ -150,18 +152,33 @@ public final class PageMap: Sendable {
         end()
     }
 
-    /// How many of these are merged, of each kind.
-    public func mergedCounts(_ gfns: Range<GFN>) -> (zero: Int, shared: Int) {
-        var result = (zero: 0, shared: 0)
-        for gfn in gfns {
-            switch state(of: gfn) {
-            case .zero: result.zero += 1
-            case .shared: result.shared += 1
-            default: break
+    /// How many of these are merged, of each kind. Where nothing was ever merged it looks at no entry.
+    public func mergedCounts(_ gfns: Range<GFN>) -> MergedCount {
+        var result = MergedCount()
+        var gfn = gfns.lowerBound
+        let end = min(gfns.upperBound, pageCount)
+        while gfn < end {
+            let next = min((gfn / Self.lockPages + 1) * Self.lockPages, end)
+            if bytes.load8(lock(gfn) + Self.mergedOffset) != 0 {
+                for gfn in gfn..<next {
+                    switch state(of: gfn) {
+                    case .zero: result.zero += 1
+                    case .shared: result.shared += 1
+                    default: break
+                    }
+                }
             }
+            gfn = next
         }
         return result
     }
+
+    /// Merged pages that were recycled since somebody last counted all that are merged (`settle`): whoever keeps count of
+    /// merged pages learns of these late, and a page must not stand in two figures meanwhile.
+    var recycledMergedPages: MergedCount { recycledMerged.withLock { $0 } }
+    func noteRecycledMerged(_ count: MergedCount) { recycledMerged.withLock { $0 += count } }
+    /// All were counted after `noted` was read.
+    func settleRecycledMerged(_ noted: MergedCount) { recycledMerged.withLock { $0 -= noted } }
 
     /// Calls `body` with the runs of these pages that are in a wanted state; nil is a state that nobody knows.
     func forEachRun(in gfns: Range<GFN>, where isWanted: (PageState?) -> Bool, _ body: (Range<GFN>) -> Void) {
@@ -369,4 +386,17 @@ public final class PageMap: Sendable {
     }
 
     public func clearJournal() { for worker in 0..<Self.workerCount { closeClaim(worker) } }
+}
+
+/// Pages that are merged, by kind.
+public struct MergedCount: Sendable, Equatable {
+    public var zero = 0, shared = 0
+    public init(zero: Int = 0, shared: Int = 0) { (self.zero, self.shared) = (zero, shared) }
+
+    /// Nothing is below zero: counts are made at different moments.
+    public static func - (a: MergedCount, b: MergedCount) -> MergedCount {
+        MergedCount(zero: max(0, a.zero - b.zero), shared: max(0, a.shared - b.shared))
+    }
+    public static func += (a: inout MergedCount, b: MergedCount) { a = MergedCount(zero: a.zero + b.zero, shared: a.shared + b.shared) }
+    public static func -= (a: inout MergedCount, b: MergedCount) { a = a - b }
 }

@@ -169,6 +169,7 @@ final class Pass: CrewWork {
         func ask(_ runs: [RecycleRun], _ kind: RecycleOrder.Kind) throws(QuireError) -> Int {
             guard !runs.isEmpty, !isOurs else { return 0 }
             let order = RecycleOrder(kind, now: now, claimPages: found.batch.pages, connection: agent.connection)
+            let merged = runs.map { map.mergedCounts($0.gfns) }
             let outcomes: [MoveOutcome]
             do throws(QuireError) { outcomes = try agent.recycler.recycle(runs, order) } catch {
                 if error.code == .busy { found.oldestAge = dueAge } else { isOurs = true }
@@ -176,6 +177,9 @@ final class Pass: CrewWork {
             }
             let done = outcomes.reduce(0) { $0 + $1.done }
             map.addRecycled(done)
+            for (run, before) in zip(runs, merged) where before != MergedCount() {
+                map.noteRecycledMerged(before - map.mergedCounts(run.gfns))
+            }
             found.batch.adapt(nanoseconds: 0, full: true, waits: table.waits)
             for outcome in outcomes {
                 if case .failed(let errno) = outcome.reason {

@@ -55,10 +55,12 @@ public struct Picture: Sendable, Equatable, Encodable {
         privateBytes = report.residentBytes
         sharedBytes = report.merging.sharingPages &* 4096
         zeroBytes = report.merging.zeroPages &* 4096
-        recycledBytes = report.recycledBytes
         tmemBytes = report.tmem.usedBytes
-        let known = privateBytes &+ sharedBytes &+ zeroBytes &+ recycledBytes
-        untouchedBytes = report.ramBytes > known ? report.ramBytes - known : 0
+        let used = privateBytes &+ sharedBytes &+ zeroBytes
+        let rest = report.ramBytes > used ? report.ramBytes - used : 0
+        // As the last pass over the guest's table has it: what the guest took since then is private already.
+        recycledBytes = min(report.recycledBytes, rest)
+        untouchedBytes = rest - recycledBytes
     }
 
     static func + (a: Picture, b: Picture) -> Picture {
