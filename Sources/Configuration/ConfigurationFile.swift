@@ -124,7 +124,7 @@ public struct ConfigurationFile: Sendable {
                 for (name, value) in machines {
                     let path = path.appending(name)
                     guard PlainName.isValid(name) else {
-                        find(path, places, "no VM has that name: use 1 to 64 of A-Z a-z 0-9 . _ - that do not start with a dot")
+                        find(path, places, "no VM has that name: use 1 to 63 of A-Z a-z 0-9 . _ - that do not start with a dot")
                         continue
                     }
                     take(value, at: path, .vm(name), places, "write [\(path)], with what differs for that VM")

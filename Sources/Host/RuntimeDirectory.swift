@@ -43,13 +43,13 @@ public struct RuntimeDirectory: Sendable, Equatable {
         return path
     }
 
-    /// 1 to 64 of A-Z a-z 0-9 . _ - and no dot in front.
+    /// 1 to 63 of A-Z a-z 0-9 . _ - and no dot in front.
     public static func isValidName(_ name: String) -> Bool { PlainName.isValid(name) }
 
     public static func checkName(_ name: String) throws(QuireError) {
         guard isValidName(name) else {
             throw QuireError(
-                .invalid, "'\(name)' is no name for a VM: use 1 to 64 of A-Z a-z 0-9 . _ - that do not start with a dot")
+                .invalid, "'\(name)' is no name for a VM: use 1 to 63 of A-Z a-z 0-9 . _ - that do not start with a dot")
         }
     }
 

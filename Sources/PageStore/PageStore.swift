@@ -144,7 +144,7 @@ public final class PageStore: Sendable {
     ) throws(QuireError) -> (machine: Machine, welcome: StoreReply.Welcome) {
         try Self.checkVersion(hello)
         guard isStoreName(hello.name) else {
-            throw QuireError(.invalid, "a VM's name has 1 to 64 of A-Z a-z 0-9 . _ - and no dot in front")
+            throw QuireError(.invalid, "a VM's name has 1 to 63 of A-Z a-z 0-9 . _ - and no dot in front")
         }
         let group = try self.group(hello.group, uid: uid)
         guard Int(hello.node) < Nodes.count else {

@@ -406,5 +406,5 @@ public struct GroupFigures: Equatable, Sendable {
     }
 }
 
-/// 1 to 64 of A-Z a-z 0-9 . _ - and no dot in front: names of VMs and of share groups.
+/// 1 to 63 of A-Z a-z 0-9 . _ - and no dot in front: names of VMs and of share groups.
 public func isStoreName(_ name: String) -> Bool { PlainName.isValid(name) }

@@ -135,7 +135,7 @@ struct ConfigurationFileTests {
                     "quire.toml:3: backend.workers: 99 is not allowed: give a whole number from 1 to 16",
                     "quire.toml:4: backend.note: unknown key: choose one of group, log-level, merge, merge-period, merge-workers, period, shared-disk, store, swap, swap-compression, swap-overcommit, swap-queues, workers, write-tracking",
                     "quire.toml:10: vm.web1.merge: \"no\" is not allowed: give true or false",
-                    "quire.toml:11: vm.\"a b\": no VM has that name: use 1 to 64 of A-Z a-z 0-9 . _ - that do not start with a dot",
+                    "quire.toml:11: vm.\"a b\": no VM has that name: use 1 to 63 of A-Z a-z 0-9 . _ - that do not start with a dot",
                     "quire.toml:13: vm.web2.period: \"1ms\" is not allowed: give a time from 100ms to 1h, such as \"10s\"",
                     "quire.toml:14: vm.web3: write [vm.web3], with what differs for that VM",
                     "quire.toml:15: demon: unknown section: there are [quired], [backend], [vm.NAME] and [exporter]",

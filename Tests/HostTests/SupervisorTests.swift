@@ -197,7 +197,7 @@ struct SupervisorTests {
         }
         let qemu = stage.path("qemu")
         try fails(["--", qemu, "-mem-prealloc"], "quire: -mem-prealloc fills all guest RAM at once, which Quire would only have to free again: remove it")
-        try fails(["--name", "a/b", "--", qemu], "quire: 'a/b' is no name for a VM: use 1 to 64 of A-Z a-z 0-9 . _ - that do not start with a dot")
+        try fails(["--name", "a/b", "--", qemu], "quire: 'a/b' is no name for a VM: use 1 to 63 of A-Z a-z 0-9 . _ - that do not start with a dot")
         try fails(["--", "/no/qemu"], "quire: cannot start /no/qemu: No such file or directory")
         try fails(["--backend", "/no/backend", "--", qemu], "quire: there is no program /no/backend: install quire-backend beside quire, or name it with --backend")
         _ = try stage.folder.write("mode", "refuse")

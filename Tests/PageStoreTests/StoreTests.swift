@@ -214,7 +214,7 @@ struct StoreTests {
         #expect(join("d", "nope", 1001)
             == "there is no share group 'nope': name it to quired with --group, or leave it out")
         #expect(join("d", "owner-1000", 1001)?.hasPrefix("there is no share group 'owner-1000'") == true)
-        #expect(join("../x", "", 1001) == "a VM's name has 1 to 64 of A-Z a-z 0-9 . _ - and no dot in front")
+        #expect(join("../x", "", 1001) == "a VM's name has 1 to 63 of A-Z a-z 0-9 . _ - and no dot in front")
     }
 
     // MARK: - Limits and hostile VMs
