@@ -81,7 +81,7 @@ final class GuestMachine {
         }
         var command: [String] = []
         if let period = options.period {
-            command += [programs.quire, "run", "--name", name, "--period", period]
+            command += [programs.quire, "run", "--config", "/dev/null", "--name", name, "--period", period]
             command += options.mergePeriod.map { ["--merge-period", $0] } ?? ["--no-merge"]
             command += options.run + ["--"]
         }

@@ -75,7 +75,7 @@ struct IdleCPU {
             var options = ChildProcess.Options()
             options.parentDeathSignal = SIGTERM
             run = try ChildProcess(
-                [programs.quire, "run", "--name", name, "--period", "10s", "--", programs.own, "fake-qemu", "-enable-kvm", "-m", "\(gibibytes)G"],
+                [programs.quire, "run", "--config", "/dev/null", "--name", name, "--period", "10s", "--", programs.own, "fake-qemu", "-enable-kvm", "-m", "\(gibibytes)G"],
                 options)
         }
 

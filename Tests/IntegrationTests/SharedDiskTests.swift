@@ -83,7 +83,7 @@ extension Integration {
             let folder = try Folder()
             func refusal(_ options: [String]) throws -> String {
                 let (status, text) = try Program.run(
-                    ["env", "QUIRE_RUNTIME_DIR=\(folder.path)/run", Program.quire, "run", "--store", store.path] + options
+                    ["env", "QUIRE_RUNTIME_DIR=\(folder.path)/run", Program.quire, "run", "--config", "/dev/null", "--store", store.path] + options
                         + ["--", "qemu-system-x86_64", "-display", "none", "-S"])
                 #expect(status == 1 && text.hasPrefix("quire: ") && text.filter { $0 == "\n" }.count == 1, "\(text)")
                 return text

@@ -87,7 +87,7 @@ extension Integration {
             let guest = try Guest(Machine(arguments: ["-S"], boots: false, name: "taken"), in: folder)
             func refusal(_ name: String, _ arguments: [String]) throws -> String {
                 let (status, text) = try Program.run(
-                    ["env", "QUIRE_RUNTIME_DIR=\(folder.path)/run", Program.quire, "run", "--name", name, "--",
+                    ["env", "QUIRE_RUNTIME_DIR=\(folder.path)/run", Program.quire, "run", "--config", "/dev/null", "--name", name, "--",
                         "qemu-system-x86_64", "-display", "none"] + arguments)
                 #expect(status == 1)
                 #expect(text.hasPrefix("quire: ") && text.filter { $0 == "\n" }.count == 1, "\(text)")
