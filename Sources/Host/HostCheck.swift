@@ -16,6 +16,12 @@ public struct HostCheck: Sendable {
         public var text: String
         /// What to type, or to do; empty if nothing.
         public var advice: String
+        public init(id: String, level: Level, text: String, advice: String = "") {
+            self.id = id
+            self.level = level
+            self.text = text
+            self.advice = advice
+        }
     }
 
     /// Where things are on this host. Tests put a folder in front of every path.

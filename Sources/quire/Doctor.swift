@@ -1,4 +1,5 @@
 import ArgumentParser
+import Configuration
 import Host
 import Platform
 
@@ -17,8 +18,32 @@ extension Quire {
         @Flag(help: "Prints JSON.")
         var json = false
 
+        @OptionGroup var file: ConfigurationOption
+
+        /// The configuration, as whatever starts next will find it.
+        private var configuration: HostCheck.Finding {
+            let path = file.config ?? ConfigurationFile.standardPath
+            func problem(_ text: String, _ advice: String) -> HostCheck.Finding {
+                .init(id: "configuration", level: .problem, text: "with the configuration nothing of Quire's starts: \(text)", advice: advice)
+            }
+            guard file.config != nil || Files.exists(path) else {
+                return .init(id: "configuration", level: .ok, text: "there is no configuration \(path): the defaults hold")
+            }
+            do throws(QuireError) {
+                let found = try ConfigurationFile.look(at: path)
+                guard let first = found.findings.first else {
+                    return .init(id: "configuration", level: .ok, text: "the configuration \(path) is in order")
+                }
+                let more = found.findings.count == 1 ? "" : " (and \(found.findings.count - 1) more)"
+                return problem(found.describe(first) + more, "correct it; quire config check \(path) shows all that is wrong, quire config reload applies it")
+            } catch {
+                return problem(error.description, "quire config check \(path) says the same until it is right")
+            }
+        }
+
         func run() throws {
-            let findings = HostCheck(.init(backend: Run.backendBesideUs(), agent: Run.agentBesideUs(), store: StoreLink.standardPath())).run()
+            let places = HostCheck.Places(backend: Run.backendBesideUs(), agent: Run.agentBesideUs(), store: StoreLink.standardPath())
+            let findings = HostCheck(places).run() + [configuration]
             if json {
                 print(HostCheck.json(findings))
             } else {

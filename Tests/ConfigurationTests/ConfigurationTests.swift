@@ -266,9 +266,13 @@ struct ConfigurationOnDiskTests {
             #expect(json.status == 1 && json.text.contains("\"key\" : \"vm.a.workers\"") && json.text.contains("\"line\" : 5"))
             #expect(try quire("config", "show", "--config", path).status == 1)
             #expect(try quire("run", "--config", path, "--", "true").text.hasPrefix("quire: \(path):3: "))
+            let doctor = try quire("doctor", "--config", path)
+            #expect(doctor.status == 1 && doctor.text.contains("problem  with the configuration nothing of Quire's starts: \(path):3: backend.x: unknown key: "))
+            #expect(doctor.text.contains("(and 1 more)\n         correct it; quire config check \(path) shows all that is wrong"), "\(doctor.text)")
         }
         try withFile(Array("[backend]\nperiod = \"5s\"\n[vm.a]\nworkers = 2\n".utf8)) { (path) throws in
             #expect(try quire("config", "check", path) == Output(status: 0, text: "\(path): ok\n"))
+            #expect(try quire("doctor", "--config", path).text.contains("ok       the configuration \(path) is in order\n"))
             let shown = try quire("config", "show", "--vm", "a", "--config", path)
             let lines = shown.text.split(separator: "\n").map { $0.split(separator: " ", omittingEmptySubsequences: true).joined(separator: " ") }
             #expect(shown.status == 0 && lines.contains("vm.a.period \"5s\" backend.period (\(path):2)") && lines.contains("vm.a.workers 2 vm.a.workers (\(path):4)"))
