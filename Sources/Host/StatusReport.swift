@@ -221,32 +221,50 @@ public struct StatusReport: Sendable, Equatable, Codable {
         return names.map { read($0, in: directory) }
     }
 
-    public static func json(_ reports: [StatusReport]) -> String {
+    /// What is said of transcendent memory alone, of a VM or of a shared disk.
+    private struct TmemEntry: Encodable {
+        let name: String
+        var group: String? = nil
+        var attached: [String]? = nil
+        let tmem: Tmem
+
+        init(_ report: StatusReport) { (name, tmem) = (report.name, report.tmem) }
+        init(_ disk: SharedDiskReport) { (name, group, attached, tmem) = (disk.name, disk.group, disk.attached, disk.tmem) }
+    }
+
+    private static func array(_ entries: [any Encodable]) -> String {
+        struct Entry: Encodable {
+            let value: any Encodable
+            func encode(to encoder: any Encoder) throws { try value.encode(to: encoder) }
+        }
         let encoder = JSONEncoder()
         encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
         // Numbers and text always encode.
-        return String(decoding: (try? encoder.encode(reports)) ?? Data(), as: UTF8.self)
+        return String(decoding: (try? encoder.encode(entries.map(Entry.init))) ?? Data(), as: UTF8.self)
+    }
+
+    /// The VMs, then the shared disks.
+    public static func json(_ reports: [StatusReport], _ disks: [SharedDiskReport] = []) -> String {
+        array(reports + disks.map(TmemEntry.init))
     }
 
     /// Only names and what is said of transcendent memory; then the shared disks.
     public static func tmemJSON(_ reports: [StatusReport], _ disks: [SharedDiskReport]) -> String {
-        struct Entry: Encodable {
-            let name: String
-            var group: String? = nil
-            var attached: [String]? = nil
-            let tmem: Tmem
-        }
-        let entries =
-            reports.map { Entry(name: $0.name, tmem: $0.tmem) }
-            + disks.map { Entry(name: $0.name, group: $0.group, attached: $0.attached, tmem: $0.tmem) }
-        let encoder = JSONEncoder()
-        encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
-        return String(decoding: (try? encoder.encode(entries)) ?? Data(), as: UTF8.self)
+        array(reports.map(TmemEntry.init) + disks.map(TmemEntry.init))
     }
 
-    /// The reports that `json` wrote.
+    /// The reports of VMs that `json` wrote.
     public static func parse(json text: String) throws(QuireError) -> [StatusReport] {
-        do { return try JSONDecoder().decode([StatusReport].self, from: Data(text.utf8)) } catch {
+        struct Entry: Decodable {
+            /// Nil: a shared disk.
+            let report: StatusReport?
+            enum CodingKeys: CodingKey { case name }
+            init(from decoder: any Decoder) throws {
+                let name = try decoder.container(keyedBy: CodingKeys.self).decode(String.self, forKey: .name)
+                report = name.hasPrefix(SharedDiskReport.prefix) ? nil : try StatusReport(from: decoder)
+            }
+        }
+        do { return try JSONDecoder().decode([Entry].self, from: Data(text.utf8)).compactMap(\.report) } catch {
             throw QuireError(.invalid, "this is not what quire status --json prints", cause: error)
         }
     }

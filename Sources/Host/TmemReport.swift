@@ -116,7 +116,7 @@ public struct SharedDiskReport: Sendable, Equatable, Codable {
     private static let patienceMilliseconds: Int32 = 2_000
 
     /// Of all that our user's VMs may attach; none without a quired that has some.
-    public static func collect() throws(QuireError) -> [SharedDiskReport] {
+    public static func collect(at path: String = SharedDiskReport.path) throws(QuireError) -> [SharedDiskReport] {
         guard let answer = try SharedDiskCommand.ask("list", at: path, patienceMilliseconds: patienceMilliseconds) else { return [] }
         do { return try JSONDecoder().decode([SharedDiskReport].self, from: Data(answer.utf8)) } catch {
             throw QuireError(.invalid, "quired's answer is not understood: it is of another version", cause: error)
@@ -130,5 +130,6 @@ public struct SharedDiskReport: Sendable, Equatable, Codable {
         return answer
     }
 
-    private static var path: String { SharedDiskClient.path(besideStore: StoreLink.standardPath()) }
+    /// Where quired of this user serves them.
+    public static var path: String { SharedDiskClient.path(besideStore: StoreLink.standardPath()) }
 }

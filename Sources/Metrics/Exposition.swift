@@ -45,6 +45,7 @@ public enum Exposition {
         write(host.vms.flatMap { vm in vm.report.tmem.pools.map { Pool(vm: vm, pool: $0) } }, ofPool, to: &out) {
             labels([("vm", $0.vm.report.name), ("uid", "\($0.vm.uid)"), ("pool", $0.pool.name), ("kind", $0.pool.kind)])
         }
+        write(host.sharedDisks, ofSharedDisk, to: &out) { labels([("disk", $0.disk), ("group", $0.group)]) }
         write(host.store.map { [$0] } ?? [], ofStore, to: &out) { _ in "" }
         write(host.groups, ofGroup, to: &out) { labels([("group", $0.name), ("node", "\($0.node)")]) }
         return out
@@ -192,6 +193,27 @@ public enum Exposition {
         Family(.counter, "quire_tmem_pool_misses_total", "Pages that the guest asked for in vain.") { .whole($0.pool.misses) },
         Family(.counter, "quire_tmem_pool_flushes_total", "Pages that the guest gave up.") { .whole($0.pool.flushes) },
         Family(.counter, "quire_tmem_pool_evictions_total", "Ephemeral pages that the host gave up.") { .whole($0.pool.evictions) },
+    ]
+
+    private static func disk(
+        _ kind: Family<SharedDiskReport>.Kind, _ name: String, _ help: String,
+        _ value: @escaping @Sendable (StatusReport.Tmem.Pool) -> UInt64
+    ) -> Family<SharedDiskReport> {
+        Family(kind, "quire_shared_disk_" + name, help) { $0.tmem.pools.first.map { .whole(value($0)) } }
+    }
+
+    /// Of quired. Each is one pool.
+    private static let ofSharedDisk: [Family<SharedDiskReport>] = [
+        Family(.gauge, "quire_shared_disk_vms", "VMs that have the shared disk attached.") { .whole(UInt64($0.attached.count)) },
+        disk(.gauge, "size_bytes", "Size of the disk.") { $0.capacityBytes },
+        disk(.gauge, "bytes", "Pages on the disk, as guests see them.") { $0.bytes },
+        disk(.gauge, "stored_bytes", "Memory that their contents take.") { $0.storedBytes },
+        Family(.gauge, "quire_shared_disk_limit_bytes", "Memory that their contents may take; 0: no limit.") { .whole($0.tmem.capBytes) },
+        disk(.counter, "puts_total", "Pages that guests wrote.") { $0.puts },
+        disk(.counter, "puts_failed_total", "Pages that were not taken.") { $0.putsFailed },
+        disk(.counter, "hits_total", "Pages that guests read.") { $0.hits },
+        disk(.counter, "misses_total", "Pages that guests read where there was nothing: zeros.") { $0.misses },
+        disk(.counter, "flushes_total", "Pages that guests discarded.") { $0.flushes },
     ]
 
     private static let ofStore: [Family<StoreFigures>] = [

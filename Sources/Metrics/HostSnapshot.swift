@@ -140,6 +140,8 @@ public struct HostSnapshot: Sendable {
     /// Nil where quired does not say; then `storeTrouble` is why.
     public var store: StoreFigures?
     public var groups: [GroupFigures] = []
+    /// quired's disks that VMs share.
+    public var sharedDisks: [SharedDiskReport] = []
     public var storeTrouble = ""
     /// How long all this took to read.
     public var seconds: Double = 0
@@ -164,6 +166,7 @@ public struct HostSnapshot: Sendable {
         do throws(QuireError) {
             snapshot.store = try store.figures()
             snapshot.groups = try store.groups()
+            snapshot.sharedDisks = try SharedDiskReport.collect(at: SharedDiskClient.path(besideStore: store.path))
         } catch { snapshot.storeTrouble = error.description }
         snapshot.seconds = Double(monotonicNanoseconds() - started) / 1e9
         return snapshot

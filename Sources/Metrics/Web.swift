@@ -84,6 +84,7 @@ public struct Web: Sendable {
         case "/api/v1/host": return { json(API.HostAnswer(host: $0.host)) }
         case "/api/v1/vms": return { json($0.host.vms) }
         case "/api/v1/groups": return { json($0.host.groups.map(API.GroupAnswer.init)) }
+        case "/api/v1/shared-disks": return { json($0.host.sharedDisks) }
         case "/api/v1/history": return { json($0.history) }
         default:
             // /api/v1/vms/UID/NAME

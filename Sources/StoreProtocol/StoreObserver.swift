@@ -10,7 +10,7 @@ public struct StoreObserver: ~Copyable, Sendable {
         init(_ path: String) throws(QuireError) { socket = try UnixSocket.connect(to: path, kind: .messages) }
     }
 
-    private let path: String
+    public let path: String
     private let patience: Int32
     private var connection: Connection?
     /// Replies to questions that were given up.

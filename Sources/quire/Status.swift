@@ -20,7 +20,7 @@ extension Quire {
                 Then the pools of transcendent memory: PAGES and BYTES are what the guest has there, STORED what that takes \
                 on the host (a page that several share is counted in parts), FAILED pages that found no room. Rows called \
                 shared:DISK are disks of quired's that VMs share ('quire tmem list' says which have them); they are shown where no VM \
-                is named, and in 'quire tmem list --json'.
+                is named.
 
                 With --json: an array of objects with name, state, reason, pid, ram_bytes, resident_bytes, \
                 recycled_pages, recycled_bytes, recycled_total_pages, recycled_total_bytes, \
@@ -31,7 +31,8 @@ extension Quire {
                 group_shared_pages, group_sharing_pages, group_saved_bytes, group_histogram; and the object tmem: state \
                 (off, active, frozen), reason, used_bytes, metadata_bytes, cap_bytes (0: no limit), and the array pools: \
                 name, kind, scope, pages, bytes, capacity_bytes, stored_bytes, ratio, puts, puts_failed, hits, misses, \
-                flushes, evictions. A page has 4096 bytes.
+                flushes, evictions. A page has 4096 bytes. Behind the VMs, where none is named, an object for each shared disk: \
+                name (shared:DISK), group, attached (the VMs that have it), tmem.
 
                 States: active; paused (for now); refused (the guest's table); no-guest (no guest module has \
                 registered); starting; down (the backend is dead); unknown (its status cannot be read).
@@ -49,12 +50,12 @@ extension Quire {
             let reports = try failing { () throws(QuireError) -> [StatusReport] in
                 try StatusReport.collect(names, in: RuntimeDirectory.standard())
             }
-            if json { return print(StatusReport.json(reports)) }
             var disks: [SharedDiskReport] = []
             if names.isEmpty {
                 // A quired that stands still keeps nobody from seeing his VMs.
                 do { disks = try SharedDiskReport.collect() } catch { writeStandardError("quire: \(error)") }
             }
+            if json { return print(StatusReport.json(reports, disks)) }
             let colours = ProcessCalls.isTerminal(1) && ProcessCalls.environment("NO_COLOR") == nil
             if reports.isEmpty {
                 print("No VM is running. Start one with: quire run -- qemu-system-x86_64 -m 2G …")

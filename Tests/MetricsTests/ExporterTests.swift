@@ -68,7 +68,7 @@ import Testing
     }
 
     @Test func promtoolFindsNothing() throws {
-        let quired = try Quired()
+        let quired = try Quired(["--shared-disk", "scratch,size=64M"])
         let store = try SyntheticStoreVMs(["a", "b"], path: quired.path)
         let exporter = try exporter(store: quired.path)
         let text = try exporter.get("/metrics").body
@@ -98,6 +98,29 @@ import Testing
         let groups = try exporter.get("/api/v1/groups").body
         #expect(groups.contains("\"name\":\"web\"") && groups.contains("\"name\":\"owner-\(uid)\""))
         withExtendedLifetime((own, web)) {}
+    }
+
+    /// The exporter, its API, `quire status --json` and `quire tmem list --json` say the same of a shared disk.
+    @Test func sharedDisks() throws {
+        let quired = try Quired(["--shared-disk", "scratch,size=64M"])
+        let disk = SharedDiskClient(
+            path: SharedDiskClient.path(besideStore: quired.path), SharedDiskMessage.Hello(name: "scratch", group: "", token: 1, vm: "web1"))
+        _ = try disk.attach(patienceMilliseconds: 10_000)
+        try disk.put(3, [UInt8](repeating: 7, count: 2 * 4096))
+        _ = try disk.get(3, count: 1)
+        let exporter = try exporter(store: quired.path)
+        let found = samples(try exporter.get("/metrics").body)
+        func value(_ name: String) -> String? {
+            found["quire_shared_disk_\(name){disk=\"scratch\",group=\"owner-\(ProcessCalls.ownUID)\"}"]
+        }
+        #expect(value("vms") == "1" && value("size_bytes") == "67108864" && value("bytes") == "8192")
+        #expect(value("puts_total") == "2" && value("hits_total") == "1" && value("puts_failed_total") == "0" && value("limit_bytes") == "0")
+        #expect(try exporter.get("/api/v1/shared-disks").body.contains("\"attached\":[\"web1\"],\"disk\":\"scratch\""))
+        let variables = ["QUIRE_RUNTIME_DIR": vms.directory.base, "QUIRED_DIRECTORY": quired.folder.path]
+        let (status, text) = try command([products + "quire", "status", "--json"], variables)
+        #expect(status == 0 && text.contains("\"name\" : \"shared:scratch\"") && text.contains("\"web1\""), "\(text.suffix(2000))")
+        #expect(try StatusReport.parse(json: text).count == 23)
+        withExtendedLifetime(disk) {}
     }
 
     /// More groups than fit into one message.
@@ -132,7 +155,7 @@ import Testing
     }
 
     @Test func answersConformToOpenAPI() throws {
-        let quired = try Quired()
+        let quired = try Quired(["--shared-disk", "scratch,size=64M"])
         let store = try SyntheticStoreVMs(["a"], path: quired.path)
         let exporter = try exporter(store: quired.path)
         let served = try exporter.get("/api/v1/openapi.json").body
