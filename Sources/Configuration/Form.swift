@@ -205,6 +205,9 @@ public struct DiskSetting: Sendable, Equatable {
     /// Empty: that of quired's user.
     public var group = ""
 
+    /// As a VM attaches it: NAME or NAME,size=SIZE.
+    public init?(attached text: String) { self.init(text, keys: ["size"]) }
+
     init?(_ text: String, keys: Set<String>) {
         let parts = text.split(separator: ",", omittingEmptySubsequences: false).map(String.init)
         guard let name = parts.first, PlainName.isValid(name), name.utf8.count <= 32 else { return nil }
@@ -234,5 +237,5 @@ public struct DiskSetting: Sendable, Equatable {
     static let made = Form<DiskSetting>.string("\"NAME,size=SIZE\" or \"NAME,size=SIZE,group=GROUP\"") { text in
         DiskSetting(text, keys: ["size", "group"]).flatMap { $0.byteCount == nil ? nil : $0 }
     } write: { $0.written }
-    static let attached = Form<DiskSetting>.string("\"NAME\" or \"NAME,size=SIZE\"") { DiskSetting($0, keys: ["size"]) } write: { $0.written }
+    static let attached = Form<DiskSetting>.string("\"NAME\" or \"NAME,size=SIZE\"") { DiskSetting(attached: $0) } write: { $0.written }
 }

@@ -23,6 +23,19 @@ public enum BackendService {
         public var group = ""
         public var periodMilliseconds: UInt64?
         public var isSingleThreadedTCG = false
+        /// Disks of quired's that it shares with other VMs. Nil: none; also where a hook of before they were there has written this.
+        public var sharedDisks: [Disk]?
+
+        public struct Disk: Codable, Sendable, Equatable {
+            public var name: String
+            /// What the operator takes it for.
+            public var byteCount: UInt64?
+            public init(name: String, byteCount: UInt64? = nil) {
+                self.name = name
+                self.byteCount = byteCount
+            }
+        }
+
         public init(owner: String) { self.owner = owner }
 
         public func write(to path: String) throws(QuireError) {
@@ -39,8 +52,8 @@ public enum BackendService {
         }
     }
 
-    /// Serves until SIGTERM or SIGINT. `settings`: of the VM; period and group of them are in `base` already, with what else has a
-    /// say there. `isReady` is called when QEMU may be started.
+    /// Serves until SIGTERM or SIGINT. `settings`: of the VM; period, group and shared disks of them are in `base` already, with what
+    /// else has a say there. `isReady` is called when QEMU may be started.
     public static func run(
         _ name: String, _ settings: Settings, _ base: Supervisor.Configuration, in directory: RuntimeDirectory, isReady: () -> Void
     ) throws(QuireError) {
@@ -60,6 +73,7 @@ public enum BackendService {
         } else {
             configuration.swap = nil
         }
+        try configuration.askForSharedDisks()
         // Sockets are made for QEMU's group as well, and so are those of a backend that has to be started again. The folder
         // decides who gets to them.
         ProcessCalls.setFileCreationMask(0o007)

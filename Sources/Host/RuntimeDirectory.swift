@@ -57,7 +57,9 @@ public struct RuntimeDirectory: Sendable, Equatable {
     public func commandPath(_ name: String) -> String { folder(name) + "/command.sock" }
     public func supervisorPath(_ name: String) -> String { folder(name) + "/supervisor.sock" }
     public func statusPath(_ name: String) -> String { folder(name) + "/status" }
-    func sharedSocketPath(_ name: String, _ number: Int) -> String { folder(name) + "/shared-\(number).sock" }
+    func sharedSocketPath(_ name: String, _ number: Int) -> String { Self.sharedSocket(number, in: folder(name)) }
+    /// Where QEMU reaches one of a VM's shared disks, in the folder with its sockets.
+    package static func sharedSocket(_ number: Int, in folder: String) -> String { folder + "/shared-\(number).sock" }
     func lockPath(_ name: String) -> String { folder(name) + "/lock" }
 
     /// Makes the base if it is missing.

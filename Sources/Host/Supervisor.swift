@@ -53,6 +53,14 @@ public struct Supervisor: ~Copyable {
 
         /// Of the VM: what was asked for, QEMU's -name, or qemu-PID.
         public var vmName: String { name ?? QEMUCommandLine.vmName(arguments) ?? "qemu-\(ProcessCalls.ownPID)" }
+
+        /// Asks quired what its shared disks are. All backends of this VM say the same of themselves to quired.
+        mutating func askForSharedDisks() throws(QuireError) {
+            for index in sharedDisks.indices {
+                try sharedDisks[index].ask()
+                sharedDisks[index].token = UInt64.random(in: 1 ... .max)
+            }
+        }
     }
 
     static let readyWithin: UInt64 = 10_000_000_000
@@ -135,10 +143,7 @@ public struct Supervisor: ~Copyable {
                 },
             version: version)
         var configuration = configuration
-        for index in configuration.sharedDisks.indices {
-            try configuration.sharedDisks[index].ask()
-            configuration.sharedDisks[index].token = UInt64.random(in: 1 ... .max)
-        }
+        try configuration.askForSharedDisks()
         if command.bringsMemory { configuration.swap?.awaitsRestore = true }
 
         let claim = try directory.claim(name)
@@ -179,7 +184,8 @@ public struct Supervisor: ~Copyable {
             configuration.swap, name: claim.name, socket: sockets.map { $0 + "/swap.sock" } ?? claim.swapSocketPath)
         var sharedSockets = DescriptorList()
         for number in configuration.sharedDisks.indices {
-            sharedSockets.append(try UnixSocket.listen(at: claim.sharedSocketPath(number)).takeDescriptor())
+            let path = sockets.map { RuntimeDirectory.sharedSocket(number, in: $0) } ?? claim.sharedSocketPath(number)
+            sharedSockets.append(try UnixSocket.listen(at: path).takeDescriptor())
         }
         let page = try StatusPage.Supervisor(path: claim.statusPath)
         let tuner = try Tuner(configuration, claim.name, in: claim.directory)

@@ -17,10 +17,8 @@ extension Hypervisor {
         guard let mark = live.mark else {
             throw QuireError(.invalid, "domain '\(name)' runs without Quire: there is nothing to detach")
         }
-        guard mark.swapBytes == nil else {
-            throw QuireError(
-                .unsupported,
-                "domain '\(name)' has a swap disk, and a guest that swaps loses what is on it: swapoff it in the guest, disable Quire, and power-cycle the domain")
+        if let stays = mark.whatStays(name) {
+            throw QuireError(.unsupported, "domain '\(name)' has a \(stays.what), and its guest would lose what is on it: \(stays.advice)")
         }
         guard let pid = directory.owner(mark.name), directory.isRunning(mark.name) else {
             throw QuireError(.busy, "the backend of '\(name)' is not supervised any more: power-cycle the domain")

@@ -5,7 +5,7 @@ import Platform
 ///
 ///     <metadata>                                    the mark (Mark.swift)
 ///     <memoryBacking> source memfd, access shared   guest RAM that another process can have
-///     <disk type='vhostuser'>                       the control disk, and the swap disk
+///     <disk type='vhostuser'>                       the control disk, the swap disk, shared disks
 ///     <qemu:commandline> qemu:env                   the agent
 extension Domain {
     public struct Request: Sendable {
@@ -16,6 +16,8 @@ extension Domain {
         public var swapBytes: UInt64?
         public var group = ""
         public var period: UInt64?
+        /// Of quired; each once.
+        public var sharedDisks: [BackendService.Settings.Disk] = []
         public init(directory: RuntimeDirectory) { self.directory = directory }
     }
 
@@ -26,6 +28,7 @@ extension Domain {
         mark.swapBytes = request.swapBytes
         mark.group = request.group
         mark.period = request.period
+        mark.sharedDisks = request.sharedDisks
         return mark
     }
 
@@ -84,7 +87,7 @@ extension Domain {
         guard let devices = root.first("devices") else { throw QuireError(.invalid, "\(name): it has no <devices>") }
         var taken = Set(devices.all("disk").compactMap { $0.first("target")?["dev"] })
         var disks: [String] = []
-        for socket in [mark.controlSocket] + (mark.swapBytes == nil ? [] : [mark.swapSocket]) {
+        for socket in mark.diskSockets {
             // Behind all others: a guest that counts its disks finds them under the names they had.
             let target = try Self.diskName(behind: taken)
             taken.insert(target)

@@ -9,7 +9,7 @@ import Platform
 /// | ------------- | ----------------------------------------------------------------------------------------------- |
 /// | prepare begin | the VM's backend is started; it listens when the hook returns. A failure here stops the start   |
 /// | restore begin | before *prepare*: a guest shall come from a saved image. Its swap disk waits for what was on it          |
-/// | migrate begin | before *prepare*, on the host that the guest comes to: refused with a swap disk, which would stay behind |
+/// | migrate begin | before *prepare*, on the host that the guest comes to: refused with a swap or shared disk, which would stay behind |
 /// | start begin   | QEMU's user is known now: its group may connect                                                  |
 /// | release end   | QEMU has gone: the backend is ended                                                               |
 ///
@@ -37,9 +37,8 @@ public struct Hook: Sendable {
         case ("restore", "begin"):
             if mark.swapBytes != nil { try directory.noteArrival(mark.name) }
         case ("migrate", "begin"):
-            guard mark.swapBytes == nil else {
-                throw QuireError(
-                    .unsupported, "\(domain.name): its swap disk would not come with it: swapoff in the guest, quire libvirt enable \(domain.name) without --swap, and power-cycle it")
+            if let stays = mark.whatStays(domain.name) {
+                throw QuireError(.unsupported, "\(domain.name): its \(stays.what) would not come with it: \(stays.advice)")
             }
         case ("prepare", "begin"): try start(domain, mark)
         case ("start", "begin"):
@@ -74,6 +73,7 @@ public struct Hook: Sendable {
         settings.awaitsSwap = directory.takeArrival(mark.name)
         settings.group = mark.group
         settings.periodMilliseconds = mark.period
+        settings.sharedDisks = mark.sharedDisks
         settings.isSingleThreadedTCG = domain.isEmulated && domain.processorCount == 1
         try directory.prepareService(mark.name)
         try settings.write(to: directory.settingsPath(mark.name))

@@ -22,6 +22,8 @@ public struct Mark: Sendable, Equatable {
     public var group = ""
     /// Milliseconds; nil: what the host's configuration says.
     public var period: UInt64?
+    /// Disks of quired's that it shares with others.
+    public var sharedDisks: [BackendService.Settings.Disk] = []
 
     /// Elements that were made to hold ours: metadata, memoryBacking, commandline.
     var created: Set<String> = []
@@ -41,12 +43,24 @@ public struct Mark: Sendable, Equatable {
 
     public var controlSocket: String { sockets + "/control.sock" }
     public var agentSocket: String { sockets + "/agent.sock" }
-    public var swapSocket: String { sockets + "/swap.sock" }
+    /// Of its disks, in their order.
+    var diskSockets: [String] {
+        [controlSocket] + (swapBytes == nil ? [] : [sockets + "/swap.sock"])
+            + sharedDisks.indices.map { RuntimeDirectory.sharedSocket($0, in: sockets) }
+    }
 
     /// Whether a <disk> is one of ours.
     package func owns(_ disk: XMLText.Element) -> Bool {
-        let path = disk.first("source")?["path"]
-        return disk["type"] == "vhostuser" && (path == controlSocket || path == swapSocket)
+        disk["type"] == "vhostuser" && disk.first("source")?["path"].map(diskSockets.contains) == true
+    }
+
+    /// What of the guest's is in this host's memory and nowhere else, and how to do without it; nil: nothing.
+    func whatStays(_ domain: String) -> (what: String, advice: String)? {
+        let options = [swapBytes == nil ? nil : "--swap", sharedDisks.isEmpty ? nil : "--disk"].compactMap { $0 }.joined(separator: " and ")
+        let again = "quire libvirt enable \(domain) without \(options), and power-cycle it"
+        if swapBytes != nil { return ("swap disk", "swapoff in the guest, \(again)") }
+        if let first = sharedDisks.first { return ("shared disk '\(first.name)'", "umount it in the guest, \(again)") }
+        return nil
     }
 
     // MARK: As XML
@@ -65,6 +79,7 @@ public struct Mark: Sendable, Equatable {
         attribute("swap", swapBytes.map { "\($0)" } ?? "")
         attribute("group", group)
         attribute("period-ms", period.map { "\($0)" } ?? "")
+        attribute("disks", sharedDisks.map { disk in disk.name + (disk.byteCount.map { ":\($0)" } ?? "") }.joined(separator: " "))
         attribute("created", created.sorted().joined(separator: " "))
         attribute("opened", opened.sorted().joined(separator: " "))
         attribute("added", added.sorted().joined(separator: " "))
@@ -94,6 +109,14 @@ public struct Mark: Sendable, Equatable {
         }
         mark.group = element["group"] ?? ""
         mark.period = element["period-ms"].flatMap { UInt64($0) }
+        for word in words("disks") {
+            let parts = word.split(separator: ":", omittingEmptySubsequences: false).map(String.init)
+            let bytes = parts.count == 2 ? UInt64(parts[1]) : nil
+            guard PlainName.isValid(parts[0]), parts.count == 1 || bytes != nil else {
+                throw QuireError(.invalid, "Quire's note in <metadata> is damaged (disks '\(word)'): remove it and enable the domain again")
+            }
+            mark.sharedDisks.append(.init(name: parts[0], byteCount: bytes))
+        }
         mark.created = Set(words("created"))
         mark.opened = Set(words("opened"))
         mark.added = Set(words("added"))

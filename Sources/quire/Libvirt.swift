@@ -93,7 +93,15 @@ extension Quire.Libvirt {
         @Option(help: ArgumentHelp("Add a swap disk of this size, kept in the host's memory.", valueName: "size"), transform: Self.size)
         var swap: UInt64?
 
-        @Option(help: ArgumentHelp("Share equal pages with domains of this group (default: all of this host's).", valueName: "name"))
+        @Option(
+            name: [.customLong("disk"), .customLong("shared-disk")],
+            help: ArgumentHelp(
+                "Attach a disk in the host's memory that domains of the group share (quired --shared-disk); its serial number is its name. Repeatable.",
+                valueName: "name[,size=SIZE]"),
+            transform: Self.disk)
+        var disk: [BackendService.Settings.Disk] = []
+
+        @Option(help: ArgumentHelp("Share equal pages and disks with domains of this group (default: all of this host's).", valueName: "name"))
         var group = ""
 
         @Option(
@@ -114,9 +122,25 @@ extension Quire.Libvirt {
             return bytes
         }
 
+        static func disk(_ text: String) throws -> BackendService.Settings.Disk {
+            guard let disk = DiskSetting(attached: text) else {
+                throw ValidationError("'\(text)' is no shared disk: give NAME or NAME,size=SIZE, as quired --shared-disk has it")
+            }
+            return .init(name: disk.name, byteCount: disk.byteCount)
+        }
+
+        func validate() throws {
+            for (number, one) in disk.enumerated() where disk[..<number].contains(where: { $0.name == one.name }) {
+                throw ValidationError("--disk \(one.name) is given twice")
+            }
+            let most = QEMUCommandLine.maxDisks - 1
+            guard disk.count <= most else { throw ValidationError("a domain has at most \(most) shared disks") }
+        }
+
         private func request() throws(QuireError) -> Domain.Request {
             var request = Domain.Request(directory: try RuntimeDirectory.standard())
             request.swapBytes = swap
+            request.sharedDisks = disk
             request.group = group
             request.period = period.flatMap { Size.milliseconds($0) }
             if !noMerge {
@@ -179,7 +203,8 @@ extension Quire.Libvirt {
                 DEFINED says whether a domain's definition has Quire, RUNS whether it runs, and with Quire or without: where they \
                 differ it needs a power cycle. VM is its name in 'quire status'.
 
-                With --json: an array of objects with name, enabled, running, running_with_quire, vm, merging, swap_bytes, group.
+                With --json: an array of objects with name, enabled, running, running_with_quire, vm, merging, swap_bytes, \
+                shared_disks (names), group.
                 """)
 
         @OptionGroup var connection: Connection
@@ -195,11 +220,13 @@ extension Quire.Libvirt {
             var vm = ""
             var merging = false
             var swapBytes: UInt64 = 0
+            var sharedDisks: [String] = []
             var group = ""
             enum CodingKeys: String, CodingKey {
                 case name, enabled, running, vm, merging, group
                 case runningWithQuire = "running_with_quire"
                 case swapBytes = "swap_bytes"
+                case sharedDisks = "shared_disks"
             }
         }
 
@@ -220,6 +247,7 @@ extension Quire.Libvirt {
                         row.vm = mark.name
                         row.merging = mark.agent != nil
                         row.swapBytes = mark.swapBytes ?? 0
+                        row.sharedDisks = mark.sharedDisks.map(\.name)
                         row.group = mark.group
                     }
                     rows.append(row)
@@ -232,11 +260,12 @@ extension Quire.Libvirt {
                 print(String(decoding: try encoder.encode(rows), as: UTF8.self))
                 return
             }
-            let cells = [["DOMAIN", "DEFINED", "RUNS", "VM", "SWAP", "GROUP"]] + rows.map { row in
+            let cells = [["DOMAIN", "DEFINED", "RUNS", "VM", "SWAP", "DISKS", "GROUP"]] + rows.map { row in
                 [
                     row.name, row.enabled ? "with Quire" : "without",
                     row.running ? row.runningWithQuire ? "with Quire" : "without" : "no", row.vm.isEmpty ? "-" : row.vm,
-                    row.swapBytes == 0 ? "-" : Size.exact(row.swapBytes), row.group.isEmpty ? "-" : row.group,
+                    row.swapBytes == 0 ? "-" : Size.exact(row.swapBytes),
+                    row.sharedDisks.isEmpty ? "-" : row.sharedDisks.joined(separator: " "), row.group.isEmpty ? "-" : row.group,
                 ]
             }
             let widths = cells[0].indices.map { column in cells.map { $0[column].count }.max() ?? 0 }

@@ -39,6 +39,8 @@ extension Quire {
                     Keys.Backend.logLevel.name: .argument(logLevel),
                     Keys.Backend.period.name: .argument(settings.periodMilliseconds.map { "\($0)ms" }),
                     Keys.Backend.group.name: .argument(settings.group.isEmpty ? nil : settings.group),
+                    Keys.Backend.sharedDisk.name: .arguments(
+                        (settings.sharedDisks ?? []).map { disk in disk.name + (disk.byteCount.map { ",size=\($0)b" } ?? "") }),
                 ]
                 var configuration = Supervisor.Configuration(backendPath: backend ?? Run.backendBesideUs(), arguments: [])
                 let source = VMConfiguration(name: name, file: file.config, arguments: arguments.compactMapValues { $0 }, isService: true)

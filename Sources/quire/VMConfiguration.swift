@@ -34,7 +34,8 @@ struct VMConfiguration: Sendable {
             swap.overcommit = settings[Keys.Backend.swapOvercommit]
             configuration.swap = swap
         }
-        if !isService { configuration.sharedDisks = try sharedDisks(settings) }
+        // A domain has those that its definition names.
+        if !isService || arguments[Keys.Backend.sharedDisk.name] != nil { configuration.sharedDisks = try sharedDisks(settings) }
         if let agent {
             var merging = Supervisor.Configuration.Merging(agentPath: agent)
             merging.periodMilliseconds = settings.value(Keys.Backend.mergePeriod)

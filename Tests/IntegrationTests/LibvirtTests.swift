@@ -169,6 +169,53 @@ extension Integration {
             try console.sh("\(find); dd if=$d bs=4096 count=8 iflag=direct 2>/dev/null | cmp -n 32768 - /dev/zero")
         }
 
+        /// A disk of quired's that two domains have: what one writes the other reads, also over the death of a backend. It stays on its
+        /// host, and so do they, and it goes away without a trace.
+        @Test func sharedDisks() throws {
+            let host = try LibvirtHost()
+            try host.startStore(["--shared-disk", "scratch,size=64M"])
+            let names = ["web1", "web2"]
+            var before = ""
+            for name in names {
+                try host.define(name, memory: 256)
+                if name == "web1" { before = try host.definition(name) }
+                try host.quire("enable", "--no-merge", "--disk", "scratch,size=64M", name)
+            }
+            #expect(try host.quire("enable", "--no-merge", "--disk", "scratch,size=64M", "web1").contains("nothing to do"))
+            for name in names { try host.virsh("start", name) }
+            let consoles = try names.map { name in
+                let console = try host.console(name)
+                try console.expectReady()
+                return console
+            }
+            let find = "d=$(for s in /sys/block/vd*; do [ \"$(cat $s/serial)\" = scratch ] && echo /dev/${s##*/}; done)"
+            try consoles[0].sh("\(find); dd if=/dev/urandom of=$d bs=64k count=64 oflag=direct 2>/dev/null")
+            let backend = host.status("web1").pid
+            ProcessCalls.signal(backend, SIGKILL)
+            try host.wait(for: "another backend", consoles[0]) { ![0, backend].contains(host.status("web1").pid) }
+            let sum = "\(find); dd if=$d bs=64k count=64 iflag=direct 2>/dev/null | md5sum"
+            #expect(try consoles[0].sh(sum) == consoles[1].sh(sum))
+            try consoles[1].sh("\(find); echo hello | dd of=$d bs=4k conv=sync oflag=direct 2>/dev/null")
+            #expect(try consoles[0].sh("\(find); dd if=$d bs=4k count=1 iflag=direct 2>/dev/null | head -n 1").hasPrefix("hello"))
+            #expect(try host.sh("/run/programs/quire status --json").contains("shared:scratch"))
+            #expect(try host.quire("list").contains("scratch"))
+
+            #expect(try host.refusal(["/run/programs/quire", "libvirt", "detach", "web1"]).contains("has a shared disk 'scratch'"))
+            let definition = try host.write("web1.xml", host.definition("web1"))
+            #expect(try host.refusal(["sh", "-c", "/run/programs/quire libvirt hook web1 migrate begin - < \(definition)"])
+                .contains("its shared disk 'scratch' would not come with it: umount it in the guest"))
+            for name in names { try host.virsh("destroy", name) }
+
+            // Of another size, or unknown: no QEMU.
+            for (disk, said) in [("scratch,size=1G", "has 64M, not 1G"), ("none", "there is no shared disk 'none'")] {
+                try host.quire("enable", "--disk", disk, "web1")
+                #expect(try host.failure("start", "web1").contains(said))
+                #expect(Files.list(host.runtime.base) == [])
+            }
+            try host.quire("disable", "web1")
+            #expect(try host.definition("web1") == before)
+        }
+
         /// One line each, and everything as it was.
         @Test func misuse() throws {
             let host = try LibvirtHost()

@@ -52,15 +52,17 @@ import Testing
     func disablingGivesBackEveryByte(_ text: String, swap: UInt64?) throws {
         var request = Self.request
         request.swapBytes = swap
+        if swap != nil { request.sharedDisks = [.init(name: "scratch"), .init(name: "big.1", byteCount: 1 << 30)] }
         let domain = try Domain(text)
         let enabled = try Domain(domain.enabled(request))
         #expect(enabled.xml.bytes != domain.xml.bytes)
         let mark = try #require(enabled.mark)
-        #expect(mark.name == "web1" && mark.swapBytes == swap && mark.agent == request.agent)
+        #expect(mark.name == "web1" && mark.swapBytes == swap && mark.agent == request.agent && mark.sharedDisks == request.sharedDisks)
         #expect(enabled.xml.root.find("memoryBacking", "source")?["type"] == "memfd")
         #expect(enabled.xml.root.find("memoryBacking", "access")?["mode"] == "shared")
         let disks = try #require(enabled.xml.root.first("devices")).all("disk").filter(mark.owns)
-        #expect(disks.count == (swap == nil ? 1 : 2))
+        #expect(disks.count == (swap == nil ? 1 : 4))
+        if swap != nil { #expect(disks.last?.first("source")?["path"] == "/run/quire/web1/qemu/shared-1.sock") }
         #expect(enabled.variables.count == 2)
         #expect(try enabled.disabled().text == text)
     }
@@ -72,8 +74,11 @@ import Testing
         var other = Self.request
         other.agent = nil
         other.group = "a & b"
+        other.sharedDisks = [.init(name: "scratch")]
         let changed = try Domain(once.enabled(other))
         #expect(changed.mark?.group == "a & b" && changed.mark?.agent == nil && changed.variables.isEmpty)
+        #expect(try changed.enabled(other).bytes == changed.xml.bytes)
+        #expect(try Domain(changed.enabled(Self.request)).mark?.sharedDisks == [])
         #expect(try changed.disabled().text == text)
         #expect(try Domain(text).disabled().text == text)
     }
@@ -154,6 +159,10 @@ import Testing
         #expect(message { try Domain("<domain type='kvm'/>") }?.contains("no <name>") == true)
         #expect(message { try Domain("<domain><name>a b/c</name></domain>").enabled(Self.request) }?.contains("no <uuid>") == true)
         #expect(message { try Domain(Self.domain("<metadata><q:vm xmlns:q='urn:quire:libvirt:1'/></metadata>")) }?.contains("damaged") == true)
+        for disks in ["a/b", "a:", "a:x", "a:1:2", ":1"] {
+            let note = "<metadata><q:vm xmlns:q='urn:quire:libvirt:1' name='a' sockets='/s' disks='\(disks)'/></metadata>"
+            #expect(message { try Domain(Self.domain(note)) }?.contains("damaged (disks '\(disks)')") == true)
+        }
     }
 
     @Test func limits() throws {

@@ -62,11 +62,17 @@ final class LibvirtHost {
         }
     }
 
-    @discardableResult func virsh(_ arguments: String...) throws -> String { try host(inside + ["virsh", "-q"] + arguments) }
+    @discardableResult func virsh(_ arguments: String...) throws -> String { try virsh(arguments) }
+    @discardableResult func virsh(_ arguments: [String]) throws -> String { try host(inside + ["virsh", "-q"] + arguments) }
 
-    /// Writes the host's configuration, and has a running VM read it.
-    func configure(_ text: String, reload name: String) throws -> String {
+    /// Writes the host's configuration.
+    func configure(_ text: String) throws {
         try Descriptor.open(root + "/run/programs/etc/quire/quire.toml", O_RDWR | O_CREAT, mode: 0o600).replaceContent(text)
+    }
+
+    /// The same, and has a running VM read it.
+    func configure(_ text: String, reload name: String) throws -> String {
+        try configure(text)
         return try host(inside + ["/run/programs/quire", "config", "reload", name])
     }
 
@@ -85,12 +91,23 @@ final class LibvirtHost {
         return String(text.dropLast())
     }
 
-    func startStore() throws {
+    /// What `virsh` says when it fails.
+    func failure(_ arguments: String...) throws -> String { try failure(arguments) }
+    func failure(_ arguments: [String]) throws -> String {
+        let (status, text) = try Program.run(inside + ["virsh", "-q"] + arguments)
+        guard status != 0 else { throw Trouble("virsh \(arguments.joined(separator: " ")) did not fail: \(text)") }
+        return text
+    }
+
+    /// quired; another one in place of the one that runs.
+    func startStore(_ more: [String] = []) throws {
+        store?.signal(SIGTERM)
+        store?.wait()
         var options = ChildProcess.Options()
         let log = try Descriptor.open(errors, O_RDWR | O_CREAT | O_APPEND)
         options.passing = [.init(from: log.raw, to: 1), .init(from: log.raw, to: 2)]
         options.parentDeathSignal = SIGTERM
-        store = try ChildProcess(inside + ["/run/programs/quired", "--limit", "1G", "--candidates", "4M"], options)
+        store = try ChildProcess(inside + ["/run/programs/quired", "--limit", "1G", "--candidates", "4M"] + more, options)
         try waitUntil("quired to listen", state: { self.log }) { Files.identity(of: root + "/run/quired/store.sock") != nil }
     }
 
