@@ -10,7 +10,8 @@
 	F(virConnectOpen) F(virConnectClose) F(virConnectListAllDomains) F(virDomainLookupByName) F(virDomainFree) \
 	F(virDomainGetName) F(virDomainGetXMLDesc) F(virDomainDefineXMLFlags) F(virDomainIsActive) F(virDomainIsPersistent) \
 	F(virDomainHasManagedSaveImage) F(virDomainDetachDeviceFlags) F(virDomainSetMetadata) F(virGetLastErrorMessage) \
-	F(virSetErrorFunc)
+	F(virSetErrorFunc) F(virDomainGetUUIDString) F(virConnectIsAlive) F(virConnectDomainEventRegisterAny) \
+	F(virEventRegisterDefaultImpl) F(virEventRunDefaultImpl) F(virEventAddTimeout) F(virEventRemoveTimeout)
 
 #define POINTER(name) static __typeof__(name) *p_##name;
 FUNCTIONS(POINTER)
@@ -58,19 +59,69 @@ int clv_is_active(virDomainPtr domain) { return p_virDomainIsActive(domain); }
 int clv_is_persistent(virDomainPtr domain) { return p_virDomainIsPersistent(domain); }
 int clv_has_saved_image(virDomainPtr domain) { return p_virDomainHasManagedSaveImage(domain, 0); }
 
-int clv_names(virConnectPtr connection, char ***names)
+static int list(virConnectPtr connection, unsigned flags, bool uuids, char ***texts)
 {
 	virDomainPtr *domains = NULL;
-	int count = p_virConnectListAllDomains(connection, &domains, 0);
+	int count = p_virConnectListAllDomains(connection, &domains, flags);
 	if (count < 0) return -1;
-	*names = calloc((size_t)count + 1, sizeof **names);
-	if (!*names) abort();
+	*texts = calloc((size_t)count + 1, sizeof **texts);
+	if (!*texts) abort();
 	for (int i = 0; i < count; i++) {
-		if (!((*names)[i] = strdup(p_virDomainGetName(domains[i])))) abort();
+		char uuid[VIR_UUID_STRING_BUFLEN] = "";
+		if (uuids) p_virDomainGetUUIDString(domains[i], uuid);
+		if (!((*texts)[i] = strdup(uuids ? uuid : p_virDomainGetName(domains[i])))) abort();
 		p_virDomainFree(domains[i]);
 	}
 	free(domains);
 	return count;
+}
+
+int clv_names(virConnectPtr connection, char ***names) { return list(connection, 0, false, names); }
+
+int clv_active_uuids(virConnectPtr connection, char ***uuids)
+{
+	return list(connection, VIR_CONNECT_LIST_DOMAINS_ACTIVE, true, uuids);
+}
+
+/* Written by callbacks, which run in clv_await. */
+static bool happened;
+
+static int note(virConnectPtr connection, virDomainPtr domain, int event, int detail, void *nothing)
+{
+	(void)connection; (void)domain; (void)detail; (void)nothing;
+	if (event == VIR_DOMAIN_EVENT_STOPPED || event == VIR_DOMAIN_EVENT_CRASHED || event == VIR_DOMAIN_EVENT_UNDEFINED)
+		happened = true;
+	return 0;
+}
+
+static void time_over(int timer, void *over) { (void)timer; *(bool *)over = true; }
+
+int clv_use_events(void)
+{
+	static bool used;
+	if (!used && p_virEventRegisterDefaultImpl() < 0) return -1;
+	used = true;
+	return 0;
+}
+
+int clv_follow(virConnectPtr connection)
+{
+	happened = false;
+	return p_virConnectDomainEventRegisterAny(connection, NULL, VIR_DOMAIN_EVENT_ID_LIFECYCLE,
+						  VIR_DOMAIN_EVENT_CALLBACK(note), NULL, NULL) < 0 ? -1 : 0;
+}
+
+int clv_await(virConnectPtr connection, int milliseconds)
+{
+	bool over = false;
+	int timer = p_virEventAddTimeout(milliseconds, time_over, &over, NULL);
+	if (timer < 0) return -1;
+	while (!over && !happened && p_virConnectIsAlive(connection) == 1)
+		if (p_virEventRunDefaultImpl() < 0) break;
+	p_virEventRemoveTimeout(timer);
+	bool seen = happened;
+	happened = false;
+	return p_virConnectIsAlive(connection) == 1 ? seen : -1;
 }
 
 int clv_define(virConnectPtr connection, const char *xml)

@@ -372,6 +372,13 @@ public final class BackendProcess: Sendable {
         for link in links { Files.remove(link) }
     }
 
+    private static let useQuestion = "in-use"
+
+    /// Whether a QEMU is connected to a VM's backend.
+    package static func isInUse(_ name: String, in directory: RuntimeDirectory) throws(QuireError) -> Bool {
+        try CommandSocket.ask(useQuestion, of: name, in: directory, patienceMilliseconds: 5000) != "no"
+    }
+
     /// What `quire unmerge` waits for.
     private static let unmergeNanoseconds: UInt64 = 55_000_000_000
 
@@ -384,6 +391,7 @@ public final class BackendProcess: Sendable {
                 try dedup.unmerge(until: monotonicNanoseconds() + Self.unmergeNanoseconds)
             }
             return ""
+        case Self.useQuestion: return servers.contains(where: \.isConnected) ? "yes" : "no"
         case "tmem":
             guard let swap else { throw QuireError(.unsupported, "it has no transcendent memory: start it with quire run --swap SIZE") }
             return try TmemCommand(parsing: words.dropFirst()).carryOut(on: swap, &request)

@@ -15,6 +15,20 @@ import Platform
         unsafe connection = opened
     }
 
+    /// One for `awaitChange`.
+    public static func following(_ uri: String? = nil) throws(QuireError) -> Hypervisor {
+        // The loop that events come through has to be there before the connection.
+        if clv_load(), clv_use_events() != 0 { throw QuireError(.system, "cannot follow libvirt's events: \(error)") }
+        let hypervisor = try Hypervisor(uri)
+        guard unsafe clv_follow(hypervisor.connection) == 0 else { throw QuireError(.system, "cannot follow libvirt's events: \(error)") }
+        return hypervisor
+    }
+
+    /// Waits until a domain has stopped or is undefined, at most so long. Throws when libvirtd has gone.
+    public borrowing func awaitChange(milliseconds: Int32) throws(QuireError) {
+        guard unsafe clv_await(connection, milliseconds) >= 0 else { throw QuireError(.closed, "libvirtd has gone: waiting for it") }
+    }
+
     deinit { unsafe clv_close(connection) }
 
     /// One line.
@@ -33,13 +47,24 @@ import Platform
     public borrowing func names() throws(QuireError) -> [String] {
         var list: UnsafeMutablePointer<UnsafeMutablePointer<CChar>?>?
         let count = unsafe clv_names(connection, &list)
+        return unsafe try Self.take(list, count).sorted()
+    }
+
+    /// The UUIDs of all domains that run, or are just started.
+    public borrowing func activeUUIDs() throws(QuireError) -> Set<String> {
+        var list: UnsafeMutablePointer<UnsafeMutablePointer<CChar>?>?
+        let count = unsafe clv_active_uuids(connection, &list)
+        return unsafe Set(try Self.take(list, count))
+    }
+
+    private static func take(_ list: UnsafeMutablePointer<UnsafeMutablePointer<CChar>?>?, _ count: Int32) throws(QuireError) -> [String] {
         guard count >= 0, let list = unsafe list else { throw QuireError(.closed, "cannot list domains: \(Self.error)") }
         defer { unsafe clv_free_text(list) }
-        var names: [String] = []
+        var texts: [String] = []
         for index in 0..<Int(count) {
-            if let text = unsafe list[index] { names.append(unsafe Self.take(text)) }
+            if let text = unsafe list[index] { texts.append(unsafe take(text)) }
         }
-        return names.sorted()
+        return texts
     }
 
     /// One domain, as libvirt knows it.

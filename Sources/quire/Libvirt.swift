@@ -1,6 +1,7 @@
 import ArgumentParser
 import Configuration
 import FoundationEssentials
+import Glibc
 import Host
 import Libvirt
 import Platform
@@ -18,7 +19,7 @@ extension Quire {
 
                 Exit status: 0 on success, 1 if something failed or can't work (one line a domain says what), 64 on wrong usage.
                 """,
-            subcommands: [Enable.self, Disable.self, List.self, Detach.self, HookCommand.self])
+            subcommands: [Enable.self, Disable.self, List.self, Detach.self, Sweep.self, HookCommand.self])
     }
 }
 
@@ -231,7 +232,7 @@ extension Quire.Libvirt {
         }
 
         func run() throws {
-            let rows = try failing { () throws(QuireError) in
+            let (rows, leftovers) = try failing { () throws(QuireError) in
                 let hypervisor = try Hypervisor(connection.connect)
                 var rows: [Row] = []
                 for name in try hypervisor.names() {
@@ -252,7 +253,7 @@ extension Quire.Libvirt {
                     }
                     rows.append(row)
                 }
-                return rows
+                return (rows, try hypervisor.leftovers(in: RuntimeDirectory.standard()))
             }
             if json {
                 let encoder = JSONEncoder()
@@ -273,6 +274,7 @@ extension Quire.Libvirt {
                 let line = zip(row, widths).map { $0 + String(repeating: " ", count: $1 - $0.count) }.joined(separator: "  ")
                 print(String(line.reversed().drop { $0 == " " }.reversed()))
             }
+            for leftover in leftovers { print("\(leftover.vm): its domain does not run, and its backend does: quire libvirt sweep") }
         }
     }
 
@@ -294,6 +296,49 @@ extension Quire.Libvirt {
                 try Hypervisor(connection.connect).detach(domain, in: RuntimeDirectory.standard())
             }
             print("\(domain): detached")
+        }
+    }
+
+    struct Sweep: ParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Ends backends whose domain has gone.",
+            discussion: """
+                libvirt's hook ends a domain's backend with the domain, also where QEMU crashed. One is left over if the hook was away, \
+                or failed; it holds memory until its domain starts again. 'quire libvirt list' shows those. A backend that a QEMU is \
+                connected to is left alone.
+                """)
+
+        @OptionGroup var connection: Connection
+
+        @Flag(help: "Stay, and look again whenever a domain has stopped or is undefined, and when libvirtd comes back.")
+        var follow = false
+
+        private static let lookAgain: Int32 = 60_000
+
+        func run() throws {
+            let directory = try failing { () throws(QuireError) in try RuntimeDirectory.standard() }
+            func sweep(_ hypervisor: borrowing Hypervisor) throws(QuireError) {
+                for vm in try hypervisor.sweep(in: directory) { print("\(vm): its domain does not run: ended its backend") }
+                // At once, also into a file.
+                fflush(nil)
+            }
+            guard follow else { return try failing { () throws(QuireError) in try sweep(Hypervisor(connection.connect)) } }
+            var said = ""
+            while true {
+                do throws(QuireError) {
+                    let hypervisor = try Hypervisor.following(connection.connect)
+                    said = ""
+                    ServiceManager.notify("READY=1")
+                    while true {
+                        try sweep(hypervisor)
+                        try hypervisor.awaitChange(milliseconds: Self.lookAgain)
+                    }
+                } catch {
+                    if error.description != said { writeStandardError("quire: \(error)") }
+                    said = error.description
+                    ProcessCalls.sleep(milliseconds: 1000)
+                }
+            }
         }
     }
 

@@ -216,6 +216,40 @@ extension Integration {
             #expect(try host.definition("web1") == before)
         }
 
+        /// A backend whose domain went without the hook is seen and ended. One that a QEMU is connected to is not, whatever libvirt says.
+        @Test func leftovers() throws {
+            let host = try LibvirtHost()
+            for name in ["web1", "web2", "web3"] {
+                try host.define(name, memory: 64)
+                try host.quire("enable", name)
+                try host.virsh("start", "--paused", name)
+            }
+            // This libvirt knows none of them.
+            #expect(try host.quire("sweep", "-c", "test:///default").isEmpty)
+            #expect(try host.quire("sweep").isEmpty)
+            #expect(host.runtime.running() == ["web1", "web2", "web3"])
+
+            let hook = "/etc/libvirt/hooks/qemu.d/quire"
+            try host.sh("mv \(hook) /run/hook")
+            try host.virsh("destroy", "web1")
+            #expect(host.runtime.running() == ["web1", "web2", "web3"])
+            let line = "web1: its domain does not run, and its backend does: quire libvirt sweep\n"
+            try host.wait(for: "the backend to see that QEMU has gone") { try host.quire("list").hasSuffix(line) }
+            #expect(try host.quire("sweep") == "web1: its domain does not run: ended its backend\n")
+            #expect(Files.list(host.runtime.base)?.sorted() == ["web2", "web3"])
+
+            // And by itself: at first, and when libvirt says that a domain has stopped. Without that it would look once a minute.
+            try host.virsh("destroy", "web2")
+            try host.follow()
+            try host.wait(for: "the first look") { Files.list(host.runtime.base) == ["web3"] }
+            try host.virsh("destroy", "web3")
+            try waitUntil("the backend to be ended", within: 45, state: { host.log }) { Files.list(host.runtime.base) == [] }
+            // An enabled domain starts as ever.
+            try host.sh("mv /run/hook \(hook)")
+            try host.virsh("start", "--paused", "web1")
+            #expect(host.runtime.isRunning("web1"))
+        }
+
         /// One line each, and everything as it was.
         @Test func misuse() throws {
             let host = try LibvirtHost()

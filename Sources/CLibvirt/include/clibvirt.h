@@ -22,6 +22,8 @@ virDomainPtr clv_domain(virConnectPtr connection, const char *name);
 void clv_domain_free(virDomainPtr domain);
 /* The names of all domains, each for clv_free_text, in an array for clv_free_text; -1: an error. */
 int clv_names(virConnectPtr connection, char ***names);
+/* The same: the UUIDs of those that run. */
+int clv_active_uuids(virConnectPtr connection, char ***uuids);
 char *clv_xml(virDomainPtr domain, unsigned flags);     /* for clv_free_text */
 void clv_free_text(void *text);
 int clv_define(virConnectPtr connection, const char *xml); /* 0, or -1 */
@@ -30,5 +32,11 @@ int clv_is_persistent(virDomainPtr domain);
 int clv_has_saved_image(virDomainPtr domain);
 int clv_detach(virDomainPtr domain, const char *device_xml, unsigned flags);
 int clv_forget_metadata(virDomainPtr domain, const char *uri, unsigned flags);
+
+/* Events, on one thread: before the connection is opened, after it, and then again and again. */
+int clv_use_events(void);                                   /* 0, or -1 */
+int clv_follow(virConnectPtr connection);                   /* 0, or -1 */
+/* Waits until a domain has stopped or is undefined (1), at most so long (0); -1: libvirtd has gone. */
+int clv_await(virConnectPtr connection, int milliseconds);
 
 #endif

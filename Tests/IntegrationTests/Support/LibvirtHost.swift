@@ -9,8 +9,9 @@ final class LibvirtHost {
     let folder: Folder
     private var process: ChildProcess
     private let errors: String
-    /// quired, where a test wants it.
+    /// quired, where a test wants it; and who follows libvirt's events.
     private var store: ChildProcess?
+    private var follower: ChildProcess?
 
     init() throws {
         ProcessCalls.ignoreBrokenPipes()
@@ -53,6 +54,8 @@ final class LibvirtHost {
         if let text = try? Files.read(root + "/run/virtlogd.pid"), let pid = Int32(text.filter(\.isNumber)) { ProcessCalls.signal(pid, SIGTERM) }
         store?.signal(SIGTERM)
         store?.wait()
+        follower?.signal(SIGTERM)
+        follower?.wait()
         process.signal(SIGTERM)
         let deadline = monotonicNanoseconds() + 10_000_000_000
         while process.poll() == nil && monotonicNanoseconds() < deadline { ProcessCalls.sleep(milliseconds: 20) }
@@ -109,6 +112,15 @@ final class LibvirtHost {
         options.parentDeathSignal = SIGTERM
         store = try ChildProcess(inside + ["/run/programs/quired", "--limit", "1G", "--candidates", "4M"] + more, options)
         try waitUntil("quired to listen", state: { self.log }) { Files.identity(of: root + "/run/quired/store.sock") != nil }
+    }
+
+    /// `quire libvirt sweep --follow`, until the end.
+    func follow() throws {
+        var options = ChildProcess.Options()
+        let log = try Descriptor.open(errors, O_RDWR | O_CREAT | O_APPEND)
+        options.passing = [.init(from: log.raw, to: 1), .init(from: log.raw, to: 2)]
+        options.parentDeathSignal = SIGTERM
+        follower = try ChildProcess(inside + ["/run/programs/quire", "libvirt", "sweep", "--follow"], options)
     }
 
     func write(_ name: String, _ text: String) throws -> String {
