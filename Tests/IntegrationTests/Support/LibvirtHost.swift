@@ -13,7 +13,8 @@ final class LibvirtHost {
     private var store: ChildProcess?
     private var follower: ChildProcess?
 
-    init() throws {
+    /// `uuid`: of the host, where there are two.
+    init(uuid: String = "") throws {
         ProcessCalls.ignoreBrokenPipes()
         folder = try Folder()
         errors = folder.path + "/errors"
@@ -23,6 +24,7 @@ final class LibvirtHost {
         options.passing = [.init(from: null.raw, to: 0), .init(from: log.raw, to: 1), .init(from: log.raw, to: 2)]
         options.ownGroup = true
         options.parentDeathSignal = SIGTERM
+        options.variables = ["HOST_UUID": uuid]
         process = try ChildProcess(
             [
                 "unshare", "--mount", "--propagation", "private", Program.top + "/Tests/libvirt/private-libvirtd", products,
@@ -93,6 +95,9 @@ final class LibvirtHost {
         }
         return String(text.dropLast())
     }
+
+    /// For another host's libvirt, to migrate a domain to this one.
+    var uri: String { "qemu+unix:///system?socket=\(root)/run/libvirt/libvirt-sock" }
 
     /// What `virsh` says when it fails.
     func failure(_ arguments: String...) throws -> String { try failure(arguments) }
