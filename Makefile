@@ -7,7 +7,7 @@
 #   make bench-recycle   the recycle engine and the guest module against their bars (BENCH=--quick: a shorter run)
 #   make bench-dedup     merging beside the kernel's own (KSM), as root; needs 8 GiB free (BENCH=--quick: a shorter run)
 #   make bench-tmem      transcendent memory beside the host's zram, as root (BENCH=--quick: a shorter run)
-#   make bench-status    quire status, /metrics and idle cost with 500 VMs (no guests needed)
+#   make bench-status    quire status, /metrics and idle cost with 500 VMs; a domain's start (as root; no guests needed)
 #   make build           the programs, in .build/release; the agent, in build/agent
 #   make guest           what test guests boot, in build/guest
 #   make install         into DESTDIR/PREFIX

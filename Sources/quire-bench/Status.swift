@@ -10,7 +10,7 @@ import TestSupport
 /// nobody writes, members of the page store that ask for nothing.
 struct StatusCost: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "status", abstract: "quire status, /metrics and idle cost with 500 VMs.")
+        commandName: "status", abstract: "quire status, /metrics and idle cost with 500 VMs; the start of a domain of libvirt.")
 
     @Flag(help: "Fewer repetitions, a shorter window: for a look, not for figures to quote.")
     var quick = false
@@ -100,6 +100,12 @@ struct StatusCost: ParsableCommand {
         report.add("idle", ["quired_percent": .number(store2), "exporter_percent": .number(rest), "seconds": .integer(seconds)], table: idle)
         report.add(Bar("idle CPU of quired and exporter, \(Self.count) VMs", store2 + rest, atMost: Self.idleLimit, "% of one CPU"))
         withExtendedLifetime((vms, members)) {}
+
+        let starts = quick ? 5 : 21
+        progress("\(starts) starts of two domains")
+        do throws(QuireError) { try StartTime(rounds: starts, programs: String(folder)).run(into: &report) } catch {
+            report.fail("start", error.description, bars: StartTime.bars)
+        }
 
         report.machine.append(("load_after", .text(Machine.load)))
         Recycle.show(report.conclusion)
