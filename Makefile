@@ -18,7 +18,7 @@
 SWIFT ?= swift
 PREFIX ?= /usr/local
 DESTDIR ?=
-# One build configuration for everything.
+# One build configuration for everything. The programs need no Swift where they are installed (Package.swift).
 BUILD := $(SWIFT) build -c release
 BIN := .build/release
 
@@ -125,12 +125,8 @@ install-files:
 		$(BIN)/$$program --generate-completion-script zsh > $(SHARE)/zsh/vendor-completions/_$$program && \
 		$(BIN)/$$program --generate-completion-script fish > $(SHARE)/fish/vendor_completions.d/$$program.fish || exit 1; done
 
-# The Swift runtime goes into the programs: hosts have no toolchain. A build of its own, as it would make the other one begin anew.
-STATIC := .build-static
-deb: prerequisites agent
-	for program in quire quire-backend quired quire-exporter; do \
-		$(BUILD) --scratch-path $(STATIC) --static-swift-stdlib --product $$program || exit 1; done
-	@scripts/package build/deb $(STATIC)/release
+deb: build
+	@scripts/package build/deb
 
 # Installs, uses and purges the packages in a fresh Debian 12, as root.
 test-deb: deb guest
@@ -140,4 +136,4 @@ doc: build
 	@scripts/documentation build/doc
 
 clean:
-	rm -rf .build $(STATIC) build
+	rm -rf .build build

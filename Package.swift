@@ -5,6 +5,14 @@ import PackageDescription
 // so that each use of an unsafe construct is marked where it stands.
 let settings: [SwiftSetting] = [.strictMemorySafety(), .enableUpcomingFeature("ExistentialAny")]
 
+// The Swift runtime goes into the programs that are installed, as hosts have no toolchain. Only their link differs: everything
+// is compiled once, for them and for the tests, whose bundle needs the shared runtime and so must not depend on these targets
+// (`--build-tests` builds them all the same). The libraries are what the static Foundation is made of.
+let runtimeInside: [LinkerSetting] = [
+    .unsafeFlags(["-static-stdlib"]), .linkedLibrary("CoreFoundation"), .linkedLibrary("_FoundationICU"),
+    .linkedLibrary("_FoundationCShims"), .linkedLibrary("_FoundationCollections"),
+]
+
 // Dependencies point one way: executables -> Host -> Engines and VhostBackend -> GuestMemory -> Platform.
 // Engines and VhostBackend do not know each other; they meet on GuestMemory.
 let package = Package(
@@ -78,13 +86,13 @@ let package = Package(
         .executableTarget(
             name: "quired",
             dependencies: ["Configuration", "Engines", "PageStore", "Host", "StoreProtocol", .product(name: "ArgumentParser", package: "swift-argument-parser")],
-            swiftSettings: settings),
+            swiftSettings: settings, linkerSettings: runtimeInside),
         .executableTarget(
             name: "quire-backend",
             dependencies: [
                 "Host", .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
-            swiftSettings: settings),
+            swiftSettings: settings, linkerSettings: runtimeInside),
         // Domains of libvirt. The shim loads libvirt.so when it is first used.
         .target(name: "CLibvirt", linkerSettings: [.linkedLibrary("dl")]),
         .target(name: "Libvirt", dependencies: ["CLibvirt", "Host", "Platform"], swiftSettings: settings),
@@ -93,7 +101,7 @@ let package = Package(
             dependencies: [
                 "Configuration", "Host", "Libvirt", "Metrics", "StoreProtocol", .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
-            swiftSettings: settings),
+            swiftSettings: settings, linkerSettings: runtimeInside),
         // What the running VMs say, for programs and people; and the program that serves it.
         .target(
             name: "Metrics", dependencies: ["CPlatform", "Host", "Platform", "StoreProtocol"],
@@ -109,7 +117,7 @@ let package = Package(
                 .product(name: "NIOCore", package: "swift-nio"), .product(name: "NIOHTTP1", package: "swift-nio"),
                 .product(name: "NIOPosix", package: "swift-nio"),
             ],
-            swiftSettings: settings),
+            swiftSettings: settings, linkerSettings: runtimeInside),
         // Benchmarks: what they have in common, and the program. Nothing depends on them.
         .target(name: "CBench"),
         .target(name: "Bench", dependencies: ["Platform"], swiftSettings: settings),
@@ -127,12 +135,12 @@ let package = Package(
             name: "TestSupport", dependencies: ["CQuireLayout", "Host", "Platform", "StoreProtocol"], path: "Tests/Support", swiftSettings: settings),
         .testTarget(name: "BenchTests", dependencies: ["Bench"], swiftSettings: settings),
         .testTarget(
-            name: "ConfigurationTests", dependencies: ["Configuration", "Host", "Platform", "TestSupport", "quire"],
+            name: "ConfigurationTests", dependencies: ["Configuration", "Host", "Platform", "TestSupport"],
             swiftSettings: settings),
         .testTarget(
             name: "HostTests",
             dependencies: [
-                "Host", "Platform", "CQuireLayout", "GuestMemory", "Engines", "VhostBackend", "quire", "TestSupport",
+                "Host", "Platform", "CQuireLayout", "GuestMemory", "Engines", "VhostBackend", "TestSupport",
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: settings),
@@ -157,7 +165,7 @@ let package = Package(
         .testTarget(
             name: "PageStoreTests",
             dependencies: [
-                "CPlatform", "CQuireLayout", "Platform", "Host", "PageContent", "StoreProtocol", "PageStore", "quired",
+                "CPlatform", "CQuireLayout", "Platform", "Host", "PageContent", "StoreProtocol", "PageStore",
                 "TestSupport",
                 .product(name: "Logging", package: "swift-log"),
             ],
@@ -167,14 +175,13 @@ let package = Package(
         // A real browser, Prometheus' own checker, and a terminal in tmux.
         .testTarget(
             name: "MetricsTests",
-            dependencies: ["Host", "Metrics", "Platform", "StoreProtocol", "quire", "quire-exporter", "quired", "TestSupport"],
+            dependencies: ["Host", "Metrics", "Platform", "StoreProtocol", "TestSupport"],
             exclude: ["openapi-check", "alerts-test.yml"], swiftSettings: settings),
         // Real guests: what `make guest` prepares has to be there.
         .testTarget(
             name: "IntegrationTests",
             dependencies: [
-                "Host", "Platform", "CPlatform", "CQuireLayout", "Libvirt", "StoreProtocol", "quire", "quire-backend",
-                "quired", "TestSupport",
+                "Host", "Platform", "CPlatform", "CQuireLayout", "Libvirt", "StoreProtocol", "TestSupport",
             ],
             swiftSettings: settings),
     ]
