@@ -1,14 +1,16 @@
 import Glibc
 import Platform
 import StoreProtocol
+import Synchronization
 
 /// The process above quired that holds its descriptors and starts it again when it dies. It knows nothing of what they
-/// mean, so there is little in it that could go wrong. (systemd's descriptor store does the same; the names are for
-/// it.)
+/// mean, so there is little in it that could go wrong. Where systemd runs it, systemd has all of them, too (its descriptor store), and
+/// gives them to the keeper that it starts in the place of one that was killed.
 ///
 /// Messages on one connection, in both directions: `P` and a name with descriptors: park these; `U` and a name: forget
-/// them; `R`: I am at work now; `E`, to the worker: that was all. What the worker has sent is kept from that moment:
-/// the kernel holds it, even if the worker dies before the keeper has read it.
+/// them; `R`: I am at work now; to the worker, `E`: that was all, or `C`: that was all that there is, and it came from the service
+/// manager: check it. What the worker has sent is kept from that moment: the kernel holds it, even if the worker dies before the
+/// keeper has read it.
 public struct Keeper {
     static let nameBytes = 128
     static let maxDescriptors = 8
@@ -16,8 +18,17 @@ public struct Keeper {
     private var parked: [String: [Int32]] = [:]
     /// The worker of now has come as far as doing its work.
     private var isReady = false
+    /// A worker has once come so far, of this keeper or of an earlier one: what guests have may be parked.
+    private var hasWorked: Bool
+    /// What is parked came from the service manager, and no worker has looked at it yet.
+    private var isUnchecked: Bool
 
-    public init() {}
+    /// `inherited`: what the service manager kept of a keeper that was killed; it is owned from now on.
+    public init(inheriting inherited: [String: [Int32]] = [:]) {
+        parked = inherited
+        hasWorked = !inherited.isEmpty
+        isUnchecked = !inherited.isEmpty
+    }
 
     /// Runs `command` with `--keeper-fd 3` until it ends by itself with status 0, or SIGTERM or SIGINT comes; SIGHUP is passed
     /// on to it. Returns the status to exit with. As long as anything is parked it goes on, whatever fails: what it holds is lost with
@@ -29,9 +40,9 @@ public struct Keeper {
             isReady = false
             do throws(QuireError) {
                 let (end, isStopping) = try runOnce(command, signals)
-                if isStopping || end == .exited(0) { return 0 }
+                if isStopping || end == .exited(0) { return stopped() }
                 // It could not even start, and has said why.
-                if case .exited(let status) = end, parked.isEmpty { return status }
+                if case .exited(let status) = end, !hasWorked { return stopped(status) }
                 log("quired \(end), starting it again with \(parked.count) parked items")
             } catch {
                 // The program is being replaced, or there is no memory for another process.
@@ -46,10 +57,16 @@ public struct Keeper {
                 let left = Int32((deadline - now) / 1_000_000 + 1)
                 // Who is started next reads its configuration anyway.
                 if !waitReadable([signals.descriptor.raw], timeoutMilliseconds: left).isEmpty, Self.read(signals).stop {
-                    return 0
+                    return stopped()
                 }
             }
         }
+    }
+
+    /// Who is started after this is to begin anew.
+    private func stopped(_ status: Int32 = 0) -> Int32 {
+        for (name, descriptors) in parked { ServiceManager.forget(name, count: descriptors.count) }
+        return status
     }
 
     private mutating func runOnce(
@@ -72,7 +89,7 @@ public struct Keeper {
         for (name, descriptors) in parked.sorted(by: { $0.key < $1.key }) {
             try socket.sendMessage(Array("P\(name)".utf8), passing: descriptors)
         }
-        try socket.sendMessage(Array("E".utf8))
+        try socket.sendMessage(Array((isUnchecked ? "C" : "E").utf8))
     }
 
     /// Keeps what the worker sends until it is gone. True if it was told to go.
@@ -99,14 +116,20 @@ public struct Keeper {
             else { return isStopping }
             if message.first == UInt8(ascii: "R") {
                 isReady = true
+                hasWorked = true
+                isUnchecked = false
                 continue
             }
             let name = String(decoding: message.dropFirst(), as: UTF8.self)
-            for raw in parked.removeValue(forKey: name) ?? [] { close(raw) }
+            if let old = parked.removeValue(forKey: name) {
+                ServiceManager.forget(name, count: old.count)
+                for raw in old { close(raw) }
+            }
             guard message.first == UInt8(ascii: "P") else { continue }
             var list: [Int32] = []
             while let descriptor = descriptors.next() { list.append(descriptor.release()) }
             parked[name] = list
+            ServiceManager.store(name, list)
         }
     }
 
@@ -129,22 +152,47 @@ public final class KeeperLink: Parking {
     private let socket: UnixSocket
     /// What an earlier worker had parked; taken once.
     package let parked: [ParkedItem]
+    private let manifest: Mutex<Manifest>
+    /// Why nothing is left of what was parked, if so.
+    public let loss: String?
 
     /// Takes over everything that is parked.
     public init(adopting descriptor: consuming Descriptor) throws(QuireError) {
         let socket = UnixSocket(adopting: descriptor)
         var items: [ParkedItem] = []
+        var found: Manifest.Entries = [:]
+        var file: Descriptor?
+        var isChecked = true
         while true {
             var descriptors = UnixSocket.PassedDescriptors()
             guard
                 let message = try socket.receiveMessage(
                     limit: Keeper.nameBytes + 1, maxDescriptors: Keeper.maxDescriptors, into: &descriptors)
             else { throw QuireError(.closed, "the keeper is gone") }
-            guard message.first == UInt8(ascii: "P") else { break }
-            items.append(
-                ParkedItem(name: String(decoding: message.dropFirst(), as: UTF8.self), descriptors: descriptors))
+            guard message.first == UInt8(ascii: "P") else {
+                isChecked = message.first != UInt8(ascii: "C")
+                break
+            }
+            let name = String(decoding: message.dropFirst(), as: UTF8.self)
+            if name == Manifest.item {
+                file = descriptors.next()
+            } else {
+                found[name] = try descriptors.identities()
+                items.append(ParkedItem(name: name, descriptors: descriptors))
+            }
         }
-        parked = items
+        let isListed = file.raw() != nil
+        var manifest = try Manifest(file.take())
+        // Not listed, though it is here: nobody relied on it yet, or nobody does any more.
+        let listed = isChecked ? found : try manifest.read()
+        let isComplete = listed?.allSatisfy { found[$0.key] == $0.value } == true
+        loss = isComplete ? nil : "the service manager has not kept all that was parked: beginning anew, VMs go on with what they map"
+        let valid = isComplete ? listed ?? [:] : [:]
+        for item in items where valid[item.name] == nil { try socket.sendMessage(Array("U\(item.name)".utf8)) }
+        try manifest.write(valid)
+        if !isListed { try socket.sendMessage(Array("P\(Manifest.item)".utf8), passing: [manifest.file.raw]) }
+        parked = items.filter { valid[$0.name] != nil }
+        self.manifest = Mutex(manifest)
         self.socket = socket
     }
 
@@ -155,13 +203,26 @@ public final class KeeperLink: Parking {
 
     public func park(_ name: String, _ descriptors: [Int32]) throws(QuireError) {
         precondition(name.utf8.count <= Keeper.nameBytes && descriptors.count <= Keeper.maxDescriptors)
-        do throws(QuireError) { try socket.sendMessage(Array("P\(name)".utf8), passing: descriptors) } catch {
-            throw QuireError(.closed, "quired's keeper is gone, so nothing new can be kept: restart quired", cause: error)
+        var files: [FileStatus.Identity] = []
+        for raw in descriptors { files.append(try FileStatus(of: raw).identity) }
+        try manifest.withLock { (manifest) throws(QuireError) in
+            // On the list only once it was sent.
+            try manifest.set(name, nil)
+            do throws(QuireError) { try socket.sendMessage(Array("P\(name)".utf8), passing: descriptors) } catch {
+                throw QuireError(.closed, "quired's keeper is gone, so nothing new can be kept: restart quired", cause: error)
+            }
+            try manifest.set(name, files)
         }
     }
 
     /// This process does its work: when it dies, it is started again at once.
     public func ready() { try? socket.sendMessage(Array("R".utf8)) }
 
-    public func unpark(_ name: String) { try? socket.sendMessage(Array("U\(name)".utf8)) }
+    public func unpark(_ name: String) {
+        manifest.withLock { manifest in
+            // A list that says too much is one that nothing is taken over by.
+            try? manifest.set(name, nil)
+            try? socket.sendMessage(Array("U\(name)".utf8))
+        }
+    }
 }

@@ -112,6 +112,11 @@ public struct UnixSocket: ~Copyable, Sendable {
         deinit { for fd in raw { close(fd) } }
         public var count: Int { raw.count }
         package mutating func append(_ more: some Sequence<Int32>) { raw += more }
+        package borrowing func identities() throws(QuireError) -> [FileStatus.Identity] {
+            var all: [FileStatus.Identity] = []
+            for fd in raw { all.append(try FileStatus(of: fd).identity) }
+            return all
+        }
         /// Takes the next one over.
         public mutating func next() -> Descriptor? { raw.isEmpty ? nil : Descriptor(owning: raw.removeFirst()) }
     }

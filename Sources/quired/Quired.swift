@@ -64,8 +64,6 @@ struct Quired: ParsableCommand {
         let status: Int32
         do throws(QuireError) {
             if keep && keeper == nil {
-                // What is wrong is said before there is anything to keep.
-                _ = try Settings(config, arguments)
                 status = try keepRunning()
             } else {
                 status = try serve()
@@ -88,7 +86,10 @@ struct Quired: ParsableCommand {
 
     private func keepRunning() throws(QuireError) -> Int32 {
         ProcessCalls.raiseFileLimit()
-        var keeper = Keeper()
+        let inherited = ServiceManager.takeStored()
+        // What is wrong is said before there is anything to keep.
+        if inherited.isEmpty { _ = try Settings(config, arguments) }
+        var keeper = Keeper(inheriting: inherited)
         let own = Files.target(ofLink: "/proc/self/exe") ?? CommandLine.arguments[0]
         return try keeper.run([own] + CommandLine.arguments.dropFirst()) { writeStandardError("quired: \($0)") }
     }
@@ -101,6 +102,7 @@ struct Quired: ParsableCommand {
         let settings = try Settings(config, arguments, keeper: link)
         var logger = Logger(label: "quired") { StreamLogHandler.standardError(label: $0) }
         logger.logLevel = settings.logLevel
+        if let loss = link?.loss { logger.error("\(loss)") }
         if let trouble = settings.trouble { logger.error("\(trouble): going on with what held before") }
         let configuration = try settings.store()
         let store =
