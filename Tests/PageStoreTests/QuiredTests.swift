@@ -75,6 +75,14 @@ import Testing
         ])
         let line = "quired: \(quired.path) is in use by a running process: stop it or choose another path\n"
         #expect(second == line + line)
+        // Also where it has parked its configuration by then: there is nothing to go on for.
+        let config = "/tmp/quired-\(ProcessCalls.ownPID)-\(UInt32.random(in: 0 ... .max)).toml"
+        defer { Files.remove(config) }
+        try Descriptor.open(config, O_RDWR | O_CREAT, mode: 0o600).replaceContent("[quired]\nlimit = \"64M\"\n")
+        let third = try ChildProcess.output(of: [
+            "sh", "-c", "timeout 30 \(RunningStore.program) --keep --config \(config) --directory \(quired.folder) 2>&1; true",
+        ])
+        #expect(third == line)
     }
 
     @Test func oneClearLineForWhatIsWrong() throws {
