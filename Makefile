@@ -11,7 +11,7 @@
 #   make build           the programs, in .build/release; the agent, in build/agent
 #   make guest           what test guests boot, in build/guest
 #   make install         into DESTDIR/PREFIX
-#   make deb             Debian packages, in build/deb; `make test-deb` tries them in a fresh Debian 12
+#   make deb             Debian packages, in build/deb; `make test-deb` tries them and the services in Debian 12
 #   make doc             a site of the libraries' documentation, in build/doc
 #   make clean
 
@@ -128,9 +128,11 @@ install-files:
 deb: build
 	@scripts/package build/deb
 
-# Installs, uses and purges the packages in a fresh Debian 12, as root.
-test-deb: deb guest
+# Installs, uses and purges the packages in a fresh Debian 12, and boots one with the services, as root.
+test-deb: test-prerequisites agent guest deb
+	$(BUILD) --product disk-client
 	@scripts/test-package build/deb
+	@scripts/test-services build/deb
 
 doc: build
 	@scripts/documentation build/doc

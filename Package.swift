@@ -47,6 +47,9 @@ let package = Package(
             path: "Tests/AgentBackend", swiftSettings: settings),
         .executableTarget(
             name: "tmem-putter", dependencies: ["CPlatform", "Engines", "Platform", "TestSupport"], path: "Tests/TmemPutter"),
+        .executableTarget(
+            name: "disk-client", dependencies: ["Platform", "StoreProtocol"], path: "Tests/DiskClient", swiftSettings: settings,
+            linkerSettings: runtimeInside),
         .target(name: "Platform", dependencies: ["CPlatform"], swiftSettings: settings),
         // The configuration file, for the programs: nothing that touches a guest's pages parses it.
         .target(
