@@ -282,15 +282,15 @@ extension Integration {
             try console.sh("insmod /lib/quire/quire.ko")
             try console.sh("quire-load hold 100 0 >/dev/null")
             try host.wait(for: "recycling", console) { host.status("web1").recycledPages > 50 * 256 }
-            let load = try console.start("quire-load churn 100 12 --threads 2")
+            let load = try console.start("quire-load churn 100 8 --threads 2")
             #expect(try host.failure("snapshot-create-as", "web1", "inside").contains("require all disks to be selected for snapshot"))
             try host.virsh("snapshot-create-as", "web1", "outside", "--memspec", "file=/var/lib/libvirt/images/web1.mem")
-            #expect(try console.finish(load, within: Guest.patience(for: 12)).status == 0)
+            #expect(try console.finish(load, within: Guest.patience(for: 8)).status == 0)
             try host.virsh("destroy", "web1")
 
             try host.virsh("restore", "/var/lib/libvirt/images/web1.mem")
             console = try host.console("web1")
-            let (text, status) = try console.finish(load, within: Guest.patience(for: 12))
+            let (text, status) = try console.finish(load, within: Guest.patience(for: 8))
             #expect(status == 0 && text.contains("ok "), "\(text)")
             try host.wait(for: "recycling of what it freed", console) {
                 host.status("web1").state == .active && host.status("web1").recycledPages > 50 * 256
