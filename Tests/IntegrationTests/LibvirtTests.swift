@@ -128,8 +128,8 @@ extension Integration {
         /// Live, from one host to another: what is merged and recycled here is right over there, byte for byte, also when it was merged
         /// and recycled anew. A domain with something that would stay behind does not even begin.
         ///
-        /// An emulated guest is quiet meanwhile: QEMU 7.2's emulation loses writes of a busy one on a machine with much to do. It does
-        /// so without Quire, too, and more often where a vhost-user disk of qemu-storage-daemon's is attached.
+        /// An emulated guest is quiet meanwhile: Debian 12's QEMU 7.2 loses writes of a busy one, without quire.ko, too. One that
+        /// writes meanwhile migrates in `Pause/migratesWhileItWrites`, with QEMU 10.
         @Test func migration() throws {
             let hosts = try [1, 2].map { try LibvirtHost(uuid: "00000000-0000-4000-8000-00000000000\($0)") }
             let source = hosts[0], target = hosts[1]

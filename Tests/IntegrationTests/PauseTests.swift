@@ -109,5 +109,52 @@ extension Integration {
                 try guest.expectRecycling()
             }
         }
+
+        /// A guest moves to another QEMU while it writes, frees, and is recycled and merged: not one byte is wrong over there, and
+        /// recycling and merging begin anew.
+        ///
+        /// With QEMU 10. Emulation loses dirty bits in Debian 12's 7.2: of six guests that did the same without quire.ko three were
+        /// broken afterwards, of five with it three, and of eleven with it under QEMU 10 none. (A guest that writes less comes
+        /// through: `managedSave`, `Libvirt/migration`.)
+        @Test func migratesWhileItWrites() throws {
+            let folder = try Folder()
+            let store = try Store()
+            var machine = Machine(qemu: .ten, options: ["--store", store.path, "--merge-period", "100ms"])
+            machine.name = "source"
+            let source = try Guest(machine, in: folder)
+            let socket = folder.path + "/migration"
+            let target = try Guest(
+                machine.with {
+                    $0.name = "target"
+                    $0.arguments = ["-incoming", "unix:\(socket)"]
+                    $0.boots = false
+                }, in: folder)
+            try source.watched {
+                try target.watched {
+                    try source.loadModule()
+                    try source.waitForActive()
+                    try source.sh("quire-load hold 200 0 >/dev/null", within: Guest.patience(for: 20))
+                    try source.waitForRecycling()
+                    let seconds = Effort.scaled(12)
+                    let load = try source.console.start("quire-load share 64 \(seconds) --seed 7 --threads 2")
+                    try source.wait(for: "merged pages") { source.status.merging.sharingPages > 500 }
+                    try source.qmp.command("migrate-set-parameters", ["max-bandwidth": .number(Double(1 << 30)), "downtime-limit": .number(1000)])
+                    try source.qmp.command("migrate", ["uri": .string("unix:\(socket)")])
+                    try source.wait(for: "the migration", within: Guest.patience(for: 60)) {
+                        try target.console.drain()
+                        let answer = try source.qmp.command("query-migrate")
+                        guard answer["status"]?.text != "failed" else { throw Trouble("\(answer)") }
+                        return answer["status"]?.text == "completed"
+                    }
+                    let (text, status) = try target.console.finish(load, within: Guest.patience(for: seconds))
+                    #expect(status == 0 && text.contains("ok "), "\(text)")
+                    try target.waitForActive()
+                    try target.waitForRecycling()
+                    #expect(target.status.merging.mergedTotalPages > 500)
+                    try target.churn(100, seconds: 2)
+                    try target.expectQuietLog()
+                }
+            }
+        }
     }
 }
