@@ -83,13 +83,11 @@ extension Integration {
             for name in names {
                 try host.define(name, memory: 256)
                 try host.quire("enable", "--period", "500ms", name)
-                try host.virsh("start", name)
+                consoles.append(try host.start(name))
             }
-            for name in names {
-                let console = try host.console(name)
+            for console in consoles {
                 try console.expectReady()
                 try console.sh("insmod /lib/quire/quire.ko")
-                consoles.append(console)
             }
             let loads = try consoles.map { try $0.start("quire-load share 32 25") }
             try host.wait(for: "both to share", consoles[0]) {
@@ -238,12 +236,8 @@ extension Integration {
                 try host.quire("enable", "--no-merge", "--disk", "scratch,size=64M", name)
             }
             #expect(try host.quire("enable", "--no-merge", "--disk", "scratch,size=64M", "web1").contains("nothing to do"))
-            for name in names { try host.virsh("start", name) }
-            let consoles = try names.map { name in
-                let console = try host.console(name)
-                try console.expectReady()
-                return console
-            }
+            let consoles = try names.map { try host.start($0) }
+            for console in consoles { try console.expectReady() }
             let find = "d=$(for s in /sys/block/vd*; do [ \"$(cat $s/serial)\" = scratch ] && echo /dev/${s##*/}; done)"
             try consoles[0].sh("\(find); dd if=/dev/urandom of=$d bs=64k count=64 oflag=direct 2>/dev/null")
             let backend = host.status("web1").pid

@@ -185,10 +185,15 @@ final class LibvirtHost {
         return Console(input: try socket.descriptor.duplicate(), output: try socket.descriptor.duplicate())
     }
 
+    /// Starts it, and listens at once: what a guest says to nobody is lost.
+    func start(_ name: String) throws -> Console {
+        try virsh("start", name)
+        return try console(name)
+    }
+
     /// Starts it; returns when its shell is ready.
     func boot(_ name: String) throws -> Console {
-        try virsh("start", name)
-        let console = try console(name)
+        let console = try start(name)
         try console.expectReady()
         return console
     }
