@@ -7,7 +7,7 @@ import Platform
 extension Quire {
     struct Config: ParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Checks, shows and applies the host's configuration.",
+            commandName: "config", abstract: "Checks, shows and applies the host's configuration.",
             discussion: """
                 One file, /etc/quire/quire.toml, in TOML: [quired], [backend] for all VMs, [vm.NAME] for one of them, [exporter]. \
                 Keys are named like the options of the programs, which beat them; [vm.NAME] beats [backend]. Without the file the \
@@ -20,7 +20,7 @@ extension Quire {
 extension Quire.Config {
     struct Check: ParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Says what is wrong in a configuration: all of it.",
+            commandName: "check", abstract: "Says what is wrong in a configuration: all of it.",
             discussion: """
                 With --json: an array of objects with file, line (0 where there is none), key, text.
 
@@ -58,7 +58,7 @@ extension Quire.Config {
 
     struct Show: ParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Shows what holds, and where each value comes from.",
+            commandName: "show", abstract: "Shows what holds, and where each value comes from.",
             discussion: """
                 Options of programs that run, and what a domain's definition says, are not known here; they beat what is shown.
 
@@ -112,7 +112,7 @@ extension Quire.Config {
 
     struct Reload: ParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Has quired and the running VMs read the configuration again.",
+            commandName: "reload", abstract: "Has quired and the running VMs read the configuration again.",
             discussion: """
                 Says for each what changed. quired's limit and reserve, and of a VM period, merge-period and merge change at once; what \
                 cannot is said, and waits for the next start. If the file is broken, nothing changes anywhere.

@@ -6,7 +6,7 @@ import Platform
 extension Quire {
     struct Doctor: ParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Checks this host, and says what to type for what it finds.",
+            commandName: "doctor", abstract: "Checks this host, and says what to type for what it finds.",
             discussion: """
                 Looks as the user who runs it: as root for VMs of libvirt, as yourself for 'quire run'.
 

@@ -9,7 +9,7 @@ import Platform
 extension Quire {
     struct Libvirt: ParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Gives Quire to libvirt's domains, and takes it away.",
+            commandName: "libvirt", abstract: "Gives Quire to libvirt's domains, and takes it away.",
             discussion: """
                 'enable' changes a domain's definition: memory that the backend can have, the control disk, the agent. What it \
                 does not know stays as it is, and 'disable' gives back the definition that was there. Both take effect when the \
@@ -81,7 +81,7 @@ extension Quire.Libvirt {
 
     struct Enable: ParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Gives Quire to domains, from their next start on.",
+            commandName: "enable", abstract: "Gives Quire to domains, from their next start on.",
             discussion: """
                 Refuses domains whose memory can't be given back: huge pages, locked, encrypted, allocated at once, pinned by \
                 VFIO devices, scheduled in real time. Says what will work in part.
@@ -178,7 +178,7 @@ extension Quire.Libvirt {
 
     struct Disable: ParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Takes Quire away from domains, from their next start on.",
+            commandName: "disable", abstract: "Takes Quire away from domains, from their next start on.",
             discussion: "Removes what 'enable' added and nothing else.")
 
         @OptionGroup var targets: Targets
@@ -199,7 +199,7 @@ extension Quire.Libvirt {
 
     struct List: ParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Shows which domains have Quire.",
+            commandName: "list", abstract: "Shows which domains have Quire.",
             discussion: """
                 DEFINED says whether a domain's definition has Quire, RUNS whether it runs, and with Quire or without: where they \
                 differ it needs a power cycle. VM is its name in 'quire status'.
@@ -280,7 +280,7 @@ extension Quire.Libvirt {
 
     struct Detach: ParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Takes Quire away from a running domain, for a migration to a host without it.",
+            commandName: "detach", abstract: "Takes Quire away from a running domain, for a migration to a host without it.",
             discussion: """
                 Every page gets its own copy again, the control disk is unplugged, the backend ends; the guest runs on. The \
                 definition stays: the domain has Quire again at its next start. Returns when it is done, or says why it can't be.
@@ -301,7 +301,7 @@ extension Quire.Libvirt {
 
     struct Sweep: ParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Ends backends whose domain has gone.",
+            commandName: "sweep", abstract: "Ends backends whose domain has gone.",
             discussion: """
                 libvirt's hook ends a domain's backend with the domain, also where QEMU crashed. One is left over if the hook was away, \
                 or failed; it holds memory until its domain starts again. 'quire libvirt list' shows those. A backend that a QEMU is \

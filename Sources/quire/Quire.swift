@@ -2,6 +2,7 @@ import ArgumentParser
 import Host
 import Platform
 
+/// Commands name themselves: making a name of a type's, as the parser would, takes milliseconds for all of them.
 @main
 struct Quire: ParsableCommand {
     static let configuration = CommandConfiguration(

@@ -6,7 +6,7 @@ import Platform
 extension Quire {
     struct Run: ParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Runs a QEMU virtual machine whose freed memory goes back to the host.",
+            commandName: "run", abstract: "Runs a QEMU virtual machine whose freed memory goes back to the host.",
             discussion: """
                 Puts guest RAM on memory files that quire owns, adds the control disk by which the guest's module \
                 reaches its backend, starts the backend, and then QEMU with your terminal. Everything else on QEMU's \

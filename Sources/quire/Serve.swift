@@ -6,7 +6,7 @@ import Platform
 extension Quire {
     struct Serve: ParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Keeps the backend of a VM running whose QEMU somebody else starts.",
+            commandName: "serve", abstract: "Keeps the backend of a VM running whose QEMU somebody else starts.",
             discussion: """
                 libvirt's hook starts it (quire libvirt hook), through quire-backend@.service where systemd runs the host. It \
                 reads what the VM asks for from its folder, and ends on SIGTERM.

@@ -5,7 +5,7 @@ import Platform
 extension Quire {
     struct Status: ParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Shows the running VMs and what was recycled.",
+            commandName: "status", abstract: "Shows the running VMs and what was recycled.",
             discussion: """
                 RESIDENT is what the host has allocated of the guest's RAM; RECYCLED what the guest has freed and the \
                 host holds no page for, TOTAL all that was ever recycled, RATE that of the last period; MERGING whether \

@@ -7,6 +7,7 @@ extension Quire {
     /// What the host keeps for guests: the swap disks of `quire run --swap`, the shared disks of quired.
     struct Tmem: ParsableCommand {
         static let configuration = CommandConfiguration(
+            commandName: "tmem",
             abstract: "Shows and governs the memory that the host keeps for guests (quire run --swap, quired --shared-disk).",
             discussion: """
                 NAME is a VM, or shared:DISK for a disk of quired's that VMs share. Who may attach a shared disk sees it; to change \
@@ -38,7 +39,7 @@ extension Quire {
 
         struct List: ParsableCommand {
             static let configuration = CommandConfiguration(
-                abstract: "Shows pools: what guests have there, and what it takes on the host.",
+                commandName: "list", abstract: "Shows pools: what guests have there, and what it takes on the host.",
                 discussion: """
                     Columns as in 'quire status'. With --json: an array of objects with name (of the VM) and tmem, as in \
                     'quire status --json', as of this moment; for a shared disk name is shared:DISK, group the share group \
@@ -95,21 +96,21 @@ extension Quire {
 
         struct Freeze: ParsableCommand {
             static let configuration = CommandConfiguration(
-                abstract: "Takes no new pages into a VM's ephemeral pools, until thaw.",
+                commandName: "freeze", abstract: "Takes no new pages into a VM's ephemeral pools, until thaw.",
                 discussion: "What is there stays. Swap disks and shared disks are persistent, and go on as before.")
             @Argument(help: ArgumentHelp("The VM, or shared:DISK.", valueName: "name")) var name: String
             func run() throws { _ = try failing { () throws(QuireError) in try Tmem.ask(.freeze, of: name) } }
         }
 
         struct Thaw: ParsableCommand {
-            static let configuration = CommandConfiguration(abstract: "Takes new pages again, after freeze.")
+            static let configuration = CommandConfiguration(commandName: "thaw", abstract: "Takes new pages again, after freeze.")
             @Argument(help: ArgumentHelp("The VM, or shared:DISK.", valueName: "name")) var name: String
             func run() throws { _ = try failing { () throws(QuireError) in try Tmem.ask(.thaw, of: name) } }
         }
 
         struct Flush: ParsableCommand {
             static let configuration = CommandConfiguration(
-                abstract: "Gives memory of ephemeral pools back to the host at once.",
+                commandName: "flush", abstract: "Gives memory of ephemeral pools back to the host at once.",
                 discussion: "Says how much it was: less where there is no more. Persistent pages, swapped ones and those of shared disks, stay.")
             @Argument(help: ArgumentHelp("The VM, or shared:DISK.", valueName: "name")) var name: String
             @Argument(help: ArgumentHelp("How much: 512M.", valueName: "size"), transform: Tmem.bytes) var size: UInt64
@@ -121,6 +122,7 @@ extension Quire {
 
         struct Weight: ParsableCommand {
             static let configuration = CommandConfiguration(
+                commandName: "weight",
                 abstract: "Sets how much of the ephemeral memory is a pool's, relative to others (100 unless set).")
             @Argument(help: ArgumentHelp("The VM, or shared:DISK.", valueName: "name")) var name: String
             @Argument(help: ArgumentHelp("The pool, as in 'quire tmem list'.", valueName: "pool")) var pool: String
@@ -130,7 +132,7 @@ extension Quire {
 
         struct Cap: ParsableCommand {
             static let configuration = CommandConfiguration(
-                abstract: "Sets how much of the host's memory pools may use.",
+                commandName: "cap", abstract: "Sets how much of the host's memory pools may use.",
                 discussion: """
                     Without --pool: of the VM's whole store. Below what persistent pages use already it is refused, and \
                     nothing changes. A pool's limit is kept when a backend is replaced, the store's is set anew by quire run. A shared disk has one limit, \
@@ -145,7 +147,7 @@ extension Quire {
 
         struct Save: ParsableCommand {
             static let configuration = CommandConfiguration(
-                abstract: "Writes what a paused VM has swapped to a file.",
+                commandName: "save", abstract: "Writes what a paused VM has swapped to a file.",
                 discussion: """
                     Only while the guest does not run: pause it first (QMP 'stop', or a migration with \
                     pause-before-switchover). FILE appears when it is complete; - is stdout. The file is not compressed.
@@ -181,7 +183,7 @@ extension Quire {
 
         struct Restore: ParsableCommand {
             static let configuration = CommandConfiguration(
-                abstract: "Replaces what a VM has swapped by what was saved.",
+                commandName: "restore", abstract: "Replaces what a VM has swapped by what was saved.",
                 discussion: """
                     Only while the guest does not run: before it boots, or waiting for a migration, or paused. The file is \
                     read and checked to its end first; if anything is wrong with it, nothing changes.

@@ -7,7 +7,7 @@ import Platform
 extension Quire {
     struct Top: ParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Shows the running VMs and what they save, live.",
+            commandName: "top", abstract: "Shows the running VMs and what they save, live.",
             discussion: """
                 Root sees the VMs of all users. RESIDENT, RECYCLED and the states are those of 'quire status'; MERGED is its \
                 SAVED, what merging saves. SAVED here is RECYCLED and MERGED together, RATE how fast both grow before anything \

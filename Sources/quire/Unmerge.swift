@@ -5,6 +5,7 @@ import Platform
 extension Quire {
     struct Unmerge: ParsableCommand {
         static let configuration = CommandConfiguration(
+            commandName: "unmerge",
             abstract: "Gives a VM copies of its own of all its pages, and merges nothing of it any more.",
             discussion: """
                 The guest runs on. Returns when every page is back; that takes memory, as much as 'quire status' shows as \
@@ -22,7 +23,7 @@ extension Quire {
     }
 
     struct Merge: ParsableCommand {
-        static let configuration = CommandConfiguration(abstract: "Merges a VM's equal pages again, after 'quire unmerge'.")
+        static let configuration = CommandConfiguration(commandName: "merge", abstract: "Merges a VM's equal pages again, after 'quire unmerge'.")
 
         @Argument(help: ArgumentHelp("The VM.", valueName: "name"))
         var name: String
