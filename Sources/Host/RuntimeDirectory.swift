@@ -135,7 +135,10 @@ public struct RuntimeDirectory: Sendable, Equatable {
     }
 
     /// The names of all running VMs, sorted.
-    public func running() -> [String] { (Files.list(base) ?? []).filter(isRunning) }
+    public func running() -> [String] { names.filter(isRunning) }
+
+    /// The same, and of those that may have been left behind.
+    var names: [String] { Files.list(base) ?? [] }
 
     /// A name that this process owns.
     public struct Claim: ~Copyable, Sendable {

@@ -367,6 +367,32 @@ public enum StatusPage {
         public var restarts: UInt64 { page.load64(restartsAt) }
     }
 
+    private static func open(_ path: String) throws(QuireError) -> Descriptor {
+        // Not to wait for what is no file.
+        let file = try Descriptor.open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
+        let status = try file.status()
+        // Beyond the end of a file its mapping raises SIGBUS.
+        guard status.isRegularFile, status.byteCount >= UInt64(byteCount) else {
+            throw QuireError(.invalid, "\(path) is no status page: it has less than \(byteCount) bytes")
+        }
+        return file
+    }
+
+    /// That it is a page of this version which a backend has written.
+    private static func check(_ page: borrowing Mapping, _ path: String) throws(QuireError) {
+        let found = page.copyOut(magicAt, count: magic.count)
+        if found.allSatisfy({ $0 == 0 }) {
+            throw QuireError(.closed, "\(path): no backend has written its status yet")
+        }
+        guard found == magic else { throw QuireError(.invalid, "\(path) is no status page: wrong magic") }
+        let version = page.load32(versionAt)
+        guard version == UInt32(QUIRE_STATUS_VERSION) else {
+            throw QuireError(
+                .unsupported,
+                "\(path) has version \(version), this quire reads version \(QUIRE_STATUS_VERSION): use the quire that started the VM")
+        }
+    }
+
     /// Anybody's role.
     public struct Reader: ~Copyable, Sendable {
         private let page: Mapping
@@ -374,47 +400,29 @@ public enum StatusPage {
         /// Throws `.invalid` if the file is no status page, `.unsupported` if it is one of another version, `.closed`
         /// if no backend has written it yet.
         public init(path: String) throws(QuireError) {
-            let file = try Self.open(path)
-            try self.init(Mapping(file, byteCount: byteCount, access: .readOnly), path)
-        }
-
-        /// The page as it is now, copied: for pages of other users, who can cut their file off at any time, which would
-        /// end whoever has it mapped.
-        public init(copying path: String) throws(QuireError) {
-            let file = try Self.open(path)
-            let copy = try Mapping(anonymousByteCount: byteCount)
-            guard copy.read(file.raw, at: 0, to: 0, count: byteCount) == byteCount else {
-                throw QuireError(.invalid, "\(path) is no status page: it has less than \(byteCount) bytes")
-            }
-            try self.init(copy, path)
-        }
-
-        private static func open(_ path: String) throws(QuireError) -> Descriptor {
-            // Not to wait for what is no file.
-            let file = try Descriptor.open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
-            let status = try file.status()
-            // Beyond the end of a file its mapping raises SIGBUS.
-            guard status.isRegularFile, status.byteCount >= UInt64(byteCount) else {
-                throw QuireError(.invalid, "\(path) is no status page: it has less than \(byteCount) bytes")
-            }
-            return file
-        }
-
-        private init(_ mapped: consuming Mapping, _ path: String) throws(QuireError) {
-            let found = mapped.copyOut(magicAt, count: magic.count)
-            if found.allSatisfy({ $0 == 0 }) {
-                throw QuireError(.closed, "\(path): no backend has written its status yet")
-            }
-            guard found == magic else { throw QuireError(.invalid, "\(path) is no status page: wrong magic") }
-            let version = mapped.load32(versionAt)
-            guard version == UInt32(QUIRE_STATUS_VERSION) else {
-                throw QuireError(
-                    .unsupported,
-                    "\(path) has version \(version), this quire reads version \(QUIRE_STATUS_VERSION): use the quire that started the VM")
-            }
+            let mapped = try Mapping(StatusPage.open(path), byteCount: byteCount, access: .readOnly)
+            try check(mapped, path)
             page = mapped
         }
 
         public borrowing func snapshot() -> StatusSnapshot { StatusPage.snapshot(page) }
+    }
+
+    /// Anybody's role, for pages of other users, who can cut their file off at any time, which would end whoever has it
+    /// mapped: a page is copied first. Any number of them, one after the other.
+    struct Copier: ~Copyable {
+        private let page: Mapping
+
+        init() throws(QuireError) { page = try Mapping(anonymousByteCount: byteCount) }
+
+        /// Throws as `Reader.init` does.
+        borrowing func snapshot(_ path: String) throws(QuireError) -> StatusSnapshot {
+            let file = try StatusPage.open(path)
+            guard page.read(file.raw, at: 0, to: 0, count: byteCount) == byteCount else {
+                throw QuireError(.invalid, "\(path) is no status page: it has less than \(byteCount) bytes")
+            }
+            try check(page, path)
+            return StatusPage.snapshot(page)
+        }
     }
 }

@@ -198,9 +198,21 @@ public struct StatusReport: Sendable, Equatable, Codable {
     }
 
     /// Of one running VM, as its page says now.
-    public static func read(_ name: String, in directory: RuntimeDirectory) -> StatusReport {
+    public static func read(_ name: String, in directory: RuntimeDirectory) -> StatusReport { read([name], in: directory)[0] }
+
+    /// The same of several.
+    public static func read(_ names: some Sequence<String>, in directory: RuntimeDirectory) -> [StatusReport] {
         do {
-            let page = try StatusPage.Reader(copying: directory.statusPath(name)).snapshot()
+            let copier = try StatusPage.Copier()
+            return names.map { read($0, in: directory, copier) }
+        } catch {
+            return names.map { StatusReport(name: $0, state: .unknown, reason: error.description) }
+        }
+    }
+
+    private static func read(_ name: String, in directory: RuntimeDirectory, _ copier: borrowing StatusPage.Copier) -> StatusReport {
+        do {
+            let page = try copier.snapshot(directory.statusPath(name))
             return StatusReport(
                 name: name, page: page, started: ProcessCalls.startTime(of: page.pid), now: monotonicNanoseconds())
         } catch {
@@ -214,15 +226,17 @@ public struct StatusReport: Sendable, Equatable, Codable {
 
     /// All running VMs, or those of `names`; throws for a name that is not running.
     public static func collect(_ names: [String], in directory: RuntimeDirectory) throws(QuireError) -> [StatusReport] {
-        if names.isEmpty { return directory.running().map { read($0, in: directory) } }
+        if names.isEmpty {
+            return inParts(directory.names, few: 32) { read($0.filter(directory.isRunning), in: directory) }
+        }
         for name in names where !directory.isRunning(name) {
             throw QuireError(.invalid, "no VM '\(name)' is running: quire status lists those that are")
         }
-        return names.map { read($0, in: directory) }
+        return read(names, in: directory)
     }
 
     /// What is said of transcendent memory alone, of a VM or of a shared disk.
-    private struct TmemEntry: Encodable {
+    private struct TmemEntry: Encodable, Sendable {
         let name: String
         var group: String? = nil
         var attached: [String]? = nil
@@ -232,15 +246,19 @@ public struct StatusReport: Sendable, Equatable, Codable {
         init(_ disk: SharedDiskReport) { (name, group, attached, tmem) = (disk.name, disk.group, disk.attached, disk.tmem) }
     }
 
-    private static func array(_ entries: [any Encodable]) -> String {
+    private static func array(_ entries: [any Encodable & Sendable]) -> String {
         struct Entry: Encodable {
             let value: any Encodable
             func encode(to encoder: any Encoder) throws { try value.encode(to: encoder) }
         }
-        let encoder = JSONEncoder()
-        encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
-        // Numbers and text always encode.
-        return String(decoding: (try? encoder.encode(entries.map(Entry.init))) ?? Data(), as: UTF8.self)
+        let parts = inParts(entries, few: 32) { some in
+            let encoder = JSONEncoder()
+            encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
+            // Numbers and text always encode. An array has a bracket on a line of its own at both ends.
+            let array = (try? encoder.encode(some.map(Entry.init))) ?? Data()
+            return [String(decoding: array.dropFirst(2).dropLast(2), as: UTF8.self)]
+        }
+        return "[\n" + parts.joined(separator: ",\n") + "\n]"
     }
 
     /// The VMs, then the shared disks.

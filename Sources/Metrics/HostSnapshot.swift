@@ -120,8 +120,9 @@ public struct RuntimeDirectories: Sendable {
                 continue
             }
             let directory = RuntimeDirectory(base: base)
-            for name in directory.running().prefix(Self.mostVMs) where found[VM.ID(uid: uid, name: name)] == nil {
-                found[VM.ID(uid: uid, name: name)] = VM(uid: uid, report: StatusReport.read(name, in: directory))
+            let names = directory.running().prefix(Self.mostVMs).filter { found[VM.ID(uid: uid, name: $0)] == nil }
+            for report in StatusReport.read(names, in: directory) {
+                found[VM.ID(uid: uid, name: report.name)] = VM(uid: uid, report: report)
             }
         }
         return (found.values.sorted { ($0.report.name, $0.uid) < ($1.report.name, $1.uid) }, unreadable)

@@ -44,6 +44,25 @@ import CPlatform
     public func join() { pthread_join(handle, nil) }
 }
 
+/// What `body` makes of `items`, in their order: of a part of them on each CPU, where there are twice `few` and more.
+public func inParts<Item: Sendable, Made: Sendable>(
+    _ items: [Item], few: Int, _ body: @escaping @Sendable (ArraySlice<Item>) -> [Made]
+) -> [Made] {
+    let count = max(1, min(sysconf(Int32(_SC_NPROCESSORS_ONLN)), 8, items.count / few))
+    let parts = (0..<count).map { items[items.count * $0 / count..<items.count * ($0 + 1) / count] }
+    let made = Monitor([Int: [Made]]())
+    let threads = (1..<count).compactMap { index in
+        try? JoinableThread("part-\(index)") {
+            let some = body(parts[index])
+            made.update { $0[index] = some }
+        }
+    }
+    let first = body(parts[0])
+    for thread in threads { thread.join() }
+    // Where there was no thread to be had, it is done here.
+    return parts.indices.flatMap { index in index == 0 ? first : made.read { $0[index] } ?? body(parts[index]) }
+}
+
 /// A mutex with the state that it protects, and a condition to wait for a change of it.
 @safe public final class Monitor<State>: @unchecked Sendable {
     // Both are initialized before `self` escapes, never moved (they live on the heap) and destroyed in deinit.

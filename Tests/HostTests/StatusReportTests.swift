@@ -1,6 +1,7 @@
 import Glibc
 import Host
 import Platform
+import TestSupport
 import Testing
 
 struct StatusReportTests {
@@ -138,5 +139,22 @@ struct StatusReportTests {
         one.remove()
         two.remove()
         three.remove()
+    }
+
+    /// So many that every CPU takes a part: nothing is lost at the seams, and what is wrong with some stays with them.
+    @Test func collectsManyVMs() throws {
+        let folder = try TemporaryFolder()
+        let vms = try SyntheticVMs(131, base: folder.path)
+        for name in ["vm-001", "vm-090"] { _ = try folder.write(name + "/status", "?") }
+        let reports = try StatusReport.collect([], in: vms.directory)
+        #expect(reports.map(\.name) == vms.names)
+        #expect(reports.filter { $0.state == .unknown }.map(\.name) == ["vm-001", "vm-090"])
+        for (index, report) in reports.enumerated() where report.state != .unknown {
+            #expect(report.recycledPages == 10_000 + UInt64(index + 1) * 3 && report.tmem.pools.count == reports[0].tmem.pools.count)
+        }
+        for count in [1, 2, 63, 64, 65, 131] {
+            let some = Array(reports.prefix(count))
+            #expect(try StatusReport.parse(json: StatusReport.json(some)) == some)
+        }
     }
 }
