@@ -76,7 +76,7 @@ let package = Package(
         // The page store, in three: what both sides speak, the store itself without a socket, and the program.
         .target(
             name: "CIndex",
-            linkerSettings: [.linkedLibrary("urcu-bp"), .linkedLibrary("urcu-cds"), .linkedLibrary("numa")]),
+            linkerSettings: [.linkedLibrary("urcu-bp"), .linkedLibrary("numa")]),
         .target(
             name: "StoreProtocol", dependencies: ["CQuireLayout", "PageContent", "Platform"], swiftSettings: settings),
         .target(

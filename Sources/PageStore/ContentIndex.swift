@@ -3,8 +3,11 @@ import PageContent
 import Platform
 import StoreProtocol
 
-/// From the hash of a page to the slot that holds it; read by any number of threads without a lock (liburcu's
-/// cds_lfht). It knows slots only as long as somebody uses them: contents that were seen once are `Candidates`.
+/// From the hash of a page to the slot that holds it; read by any number of threads without a lock (`cindex.c` says why that
+/// works). It knows slots only as long as somebody uses them: contents that were seen once are `Candidates`.
+///
+/// It knows the half of a hash that the table keeps: of two contents that are equal in it (one of 2^64 pairs) the second is not
+/// merged, since whoever maps a slot compares all bytes first.
 ///
 /// The one thing that its user has to know is when a slot may mean something else: not while a reader that found it is
 /// inside `reading`. So a slot is removed, then `waitForReaders`, then it may be given another content.
@@ -13,12 +16,14 @@ import StoreProtocol
     private let index: OpaquePointer
     private let table: SlotTable
 
-    package init(_ table: SlotTable) throws(QuireError) {
+    /// `looksAgain`: false for a test's control.
+    package init(_ table: SlotTable, looksAgain: Bool = true) throws(QuireError) {
         self.table = table
         guard let made = unsafe ci_new(table.hashWords, UInt64(table.slotLimit)) else {
             throw .system("cannot make a content index")
         }
         unsafe index = made
+        if !looksAgain { unsafe ci_never_look_again(made) }
     }
 
     deinit { unsafe ci_free(index) }
@@ -30,8 +35,9 @@ import StoreProtocol
         return body()
     }
 
+    /// Inside of `reading`.
     package func find(_ hash: PageHash) -> UInt32? {
-        let slot = unsafe ci_find(index, hash.low, hash.high)
+        let slot = unsafe ci_find(index, hash.kept)
         return slot == 0 ? nil : UInt32(slot)
     }
 
@@ -39,12 +45,12 @@ import StoreProtocol
     /// instead.
     package func add(_ slot: UInt32) -> UInt32 { UInt32(unsafe ci_add(index, UInt64(slot))) }
 
-    func remove(_ slot: UInt32) { _ = unsafe ci_remove(index, UInt64(slot)) }
+    package func remove(_ slot: UInt32) { _ = unsafe ci_remove(index, UInt64(slot)) }
 
     package static func waitForReaders() { ci_wait() }
 
-    /// A node of 16 bytes a slot, and about as much for its bucket.
-    static let bytesPerSlot: UInt64 = 32
+    /// Four bytes for the slot that follows in its chain, and four for each chain of two.
+    static let bytesPerSlot: UInt64 = 6
 }
 
 /// NUMA, as far as there is any.

@@ -174,7 +174,7 @@ package final class Machine: Sendable {
                 slots[run.lowerBound + offset] = slot
                 machines(places[offset].machine)?.offer(
                     Offer(
-                        gfn: UInt32(places[offset].gfn), slot: slot, tag: Share.tag(of: pages[run.lowerBound + offset])))
+                        gfn: UInt32(places[offset].gfn), slot: slot, tag: SlotTable.tag(of: pages[run.lowerBound + offset])))
             }
         }
     }

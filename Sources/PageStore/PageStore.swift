@@ -401,7 +401,7 @@ public final class PageStore: Sendable {
             let used = UInt64(share.usedSlots)
             figures.sharedPages += used
             figures.storeBytes += share.store.allocatedBytes
-            figures.indexBytes += used * Share.bytesPerSlot
+            figures.indexBytes += share.indexBytes
             share.forEachCount { figures.histogram[31 - $0.leadingZeroBitCount] += 1 }
         }
         let saved = figures.sharingPages > figures.sharedPages ? figures.sharingPages - figures.sharedPages : 0

@@ -112,14 +112,11 @@ final class Share: Sendable {
         }
     }
 
-    /// A part of a hash, for those who cannot keep all of it.
-    static func tag(of hash: PageHash) -> UInt32 { UInt32(truncatingIfNeeded: hash.high) }
-
     /// References a slot, if its content still has this tag.
     func reference(_ slot: UInt32, tag: UInt32) -> Bool {
         guard reference(slot) else { return false }
         // Now that it is referenced its content does not change.
-        if Self.tag(of: table.hash(of: slot)) == tag { return true }
+        if table.tag(of: slot) == tag { return true }
         release([slot])
         return false
     }
@@ -127,11 +124,11 @@ final class Share: Sendable {
     /// The same where the content is expected in a certain slot: neighbours of equal pages tend to be equal.
     func reference(_ hash: PageHash, in slot: UInt32, after previous: UInt32) -> Bool {
         // Without memory for its hash it never had one.
-        guard Int(slot) < table.slotLimit, SlotTable.areNeighbours(previous, slot), table.hash(of: slot) == hash,
+        guard Int(slot) < table.slotLimit, SlotTable.areNeighbours(previous, slot), table.has(hash, for: slot),
             reference(slot)
         else { return false }
         // It may have been another slot's life when the hash was read. Now that it is referenced it does not change.
-        if table.hash(of: slot) == hash { return true }
+        if table.has(hash, for: slot) { return true }
         release([slot])
         return false
     }
@@ -306,6 +303,8 @@ final class Share: Sendable {
         }
     }
 
-    /// What a slot costs besides its page: index, count and table.
-    static let bytesPerSlot: UInt64 = ContentIndex.bytesPerSlot + 4 + 16
+    /// What slots cost besides their pages: index, count and table, and which of them are free.
+    var indexBytes: UInt64 {
+        allocator.withLock { UInt64($0.used) * (ContentIndex.bytesPerSlot + 4 + 8) + UInt64($0.byteCount) }
+    }
 }

@@ -46,12 +46,17 @@ final class StoreFile: Sendable {
     var allocatedBytes: UInt64 { (try? descriptor.status().allocatedBytes) ?? 0 }
 }
 
-/// What must be known of a store after quired died: its group and secret, and the hash of each slot's content. A memory
-/// file beside the store's, which nobody but quired ever sees.
+extension PageHash {
+    /// What is kept of it for a slot: as much as finding needs. Promotion compares all of it.
+    var kept: UInt64 { low }
+}
+
+/// What must be known of a store after quired died: its group and secret, and half of the hash of each slot's content. A
+/// memory file beside the store's, which nobody but quired ever sees.
 @safe package final class SlotTable: Sendable {
     private typealias Header = quire_slot_table_header
     private static let headerBytes = MemoryLayout<Header>.size
-    private static let entryBytes = 16
+    private static let entryBytes = 8
     private static func offset<T>(_ field: KeyPath<Header, T>) -> Int { MemoryLayout<Header>.offset(of: field)! }
 
     let descriptor: Descriptor
@@ -111,21 +116,20 @@ final class StoreFile: Sendable {
         entry(Int(one)) >> 12 == entry(Int(other)) >> 12
     }
 
-    func hash(of slot: UInt32) -> PageHash {
-        let at = Self.entry(Int(slot))
-        return PageHash(low: mapping.load64(at), high: mapping.load64(at + 8))
-    }
+    package func has(_ hash: PageHash, for slot: UInt32) -> Bool { mapping.load64(Self.entry(Int(slot))) == hash.kept }
+
+    /// A part of a slot's hash, and of any, for those who cannot keep all of it.
+    func tag(of slot: UInt32) -> UInt32 { UInt32(mapping.load64(Self.entry(Int(slot))) >> 32) }
+    static func tag(of hash: PageHash) -> UInt32 { UInt32(hash.kept >> 32) }
 
     /// Hashes of slots from `first` on. Written by a system call: where there is no memory it fails, and raises no
     /// signal.
     package func setHashes(_ first: Int, _ hashes: ArraySlice<PageHash>) throws(QuireError) {
         var words: [UInt32] = []
-        words.reserveCapacity(4 * hashes.count)
+        words.reserveCapacity(2 * hashes.count)
         for hash in hashes {
-            for half in [hash.low, hash.high] {
-                words.append(UInt32(truncatingIfNeeded: half))
-                words.append(UInt32(truncatingIfNeeded: half >> 32))
-            }
+            words.append(UInt32(truncatingIfNeeded: hash.kept))
+            words.append(UInt32(hash.kept >> 32))
         }
         try descriptor.writeWords(at: UInt64(Self.entry(first)), words[...])
     }

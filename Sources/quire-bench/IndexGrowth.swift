@@ -8,8 +8,8 @@ import Synchronization
 /// VM brings pages that nobody had before it; what it shares with those before it needs no entry. (Two idle Debian guests
 /// bring less than these 25 MiB each.)
 ///
-/// The index grows its buckets in a thread of its own while everyone else goes on. So another thread looks up without a
-/// pause meanwhile, and the longest that it took is what a VM could have waited.
+/// Each two entries that are added split one chain of the index, while everyone else goes on. So another thread looks up without
+/// a pause meanwhile, and the longest that it took is what a VM could have waited.
 struct IndexGrowth {
     static let machines = 10_000
     let pagesEach: Int
@@ -48,8 +48,6 @@ struct IndexGrowth {
             for entry in added where index.add(UInt32(entry + 1)) != UInt32(entry + 1) {
                 throw QuireError(.system, "the index says that a new content is known")
             }
-            // Buckets are still being made: they are part of what was added.
-            ContentIndex.waitForReaders()
             let (longest, readerCPU) = reader.end()
             step.add = Double(processCPUNanoseconds() - before - readerCPU) / Double(added.count)
             step.longest = Double(longest) / 1e6
@@ -66,7 +64,7 @@ struct IndexGrowth {
                 "\(step.entries)", "\(step.entries / pagesEach)", Table.number(step.add), Table.number(step.hit), Table.number(step.miss),
                 Table.number(step.longest))
         }
-        table2.note("Found and not found: \(Self.samples) contents in random order. An entry: with the buckets that are made for it.")
+        table2.note("Found and not found: \(Self.samples) contents in random order. An entry: with the chains that are split for it.")
         table2.note("The longest look-up by the clock: what else ran on these CPUs is in it.")
         report.add("index", .array(steps.map {
             [

@@ -671,7 +671,7 @@ struct quire_store_error {
 /* -------------------------------------------------------------------------------------------------------------------
  * 5b. What outlives quired, in memfds that its keeper holds. Only quired writes or reads these.
  *
- *     A store's table: a header page, then 16 bytes a slot, its hash (low, high), which means something only while a
+ *     A store's table: a header page, then 8 bytes a slot, the low half of its hash, which means something only while a
  *     ledger has the slot. A VM's ledger: a header page, then 32 bits a gfn: 0, or a slot, with bit 31 until the VM has
  *     reported the page as merged. The ledgers are the truth about who uses which slot; counts and index follow from
  *     them.
@@ -679,7 +679,7 @@ struct quire_store_error {
 
 #define QUIRE_TABLE_FILE_MAGIC  "QUIRESLT"
 #define QUIRE_LEDGER_MAGIC      "QUIRELED"
-#define QUIRE_PARKED_VERSION    1u
+#define QUIRE_PARKED_VERSION    2u
 #define QUIRE_LEDGER_HELD       (1u << 31)
 
 struct quire_slot_table_header {
