@@ -73,7 +73,7 @@ public enum Keys {
         public static let reserve = Key("reserve", .number(0...100_000), 100, isLive: true,
             "Merge nothing more while the host has less memory left than so many percent of what merged pages would need if all guests wrote them at once.")
         public static let candidates = Key(
-            "candidates", .size(4096...1 << 40), otherwise: "1/2048 of the host's memory", example: 32 << 20,
+            "candidates", .size(4096...1 << 40), otherwise: "3/4096 of the host's memory", example: 32 << 20,
             "Memory for contents that were seen once.")
         public static let group = Key("group", ShareGroup.form.repeated("a list of \"NAME=UID,UID\""), otherwise: "[]",
             example: [ShareGroup(name: "lab", users: [1000, 1001])],

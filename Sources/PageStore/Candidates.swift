@@ -1,63 +1,183 @@
 import PageContent
 import Platform
 import StoreProtocol
+import Synchronization
 
 /// Contents that were seen once, and where: "VM m had this at gfn g". A hint and nothing more: whoever believes one
 /// looks at that page before anything follows from it.
 ///
-/// So it may forget. It is a table of a fixed size, sets of 8 entries of 8 bytes (one cache line); a content that comes
-/// when its set is full replaces one of them, chosen by the newcomer's hash. What never comes again ages out like that,
-/// and a guest whose contents flip can fill it with rubbish, but never make it larger or slower. Threads read and write
-/// it without a lock: an entry is one word, and losing one to a race loses a hint.
-final class Candidates: Sendable {
-    struct Place: Equatable, Sendable {
-        let machine: Int
-        let gfn: UInt64
+/// So it may forget. It is a table of a fixed size, sets of 25 entries of 5 bytes (128 bytes, two cache lines that are fetched
+/// together); a content that comes when its set is full replaces the oldest. Before that, one is replaced that may go: of a content
+/// that was seen again and so has a slot now, or that proved to be wrong. Such an entry stays as long as there is room, for those who
+/// looked the content up before it had the slot and come here only now, and since two contents may have one tag. What never comes again ages out like that, and a guest whose contents flip can fill it with rubbish,
+/// but never make it larger or slower. Threads read and write it without a lock: an entry is two words, and losing or mixing
+/// some in a race loses hints.
+///
+/// A page that is quiet is looked up once. So a content that is forgotten too early is not merged before it is written
+/// again, and the table has to hold what is seen once on a host that is full of guests: see `byteCount(forHost:)`.
+package final class Candidates: Sendable {
+    package struct Place: Equatable, Sendable {
+        package let machine: Int
+        package let gfn: UInt64
+        package init(machine: Int, gfn: UInt64) {
+            self.machine = machine
+            self.gfn = gfn
+        }
     }
 
-    // Bits of an entry: 0..29 gfn, 30..41 machine, 42..63 of the hash's high word. Machines are numbered from 1: an
-    // entry is never 0.
-    private static let machineShift: UInt64 = 30
-    private static let tagShift: UInt64 = 42
-    static let machineLimit = 1 << 12
+    /// Of a host with so much memory: 3 bytes a page, entries for 58 % of the pages. Guests that fill a host, and half of whose pages
+    /// have one equal each, need room for half: what has a slot needs no entry.
+    package static func byteCount(forHost memory: Int) -> Int { memory / 4096 * 3 }
 
-    private static let ways = 8
+    private static let ways = 25
+    private static let setBytes = 128
+    // In a set: the low words of its entries, then their high bytes, then the entry that is replaced next.
+    private static let highBytes = 4 * ways
+    private static let nextByte = 5 * ways
+
     private let mapping: Mapping
     private let bytes: MappedBytes
-    private let setMask: UInt64
+    private let sets: UInt64
+    private let places: Places
 
-    /// At most `byteCount` bytes (a power of two is used), which are taken from the host as they fill.
-    init(byteCount: Int) throws(QuireError) {
-        let sets = max(1, byteCount / (8 * Self.ways))
-        let size = 1 << (Int.bitWidth - 1 - sets.leadingZeroBitCount)
-        mapping = try Mapping(anonymousByteCount: size * 8 * Self.ways)
+    // Bits of an entry: first the place, plus 1: an entry is never 0; then whether it may go; up to 39 of the hash's high word.
+    private let goneBit: UInt64
+    private let tagShift: UInt64
+
+    /// At most `byteCount` bytes, which are taken from the host as they fill. Guests' memory has places
+    /// up to about twice `hostPages`.
+    package init(byteCount: Int, hostPages: Int = ProcessCalls.memoryBytes / 4096) throws(QuireError) {
+        let placeBits = UInt64(min(max(Int.bitWidth - hostPages.leadingZeroBitCount + 1, 26), 34))
+        goneBit = 1 << placeBits
+        tagShift = placeBits + 1
+        places = try Places(limit: 1 << Int(placeBits) - 1)
+        sets = UInt64(max(1, byteCount / Self.setBytes))
+        mapping = try Mapping(anonymousByteCount: Int(sets) * Self.setBytes)
         mapping.excludeFromDumps()
         bytes = unsafe mapping.view(0, count: mapping.byteCount)
-        setMask = UInt64(size - 1)
     }
 
-    var byteCount: Int { mapping.byteCount }
+    package var byteCount: Int { mapping.byteCount }
 
-    /// Notes that a content was seen at `place`. Returns another place where it was seen before, if one is remembered.
-    func sight(_ hash: PageHash, at place: Place) -> Place? {
-        let set = Int(hash.high & setMask) * 8 * Self.ways
-        let tag = hash.high >> Self.tagShift
-        let entry = tag << Self.tagShift | UInt64(place.machine) << Self.machineShift | place.gfn
-        var target: Int?
+    private func set(_ hash: PageHash) -> Int { Int(sets.multipliedFullWidth(by: hash.high).high) * Self.setBytes }
+    private func tag(_ hash: PageHash) -> UInt64 { hash.high & (1 << (40 - tagShift) - 1) }
+
+    private func entry(_ set: Int, _ way: Int) -> UInt64 {
+        UInt64(bytes.load32(set + 4 * way)) | UInt64(bytes.load8(set + Self.highBytes + way)) << 32
+    }
+    private func setEntry(_ set: Int, _ way: Int, _ entry: UInt64) {
+        bytes.store32(set + 4 * way, UInt32(truncatingIfNeeded: entry))
+        bytes.store8(set + Self.highBytes + way, UInt8(truncatingIfNeeded: entry >> 32))
+    }
+
+    /// A content is seen at `place`. Returns another place where it was seen before, if one is remembered, and notes this one if
+    /// not. `wrong`: a place that has proved not to have it: stale, or of another content with the same tag.
+    package func sight(_ hash: PageHash, at place: Place, besides wrong: Place? = nil) -> Place? {
+        let set = set(hash), tag = tag(hash)
+        var second: Place?, isNoted = false
         for way in 0..<Self.ways {
-            let at = set + 8 * way
-            let found = bytes.load64(at)
-            if found == 0 {
-                target = target ?? at
-            } else if found >> Self.tagShift == tag {
-                let seen = Place(
-                    machine: Int(found >> Self.machineShift) & (Self.machineLimit - 1),
-                    gfn: found & (1 << Self.machineShift - 1))
-                bytes.store64(at, entry)
-                return seen == place ? nil : seen
+            let found = entry(set, way)
+            guard found != 0 else { break }
+            guard found >> tagShift == tag, let seen = places.place(found & (goneBit - 1) - 1), seen != wrong else { continue }
+            if seen == place {
+                isNoted = true
+            } else if found & goneBit == 0 {
+                return seen
+            } else {
+                second = second ?? seen
             }
         }
-        bytes.store64(target ?? set + 8 * Int(hash.low % UInt64(Self.ways)), entry)
-        return nil
+        if second == nil, !isNoted { note(hash, at: place) }
+        return second
+    }
+
+    /// Notes it, whatever else is remembered.
+    package func note(_ hash: PageHash, at place: Place) {
+        guard let number = places.number(of: place) else { return }
+        let set = set(hash)
+        var target: Int?
+        for way in 0..<Self.ways {
+            let found = entry(set, way)
+            if found == 0 {
+                target = way
+                break
+            }
+            if target == nil, found & goneBit != 0 { target = way }
+        }
+        setEntry(set, target ?? takeOldest(set), tag(hash) << tagShift | number + 1)
+    }
+
+    /// What is remembered of `place` may go: its content has a slot, or it proved to be wrong.
+    package func letGo(_ hash: PageHash, at place: Place) {
+        guard let number = places.number(of: place) else { return }
+        let set = set(hash)
+        let entry = tag(hash) << tagShift | number + 1
+        for way in 0..<Self.ways where self.entry(set, way) == entry { return setEntry(set, way, entry | goneBit) }
+    }
+
+    /// A set fills in order, so the one behind the newest is the oldest, or nearly: some have taken the places of those with slots.
+    private func takeOldest(_ set: Int) -> Int {
+        let way = Int(bytes.load8(set + Self.nextByte)) % Self.ways
+        bytes.store8(set + Self.nextByte, UInt8((way + 1) % Self.ways))
+        return way
+    }
+
+    /// The VM has ended: its places may become others'.
+    package func forget(machine: Int) { places.forget(machine) }
+}
+
+/// Numbers for the pages of all guests, in blocks of 64 MiB as they are asked for: a few bits less than VM and gfn have.
+private final class Places: Sendable {
+    private static let blockBits: UInt64 = 14
+    private static let gfnMask: UInt64 = (1 << blockBits) - 1
+
+    private struct Blocks {
+        var numbers: [UInt64: UInt64] = [:]
+        var free: [UInt64] = []
+        var next: UInt64 = 0
+    }
+    private let blocks = Mutex(Blocks())
+    private let limit: UInt64
+    /// What a block's number stands for: VM, gfn block; 0: nothing.
+    private let owners: Mapping
+
+    private static let machineShift: UInt64 = 40
+
+    init(limit: Int) throws(QuireError) {
+        self.limit = UInt64(limit) >> Self.blockBits
+        owners = try Mapping(anonymousByteCount: (8 * Int(self.limit) + 4095) & ~4095)
+    }
+
+    /// Nil where there is none left.
+    func number(of place: Candidates.Place) -> UInt64? {
+        let owner = UInt64(place.machine) << Self.machineShift | place.gfn >> Self.blockBits
+        let block = blocks.withLock { blocks -> UInt64? in
+            if let known = blocks.numbers[owner] { return known }
+            guard let new = blocks.free.popLast() ?? (blocks.next < limit ? blocks.next : nil) else { return nil }
+            if new == blocks.next { blocks.next += 1 }
+            blocks.numbers[owner] = new
+            owners.store64(8 * Int(new), owner)
+            return new
+        }
+        return block.map { $0 << Self.blockBits | place.gfn & Self.gfnMask }
+    }
+
+    func place(_ number: UInt64) -> Candidates.Place? {
+        guard number >> Self.blockBits < limit else { return nil }
+        let owner = owners.load64(8 * Int(number >> Self.blockBits))
+        guard owner != 0 else { return nil }
+        return Candidates.Place(
+            machine: Int(owner >> Self.machineShift),
+            gfn: (owner & (1 << Self.machineShift - 1)) << Self.blockBits | number & Self.gfnMask)
+    }
+
+    func forget(_ machine: Int) {
+        blocks.withLock { blocks in
+            for (owner, number) in blocks.numbers where owner >> Self.machineShift == UInt64(machine) {
+                blocks.numbers[owner] = nil
+                blocks.free.append(number)
+                owners.store64(8 * Int(number), 0)
+            }
+        }
     }
 }

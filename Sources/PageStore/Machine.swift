@@ -142,6 +142,21 @@ package final class Machine: Sendable {
         }
         share.note(hits: hits)
         promote(seen, gfn, pages, memory, &slots, machines: machines, scratch: scratch)
+        var again: [(index: Int, place: Candidates.Place)] = []
+        for (index, place) in seen {
+            candidates.letGo(pages[index], at: place)
+            if slots[index] == 0,
+                let other = candidates.sight(
+                    pages[index], at: Candidates.Place(machine: number, gfn: gfn + UInt64(index)), besides: place)
+            { again.append((index, other)) }
+        }
+        promote(again, gfn, pages, memory, &slots, machines: machines, scratch: scratch)
+        for (index, place) in again {
+            candidates.letGo(pages[index], at: place)
+            if slots[index] == 0 {
+                candidates.note(pages[index], at: Candidates.Place(machine: number, gfn: gfn + UInt64(index)))
+            }
+        }
 
         // The ledger first, then the answer.
         var after = before

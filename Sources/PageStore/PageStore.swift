@@ -15,6 +15,8 @@ public final class PageStore: Sendable {
         public var limitPages: Int
         /// For contents that were seen once: the most that may become of it.
         public var candidateBytes: Int
+        /// What that should be on this host: see `Candidates`.
+        public static var usualCandidateBytes: Int { Candidates.byteCount(forHost: ProcessCalls.memoryBytes) }
         /// VMs at once; at most 4095.
         public var maxMachines = 1024
         /// Of one user who is not root.
@@ -41,6 +43,7 @@ public final class PageStore: Sendable {
         var connected: Set<Int> = []
     }
 
+    private static let machineLimit = 4096
     private let configuration: Configuration
     private let parking: any Parking
     private let logger: Logger
@@ -240,9 +243,9 @@ public final class PageStore: Sendable {
                 guard uid == 0 || own < configuration.maxMachinesPerUser else {
                     throw QuireError(.busy, "user \(uid) has \(own) VMs already, as many as may be")
                 }
-                let most = min(configuration.maxMachines, Candidates.machineLimit - 1)
+                let most = min(configuration.maxMachines, Self.machineLimit - 1)
                 guard registry.machines.count < most,
-                    let number = (1..<Candidates.machineLimit).first(where: { registry.machines[$0] == nil })
+                    let number = (1..<Self.machineLimit).first(where: { registry.machines[$0] == nil })
                 else { throw QuireError(.busy, "there are \(registry.machines.count) VMs already, as many as may be") }
                 return number
             }
@@ -304,6 +307,7 @@ public final class PageStore: Sendable {
     /// Inside of `comings`.
     private func leave(_ machine: Machine) throws(QuireError) {
         try machine.end()
+        candidates.forget(machine: machine.number)
         parking.unpark(Self.machineItem(machine.number))
         registry.withLock { registry in
             registry.machines[machine.number] = nil

@@ -92,7 +92,7 @@ struct MergeCost {
         costs.note("ksmd: pages_to_scan 20000, sleep_millisecs 0, smart_scan on.")
         report.add("merge", .array(results), table: costs)
         sizes.note("Mappings: vm_area_struct and maple_node in /proc/slabinfo, before and after; others on the host disturb it.")
-        sizes.note("Bitmaps by their sizes. Candidates: the table of the whole host, as far as it is filled.")
+        sizes.note("Bitmaps by their sizes. Candidates: of the table of the whole host what falls to so many of its pages.")
         report.add("metadata_note", ["worst_percent_less_500_bytes_a_run": .number(worst)], table: sizes)
         report.add(Self.metadata(worst))
     }
@@ -165,7 +165,8 @@ struct Metadata {
         bitmaps = Double(pageCount) * 5 / 8
         ledger = Double(figures.ledgerBytes)
         index = Double(figures.indexBytes)
-        candidates = min(Double(figures.candidateBytes), Double(pageCount) * 8)
+        // The table is for all guests of a host, however many of its pages are theirs.
+        candidates = Double(figures.candidateBytes) * Double(pageCount) * 4096 / Double(ProcessCalls.memoryBytes)
     }
 
     var json: JSON {

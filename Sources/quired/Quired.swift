@@ -29,7 +29,7 @@ struct Quired: ParsableCommand {
     @Option(help: "The most memory that shared pages may take: 4G (default: half of the host's).")
     var limit: String?
 
-    @Option(name: .customLong("candidates"), help: "Memory for contents seen once: 32M (default: 1/2048 of the host's).")
+    @Option(name: .customLong("candidates"), help: "Memory for contents seen once: 32M (default: 3/4096 of the host's).")
     var candidates: String?
 
     @Option(help: ArgumentHelp("A share group, and the users whose VMs may be in it. Repeatable.", valueName: "name=uid,…"))

@@ -48,7 +48,7 @@ struct Settings: Sendable {
 
     func store() throws(QuireError) -> PageStore.Configuration {
         var configuration = try PageStore.Configuration(
-            limitPages: limitPages, candidateBytes: Int(resolution[Keys.Quired.candidates] ?? UInt64(ProcessCalls.memoryBytes / 2048)))
+            limitPages: limitPages, candidateBytes: resolution[Keys.Quired.candidates].map { Int($0) } ?? PageStore.Configuration.usualCandidateBytes)
         configuration.reservePercent = reservePercent
         for group in resolution[Keys.Quired.group] ?? [] { configuration.groups[group.name] = Set(group.users) }
         return configuration

@@ -56,6 +56,12 @@ struct ModelTests {
         var guests: [Modelled] = []
         var random: SplitMix
         var names = 0
+        /// What stores counted that were killed.
+        var past = (promotions: UInt64(0), hits: UInt64(0), stale: UInt64(0))
+        var counted: (promotions: UInt64, hits: UInt64, stale: UInt64) {
+            let now = store.figures(of: nil)
+            return (past.promotions + now.promotions, past.hits + now.hits, past.stale + now.stale)
+        }
 
         init(seed: UInt64, seams: StoreSeams = StoreSeams(), limit: Int = 1 << 12) throws {
             self.seams = seams
@@ -84,6 +90,7 @@ struct ModelTests {
         }
 
         mutating func killed() throws {
+            past = counted
             store = try PageStore(
                 configuration(limit: 1 << 12), parking: parking, parked: parking.handOver(), logger: quietLogger,
                 seams: seams)
@@ -171,8 +178,8 @@ struct ModelTests {
                 if !found.isEmpty { return }
             }
         }
-        let figures = world.store.figures(of: nil)
-        #expect(figures.promotions > 0 && figures.hits > 0 && figures.stale > 0, "\(figures)")
+        let counted = world.counted
+        #expect(counted.promotions > 0 && counted.hits > 0 && counted.stale > 0, "\(counted)")
         for member in world.guests { member.guest.vm.end() }
         for machine in world.store.machines { try world.store.end(machine) }
         #expect(world.parking.names == [])
