@@ -363,7 +363,7 @@ public final class DedupEngine: Sendable {
             settleAccounts(&state)
             if let tracker, !state.huge.isEmpty {
                 // Those that others have broken up meanwhile.
-                for gfns in state.huge.hold(state.huge.runs, memory, tracker).again { state.noteRipe(gfns) }
+                for gfns in state.huge.hold(state.huge.runs, memory, tracker, map).again { state.noteRipe(gfns) }
             }
             state.accountedAt = now
         }
@@ -654,7 +654,7 @@ public final class DedupEngine: Sendable {
             guard !slots.isEmpty else { return }
             var held = GFNSet()
             if let tracker {
-                let (left, again) = state.huge.hold(slots.map(\.gfns), memory, tracker)
+                let (left, again) = state.huge.hold(slots.map(\.gfns), memory, tracker, map)
                 for gfns in again { state.noteRipe(gfns) }
                 held = left
             }

@@ -68,6 +68,7 @@ package struct HugePages: Sendable {
 
     private mutating func release(_ stretch: Range<GFN>) -> [Range<GFN>] {
         var pages: [Range<GFN>] = []
+        if waiting.isEmpty { return pages }
         waiting.forEachRun(in: stretch) { pages.append($0) }
         if !pages.isEmpty { waiting.remove(stretch) }
         return pages

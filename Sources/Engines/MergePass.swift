@@ -156,7 +156,7 @@ final class MergePass: CrewWork {
     private func leaveWhole(_ candidates: [Range<GFN>]) -> GFNSet {
         guard let tracker, !candidates.isEmpty else { return GFNSet() }
         return shared.withLock { state in
-            let (held, again) = state.huge.hold(candidates, memory, tracker)
+            let (held, again) = state.huge.hold(candidates, memory, tracker, pages.map)
             for gfns in again { state.noteRipe(gfns) }
             return held
         }
@@ -191,7 +191,7 @@ extension MergePass.Result {
 extension HugePages {
     /// The same for the pages of a guest.
     mutating func hold(
-        _ candidates: [Range<GFN>], _ memory: GuestMemory, _ tracker: WriteTracker
+        _ candidates: [Range<GFN>], _ memory: GuestMemory, _ tracker: WriteTracker, _ map: PageMap
     ) -> (held: GFNSet, again: [Range<GFN>]) {
         hold(candidates) { gfn in
             guard let region = memory.region(of: gfn) else { return nil }
@@ -200,6 +200,9 @@ extension HugePages {
             return UInt64(first)..<UInt64(first) + Self.pages
         } isWhole: { stretch in
             guard let region = memory.region(of: stretch.lowerBound) else { return false }
+            // A page that is merged has a mapping of its own, so what is around it is no huge page any more. The kernel would look at
+            // each of those mappings to say the same.
+            if let first = try? map.alike(stretch), first.isMerged || first.count < stretch.count { return false }
             let address = region.userAddress + (stretch.lowerBound - region.gfns.lowerBound) * pageBytes
             return tracker.hasHugePage(address..<address + Self.pages * pageBytes)
         }

@@ -182,10 +182,13 @@ enum AgentMessage {
     ) -> [UInt8] {
         precondition(runs.count <= PageRun.maxRuns)
         var body = littleEndian(id) + littleEndian(operation.rawValue) + littleEndian(UInt32(runs.count))
-        for value in order { body += littleEndian(value) }
+        body.reserveCapacity(AgentMessage.maxBytes)
+        for value in order { body.append(littleEndian: value) }
         for run in runs {
-            body += littleEndian(run.gfn) + littleEndian(run.slot)
-            body += littleEndian(UInt32(clamping: run.pages)) + littleEndian(UInt32(run.store))
+            body.append(littleEndian: run.gfn)
+            body.append(littleEndian: run.slot)
+            body.append(littleEndian: UInt32(clamping: run.pages))
+            body.append(littleEndian: UInt32(run.store))
         }
         return encode(QUIRE_AGENT_COMMAND, body)
     }

@@ -91,8 +91,9 @@ public func inParts<Item: Sendable, Made: Sendable>(
     public func update<R, E: Error>(_ body: (inout State) throws(E) -> R) throws(E) -> R {
         unsafe pthread_mutex_lock(mutex)
         defer {
-            unsafe pthread_cond_broadcast(changed)
+            // The lock first: who wakes wants it.
             unsafe pthread_mutex_unlock(mutex)
+            unsafe pthread_cond_broadcast(changed)
         }
         return try body(&state)
     }
