@@ -179,24 +179,39 @@ package final class Machine: Sendable {
         _ seen: [(index: Int, place: Candidates.Place)], _ gfn: UInt64, _ pages: [PageHash], _ memory: GuestRAM,
         _ slots: inout [UInt32], machines: (Int) -> Machine?, scratch: borrowing Mapping
     ) {
-        for run in Share.runs(seen.map(\.index)) {
-            let places = seen.filter { run.contains($0.index) }.map(\.place)
+        for group in Self.promotions(seen.map(\.index)) {
+            let members = seen[group]
             let promoted = share.promote(
-                gfn + UInt64(run.lowerBound), pages[run], from: memory, scratch: scratch, copyHash: seams.copyHash
-            ) { part in areAsSeen(places[part], machines, scratch) }
-            for (offset, slot) in promoted.enumerated() {
+                members.map { gfn + UInt64($0.index) }, members.map { pages[$0.index] }, from: memory, scratch: scratch,
+                copyHash: seams.copyHash
+            ) { part in areAsSeen(members.dropFirst(part.lowerBound).prefix(part.count).map(\.place), machines, scratch) }
+            for (member, slot) in zip(members, promoted) {
                 guard let slot else { continue }
-                slots[run.lowerBound + offset] = slot
-                machines(places[offset].machine)?.offer(
-                    Offer(
-                        gfn: UInt32(places[offset].gfn), slot: slot, tag: SlotTable.tag(of: pages[run.lowerBound + offset])))
+                slots[member.index] = slot
+                machines(member.place.machine)?.offer(
+                    Offer(gfn: UInt32(member.place.gfn), slot: slot, tag: SlotTable.tag(of: pages[member.index])))
             }
         }
     }
 
+    /// Which of these ascending numbers get their slots at once: a run of neighbours, or several that are short.
+    private static func promotions(_ sorted: [Int]) -> [Range<Int>] {
+        var groups: [Range<Int>] = []
+        var first = 0
+        for run in Share.runs(sorted) {
+            if let last = groups.last, last.count + run.count <= Share.promotedAtOnce {
+                groups[groups.count - 1] = last.lowerBound..<first + run.count
+            } else {
+                groups.append(first..<first + run.count)
+            }
+            first += run.count
+        }
+        return groups
+    }
+
     /// Whether pages at the begin of `scratch` are what is at these places: neighbours there are read at once.
     private func areAsSeen(
-        _ places: ArraySlice<Candidates.Place>, _ machines: (Int) -> Machine?, _ scratch: borrowing Mapping
+        _ places: [Candidates.Place], _ machines: (Int) -> Machine?, _ scratch: borrowing Mapping
     ) -> [Bool] {
         let second = StoreFile.offset(Share.promotedAtOnce)
         var result: [Bool] = []

@@ -184,37 +184,35 @@ final class Share: Sendable {
     /// Pages that are copied at once, half of what a thread has to read into: few enough to stay in the cache.
     static let promotedAtOnce = 16
 
-    /// Gives slots to pages from `gfn` on, whose hashes the VM says are `hashes`, in runs as long as there is room for.
-    /// Nothing that the VM says is believed: a page is copied, the copy is hashed again, and `areSeenAgain` compares it
-    /// with the page where the same content was seen first.
+    /// Gives slots to pages, whose hashes the VM says are `hashes`, in runs as long as there is room for. Nothing that the VM
+    /// says is believed: a page is copied, the copy is hashed again, and `areSeenAgain` compares it with the page where the
+    /// same content was seen first.
     ///
     /// The copies are made in `scratch`, from its begin on, and written to the store by a system call: filling a slot
     /// through the mapping takes a page fault each, and costs twice as much.
     ///
     /// Returns a slot for each page, with a reference for the caller, or nil.
     func promote(
-        _ gfn: UInt64, _ hashes: ArraySlice<PageHash>, from ram: GuestRAM, scratch: borrowing Mapping,
+        _ gfns: [UInt64], _ hashes: [PageHash], from ram: GuestRAM, scratch: borrowing Mapping,
         copyHash: StoreSeams.CopyHash, areSeenAgain: (_ pages: Range<Int>) -> [Bool]
     ) -> [UInt32?] {
         var result: [UInt32?] = []
         var spare: [Int] = []
-        var next = hashes.startIndex
-        while next < hashes.endIndex {
-            let wanted = budget.take(hashes.endIndex - next)
+        while result.count < gfns.count {
+            let wanted = budget.take(gfns.count - result.count)
             guard wanted > 0, let run = allocator.withLock({ $0.allocate(wanted) }) else {
                 budget.give(wanted)
-                counters.full.add(UInt64(hashes.endIndex - next), ordering: .relaxed)
+                counters.full.add(UInt64(gfns.count - result.count), ordering: .relaxed)
                 break
             }
             budget.give(wanted - run.count)
             for first in stride(from: run.lowerBound, to: run.upperBound, by: Self.promotedAtOnce) {
                 let slots = first..<min(first + Self.promotedAtOnce, run.upperBound)
-                let index = next - hashes.startIndex
-                let copied = fill(
-                    slots, gfn + UInt64(index), hashes[next..<next + slots.count], from: ram, scratch: scratch)
-                let again = areSeenAgain(index..<index + copied)
+                let pages = result.count..<result.count + slots.count
+                let copied = fill(slots, gfns[pages], hashes[pages], from: ram, scratch: scratch)
+                let again = areSeenAgain(pages.prefix(copied))
                 for (offset, slot) in slots.enumerated() {
-                    let claimed = hashes[next + offset]
+                    let claimed = hashes[pages.lowerBound + offset]
                     guard offset < copied, again[offset],
                         copyHash(claimed, { hasher.hash(scratch, at: StoreFile.offset(offset)) }) == claimed
                     else {
@@ -225,19 +223,24 @@ final class Share: Sendable {
                     }
                     result.append(publish(UInt32(slot), spare: &spare))
                 }
-                next += slots.count
             }
         }
         discard(spare)
-        while result.count < hashes.count { result.append(nil) }
+        while result.count < gfns.count { result.append(nil) }
         return result
     }
 
-    /// Copies pages into slots; returns how many.
+    /// Copies pages into slots, neighbours at once; returns how many, the first ones. What could not be read is not written:
+    /// `scratch` may hold another group's pages.
     private func fill(
-        _ slots: Range<Int>, _ gfn: UInt64, _ hashes: ArraySlice<PageHash>, from ram: GuestRAM, scratch: borrowing Mapping
+        _ slots: Range<Int>, _ gfns: ArraySlice<UInt64>, _ hashes: ArraySlice<PageHash>, from ram: GuestRAM, scratch: borrowing Mapping
     ) -> Int {
-        let read = ram.read(gfn, count: slots.count, into: scratch, at: 0)
+        var read = 0
+        for run in Self.runs(gfns.map(Int.init)) {
+            let pages = ram.read(UInt64(run.lowerBound), count: run.count, into: scratch, at: StoreFile.offset(read))
+            read += pages
+            if pages < run.count { break }
+        }
         guard read > 0, (try? table.setHashes(slots.lowerBound, hashes)) != nil else { return 0 }
         let written = scratch.write(
             store.descriptor.raw, at: UInt64(StoreFile.offset(slots.lowerBound)), from: 0, count: StoreFile.offset(read))
