@@ -10,20 +10,20 @@ import Platform
 /// what comes from there counts only if everything that is on the list has come.
 ///
 /// Whoever works on what is parked has the list's lock: a second quired must not, whoever has started it.
-struct Manifest: ~Copyable, Sendable {
-    typealias Entries = [String: [FileStatus.Identity]]
+package struct Manifest: ~Copyable, Sendable {
+    package typealias Entries = [String: [FileStatus.Identity]]
 
     static let item = "manifest"
     /// A thousand VMs take 50 KiB of it.
     private static let byteCount = 1 << 20
     private static let seed: UInt64 = 0x7175_6972_6564
 
-    let file: Descriptor
+    package let file: Descriptor
     private let lock: Descriptor
     private var entries: Entries = [:]
 
     /// Nil: a new one.
-    init(_ parked: consuming Descriptor?) throws(QuireError) {
+    package init(_ parked: consuming Descriptor?) throws(QuireError) {
         let file = try Self.file(parked)
         let lock = try Descriptor.open("/proc/self/fd/\(file.raw)", O_RDWR)
         // A process that was killed is gone soon.
@@ -44,7 +44,7 @@ struct Manifest: ~Copyable, Sendable {
     }
 
     /// Nil where its writer was killed before it was done.
-    func read() throws(QuireError) -> Entries? {
+    package func read() throws(QuireError) -> Entries? {
         let text = String(decoding: try file.readBytes(at: 0, count: Self.byteCount), as: UTF8.self)
         let lines = text.prefix { $0 != "\0" }.split(separator: "\n", omittingEmptySubsequences: false)
         guard lines.count >= 2, let sum = UInt64(lines[0], radix: 16) else { return nil }
@@ -62,7 +62,7 @@ struct Manifest: ~Copyable, Sendable {
         return entries
     }
 
-    mutating func write(_ entries: Entries) throws(QuireError) {
+    package mutating func write(_ entries: Entries) throws(QuireError) {
         var body = ""
         for (name, files) in entries.sorted(by: { $0.key < $1.key }) {
             body += name
@@ -75,7 +75,7 @@ struct Manifest: ~Copyable, Sendable {
         self.entries = entries
     }
 
-    mutating func set(_ name: String, _ files: [FileStatus.Identity]?) throws(QuireError) {
+    package mutating func set(_ name: String, _ files: [FileStatus.Identity]?) throws(QuireError) {
         guard entries[name] != files else { return }
         var entries = entries
         entries[name] = files
