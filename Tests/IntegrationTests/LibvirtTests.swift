@@ -215,6 +215,8 @@ extension Integration {
             let definition = try host.write("web1.xml", host.definition("web1"))
             #expect(try host.refusal(["sh", "-c", "/run/programs/quire libvirt hook web1 migrate begin - < \(definition)"])
                 .contains("its swap disk would not come with it"))
+            // The control: without the note of it nobody knows what would stay behind.
+            try host.sh("sed 's/ swap=[^ ]*//' \(definition) | /run/programs/quire libvirt hook web1 migrate begin -")
             // A restore that fails before anything is prepared leaves its note behind. The next start is a fresh one all the same.
             try host.sh("/run/programs/quire libvirt hook web1 restore begin - < \(definition)")
             #expect(Files.identity(of: host.runtime.base + "/web1/arrives") != nil)
@@ -375,6 +377,11 @@ extension Integration {
 
             try host.quire("disable", "--all")
             #expect(try host.definition("web1") == before)
+
+            // The control: it forgets one thing of what it has added, and the definition is another one.
+            try host.virsh("define", host.write("other.xml", enabled.replacing("added=\"access source\"", with: "added=\"access\"")))
+            try host.quire("disable", "web1")
+            #expect(try host.definition("web1") != before)
         }
 
         /// The example of qemu-config is what `enable` makes, and it boots.
