@@ -143,7 +143,7 @@ let package = Package(
         .testTarget(
             name: "HostTests",
             dependencies: [
-                "Host", "Platform", "CQuireLayout", "GuestMemory", "Engines", "VhostBackend", "TestSupport",
+                "Host", "Platform", "CQuireLayout", "GuestMemory", "Engines", "StoreProtocol", "VhostBackend", "TestSupport",
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: settings),

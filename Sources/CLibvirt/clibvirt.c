@@ -137,7 +137,7 @@ int clv_detach(virDomainPtr domain, const char *device_xml, unsigned flags)
 	return p_virDomainDetachDeviceFlags(domain, device_xml, flags);
 }
 
-int clv_forget_metadata(virDomainPtr domain, const char *uri, unsigned flags)
+int clv_set_metadata(virDomainPtr domain, const char *element, const char *prefix, const char *uri, unsigned flags)
 {
-	return p_virDomainSetMetadata(domain, VIR_DOMAIN_METADATA_ELEMENT, NULL, NULL, uri, flags);
+	return p_virDomainSetMetadata(domain, VIR_DOMAIN_METADATA_ELEMENT, element, prefix, uri, flags);
 }

@@ -204,8 +204,10 @@ public struct DiskSetting: Sendable, Equatable {
     public var byteCount: UInt64?
     /// Empty: that of quired's user.
     public var group = ""
+    /// Of a guest that comes from elsewhere: the id of the content that it knows, in hexadecimal digits, or `any`.
+    public var content: String?
 
-    /// As a VM attaches it: NAME or NAME,size=SIZE.
+    /// As a domain attaches it: NAME or NAME,size=SIZE.
     public init?(attached text: String) { self.init(text, keys: ["size"]) }
 
     init?(_ text: String, keys: Set<String>) {
@@ -219,6 +221,9 @@ public struct DiskSetting: Sendable, Equatable {
             if pair[0] == "group" {
                 guard PlainName.isValid(pair[1]) else { return nil }
                 group = pair[1]
+            } else if pair[0] == "content" {
+                guard pair[1] == "any" || UInt64(pair[1], radix: 16) != nil else { return nil }
+                content = pair[1]
             } else {
                 guard let bytes = Size.parse(pair[1]), bytes % 4096 == 0, (1 << 20...1 << 43).contains(bytes) else { return nil }
                 byteCount = bytes
@@ -227,7 +232,8 @@ public struct DiskSetting: Sendable, Equatable {
     }
 
     var written: String {
-        RawValue.quoted(name + (byteCount.map { ",size=" + Self.text($0) } ?? "") + (group.isEmpty ? "" : ",group=\(group)"))
+        RawValue.quoted(name + (byteCount.map { ",size=" + Self.text($0) } ?? "") + (group.isEmpty ? "" : ",group=\(group)")
+                + (content.map { ",content=" + $0 } ?? ""))
     }
     private static func text(_ bytes: UInt64) -> String {
         let text = Size.exact(bytes)
@@ -237,5 +243,7 @@ public struct DiskSetting: Sendable, Equatable {
     static let made = Form<DiskSetting>.string("\"NAME,size=SIZE\" or \"NAME,size=SIZE,group=GROUP\"") { text in
         DiskSetting(text, keys: ["size", "group"]).flatMap { $0.byteCount == nil ? nil : $0 }
     } write: { $0.written }
-    static let attached = Form<DiskSetting>.string("\"NAME\" or \"NAME,size=SIZE\"") { DiskSetting(attached: $0) } write: { $0.written }
+    static let attached = Form<DiskSetting>.string("\"NAME\" or \"NAME,size=SIZE\"") {
+        DiskSetting($0, keys: ["size", "content"])
+    } write: { $0.written }
 }

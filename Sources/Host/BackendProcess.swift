@@ -104,6 +104,10 @@ public final class BackendProcess: Sendable {
                     shared.identity = SharedDiskMessage.Welcome(pages: pages, id: id)
                 }
                 if let token = take("token") { shared.token = UInt64(token, radix: 16) ?? 0 }
+                if let text = take("known") {
+                    guard let known = SharedDisk.Known(text) else { throw QuireError(.invalid, "--device: known=\(text): give the id of a content, or any") }
+                    shared.known = known
+                }
                 kind = .shared(shared)
             default: throw QuireError(.invalid, "--device \(text): unknown type '\(parts[0])', choose control, file, swap or shared")
             }
@@ -285,7 +289,7 @@ public final class BackendProcess: Sendable {
                 logger[metadataKey: "device"] = "\(chosen.name)"
                 let log = logger
                 let storage = try SharedDisk(chosen) { log.warning("\($0)") }
-                block = VirtioBlock(storage: storage, queueCount: chosen.queueCount, logger: logger)
+                block = VirtioBlock(storage: storage, queueCount: chosen.queueCount, lifecycle: storage, logger: logger)
             }
             let socket: UnixSocket
             switch device.endpoint {

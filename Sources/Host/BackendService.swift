@@ -20,6 +20,8 @@ public enum BackendService {
         public var swapBytes: UInt64?
         /// The guest's memory comes from elsewhere, it seems, and what it had swapped does not.
         public var awaitsSwap = false
+        /// Such a guest takes the shared disks as they are: it has nothing mounted, an operator says.
+        public var acceptsDisks: Bool?
         public var group = ""
         public var periodMilliseconds: UInt64?
         public var isSingleThreadedTCG = false
@@ -30,9 +32,13 @@ public enum BackendService {
             public var name: String
             /// What the operator takes it for.
             public var byteCount: UInt64?
-            public init(name: String, byteCount: UInt64? = nil) {
+            /// Names its content (`SharedDiskMessage`). From the hook: what a guest that comes from elsewhere knows; once the service
+            /// is ready: what the guest has.
+            public var content: UInt64?
+            public init(name: String, byteCount: UInt64? = nil, content: UInt64? = nil) {
                 self.name = name
                 self.byteCount = byteCount
+                self.content = content
             }
         }
 
@@ -51,6 +57,9 @@ public enum BackendService {
             }
         }
     }
+
+    /// What to type where a guest from a saved image is refused because of a shared disk.
+    public static func acceptance(_ name: String) -> String { "type quire libvirt accept-disks \(name)" }
 
     /// Serves until SIGTERM or SIGINT. `settings`: of the VM; period, group and shared disks of them are in `base` already, with what
     /// else has a say there. `isReady` is called when QEMU may be started.
@@ -73,7 +82,21 @@ public enum BackendService {
         } else {
             configuration.swap = nil
         }
+        var settings = settings
+        var disks = settings.sharedDisks ?? []
+        for (index, disk) in configuration.sharedDisks.enumerated() {
+            let content = disks.first { $0.name == disk.name }?.content
+            configuration.sharedDisks[index].known = settings.acceptsDisks == true ? .anything : content.map { .content($0) } ?? .nothing
+            configuration.sharedDisks[index].acceptance = Self.acceptance(name)
+        }
         try configuration.askForSharedDisks()
+        if !disks.isEmpty {
+            for index in disks.indices {
+                disks[index].content = configuration.sharedDisks.first { $0.name == disks[index].name }?.identity?.id
+            }
+            settings.sharedDisks = disks
+            try settings.write(to: directory.settingsPath(name))
+        }
         // Sockets are made for QEMU's group as well, and so are those of a backend that has to be started again. The folder
         // decides who gets to them.
         ProcessCalls.setFileCreationMask(0o007)
@@ -137,6 +160,25 @@ extension RuntimeDirectory {
         return Files.identity(of: arrivalPath(name)) != nil
     }
     private func arrivalPath(_ name: String) -> String { folder(name) + "/arrives" }
+
+    /// The guest that is started next takes its shared disks as they are, whatever it knows of them.
+    public func noteAcceptance(_ name: String) throws(QuireError) {
+        try prepareService(name)
+        _ = try Descriptor.open(acceptancePath(name), O_RDWR | O_CREAT | O_NOFOLLOW)
+    }
+    public func isAccepting(_ name: String) -> Bool { Files.identity(of: acceptancePath(name)) != nil }
+    /// Whether it does; asked once.
+    public func takeAcceptance(_ name: String) -> Bool {
+        defer { Files.remove(acceptancePath(name)) }
+        return isAccepting(name)
+    }
+    private func acceptancePath(_ name: String) -> String { folder(name) + "/accepts" }
+
+    /// The line that a service ends with, for whoever started it.
+    public func noteFailure(_ name: String, _ line: String) {
+        guard let file = try? Descriptor.open(logPath(name), O_RDWR | O_CREAT | O_NOFOLLOW) else { return }
+        try? file.replaceContent(line + "\n")
+    }
 
     func makeQEMUFolder(_ name: String) throws(QuireError) {
         removeSockets(name)

@@ -1,13 +1,18 @@
 import GuestMemory
 import Platform
 import StoreProtocol
+import Synchronization
 import VhostBackend
 
 /// A disk in the host's memory that several VMs attach: its pages are quired's (`quired --shared-disk`). What is written is
 /// there for the others when the write is answered, and outlives this process and quired's.
 ///
 /// While quired is away requests wait; they were not answered, and doing them twice does no harm.
-public final class SharedDisk: BlockStorage {
+///
+/// A guest that arrives with memory of its own (`-incoming`, `-loadvm`) knows the disk as it was: what it has mounted or cached goes
+/// with that content and no other. So it gets I/O errors unless it is said that this content is still here. Whether it arrives is on
+/// the command line of the QEMU that connects, as for the swap disk.
+public final class SharedDisk: BlockStorage, DeviceLifecycle {
     public struct Options: Sendable, Equatable {
         public var name: String
         /// The share group; empty: that of the VM's owner.
@@ -23,6 +28,9 @@ public final class SharedDisk: BlockStorage {
         public var vm = ""
         /// What the user takes it for; checked when quired is asked.
         public var expectedBytes: UInt64?
+        public var known = Known.nothing
+        /// What to type to take the disk as it is.
+        public var acceptance = "give content=any"
         public init(name: String, path: String) {
             self.name = name
             self.path = path
@@ -34,6 +42,7 @@ public final class SharedDisk: BlockStorage {
             if !group.isEmpty { text += ",group=\(group)" }
             if let identity { text += ",pages=\(identity.pages),id=\(String(identity.id, radix: 16))" }
             if token != 0 { text += ",token=\(String(token, radix: 16))" }
+            if known != .nothing { text += ",known=\(known)" }
             return text
         }
 
@@ -44,13 +53,53 @@ public final class SharedDisk: BlockStorage {
         /// Asks quired what the disk is, and whether this VM may have it.
         public mutating func ask() throws(QuireError) {
             let found = try SharedDiskClient(path: path, hello).attach(patienceMilliseconds: Self.patienceMilliseconds)
+            if case .content(let id) = known, id != found.id {
+                throw QuireError(.invalid, "the shared disk '\(name)' has lost what this guest knows of it: \(Self.advice(acceptance))")
+            }
             if let expectedBytes, expectedBytes != found.pages * pageBytes {
                 throw QuireError(
                     .invalid, "the shared disk '\(name)' has \(Size.exact(found.pages * pageBytes)), not \(Size.exact(expectedBytes)): give its size, or none")
             }
             identity = found
         }
+
+        /// A guest is to come from elsewhere.
+        func checkArrival() throws(QuireError) {
+            guard known == .nothing else { return }
+            throw QuireError(.invalid, Self.isUnknown(name, acceptance))
+        }
+
+        public static func isUnknown(_ name: String, _ acceptance: String) -> String {
+            "nobody says whether the shared disk '\(name)' still has what this guest knows of it: \(advice(acceptance))"
+        }
+
+        private static func advice(_ acceptance: String) -> String {
+            "if the guest has nothing of it mounted or open, \(acceptance), and start it again"
+        }
         private static let patienceMilliseconds: UInt64 = 3000
+    }
+
+    /// Of a guest that comes from elsewhere: what it knows as the disk's content.
+    public enum Known: Sendable, Equatable, CustomStringConvertible {
+        /// Nobody says; or it does not come from elsewhere.
+        case nothing
+        /// The one of this id (`SharedDiskMessage`).
+        case content(UInt64)
+        /// It has nothing mounted, an operator says.
+        case anything
+
+        /// An id in hexadecimal digits, or `any`.
+        public init?(_ text: String) {
+            if text == "any" { self = .anything } else if let id = UInt64(text, radix: 16) { self = .content(id) } else { return nil }
+        }
+
+        public var description: String {
+            switch self {
+            case .nothing: ""
+            case .content(let id): String(id, radix: 16)
+            case .anything: "any"
+            }
+        }
     }
 
     public let byteCount: UInt64
@@ -58,6 +107,12 @@ public final class SharedDisk: BlockStorage {
     public let isReadOnly = false
     public let serial: String
     private let client: SharedDiskClient
+    private let name: String
+    private let notice: @Sendable (String) -> Void
+    /// It is what a guest that comes from elsewhere knows.
+    private let isKnown: Bool
+    /// The guest knows another disk, or may.
+    private let isForeign = Atomic<Bool>(false)
 
     /// `notice`: a line for the log, when quired goes away and comes back.
     public init(_ options: Options, notice: @escaping @Sendable (String) -> Void) throws(QuireError) {
@@ -66,12 +121,32 @@ public final class SharedDisk: BlockStorage {
         serial = String(options.name.prefix(20))
         byteCount = options.identity!.pages * pageBytes
         client = SharedDiskClient(path: options.path, options.hello, expected: options.identity, notice: notice)
+        name = options.name
+        self.notice = notice
+        isKnown = options.known == .anything || options.known == .content(options.identity!.id)
+    }
+
+    public func deviceStarted(_ start: DeviceStart) {
+        let arrives = start.frontEnd.flatMap { QEMUCommandLine.bringsMemory(process: $0) } ?? false
+        isForeign.store(arrives && !isKnown, ordering: .sequentiallyConsistent)
+        if arrives, !isKnown {
+            notice("the guest came from elsewhere and may know the shared disk '\(name)' with another content: every request is an I/O error")
+        }
+    }
+    public func deviceStopping() {}
+    public func loggingChanged(_ enabled: Bool) {}
+
+    private func check() throws(QuireError) {
+        guard !isForeign.load(ordering: .sequentiallyConsistent) else {
+            throw QuireError(.busy, "the shared disk '\(name)' is not the one that the guest knows")
+        }
     }
 
     /// Parts of a buffer that go at once, and the page that each begins with.
     private func forEachPart(
         _ offset: UInt64, _ buffer: GuestBuffer, _ body: (UInt64, GuestBuffer) throws(QuireError) -> Void
     ) throws(QuireError) {
+        try check()
         let size = SharedDiskMessage.windowPages * SharedDiskMessage.pageBytes
         for start in stride(from: 0, to: buffer.count, by: size) {
             try body((offset + UInt64(start)) / pageBytes, buffer.slice(from: start, count: size))
@@ -92,6 +167,7 @@ public final class SharedDisk: BlockStorage {
     public func flush() throws(QuireError) {}
 
     public func discard(at offset: UInt64, count: UInt64) throws(QuireError) {
+        try check()
         try client.flush(offset / pageBytes, count: count / pageBytes)
     }
 

@@ -240,10 +240,11 @@ public struct StatusReport: Sendable, Equatable, Codable {
         let name: String
         var group: String? = nil
         var attached: [String]? = nil
+        var content: String? = nil
         let tmem: Tmem
 
         init(_ report: StatusReport) { (name, tmem) = (report.name, report.tmem) }
-        init(_ disk: SharedDiskReport) { (name, group, attached, tmem) = (disk.name, disk.group, disk.attached, disk.tmem) }
+        init(_ disk: SharedDiskReport) { (name, group, attached, content, tmem) = (disk.name, disk.group, disk.attached, disk.content, disk.tmem) }
     }
 
     private static func array(_ entries: [any Encodable & Sendable]) -> String {

@@ -143,8 +143,11 @@ public struct Supervisor: ~Copyable {
                 },
             version: version)
         var configuration = configuration
+        if command.bringsMemory {
+            configuration.swap?.awaitsRestore = true
+            for disk in configuration.sharedDisks { try disk.checkArrival() }
+        }
         try configuration.askForSharedDisks()
-        if command.bringsMemory { configuration.swap?.awaitsRestore = true }
 
         let claim = try directory.claim(name)
         let result: Int32

@@ -91,9 +91,12 @@ public struct SharedDiskReport: Sendable, Equatable, Codable {
     public var group: String
     /// The VMs that have it, by name, as their backends say.
     public var attached: [String]
+    /// Names what is on it, in hexadecimal digits: a disk that has lost that has another one. Nil where quired does not say.
+    public var content: String?
     public var tmem: StatusReport.Tmem
 
-    public init(disk: String, group: String, attached: [String], tmem: StatusReport.Tmem) {
+    public init(disk: String, group: String, attached: [String], content: String? = nil, tmem: StatusReport.Tmem) {
+        self.content = content
         self.disk = disk
         self.group = group
         self.attached = attached

@@ -8,9 +8,10 @@ import Platform
 /// | operation     | what happens                                                                                    |
 /// | ------------- | ----------------------------------------------------------------------------------------------- |
 /// | prepare begin | the VM's backend is started; it listens when the hook returns. A failure here stops the start   |
-/// | restore begin | before *prepare*: a guest shall come from a saved image. Its swap disk waits for what was on it          |
+/// | restore begin | before *prepare*: a guest shall come from a saved image. Its swap disk waits for what was on it; its shared disks have to be those it knows |
 /// | migrate begin | before *prepare*, on the host that the guest comes to: refused with a swap or shared disk, which would stay behind |
 /// | start begin   | QEMU's user is known now: its group may connect                                                  |
+/// | started begin | what its shared disks have is noted in the domain, by another process (`Hypervisor.rememberDisks`) |
 /// | release end   | QEMU has gone: the backend is ended                                                               |
 ///
 /// A reset runs no hook, a restore from a saved image the same ones as a start. Domains without our mark are none of ours.
@@ -35,7 +36,10 @@ public struct Hook: Sendable {
         guard let mark = domain.mark else { return }
         switch (operation, subOperation) {
         case ("restore", "begin"):
-            if mark.swapBytes != nil { try directory.noteArrival(mark.name) }
+            if let disk = mark.sharedDisks.first(where: { $0.content == nil }), !directory.isAccepting(mark.name) {
+                throw QuireError(.invalid, "\(domain.name): \(SharedDisk.Options.isUnknown(disk.name, BackendService.acceptance(mark.name)))")
+            }
+            if mark.swapBytes != nil || !mark.sharedDisks.isEmpty { try directory.noteArrival(mark.name) }
         case ("migrate", "begin"):
             if let stays = mark.whatStays(domain.name) {
                 throw QuireError(.unsupported, "\(domain.name): its \(stays.what) would not come with it: \(stays.advice)")
@@ -44,6 +48,8 @@ public struct Hook: Sendable {
         case ("start", "begin"):
             guard let group = domain.qemuGroup, ProcessCalls.isRoot else { return }
             try directory.admit(group: group, to: mark.name)
+        // A start does not fail for want of that: a restore would.
+        case ("started", "begin"): if !mark.sharedDisks.isEmpty { try? rememberDisks(domain, mark) }
         case ("release", "end"): try end(domain, mark)
         default: break
         }
@@ -59,6 +65,7 @@ public struct Hook: Sendable {
                 .invalid, "\(domain.name): its sockets are in \(mark.sockets), but VMs of this host are in \(directory.base): \(again)")
         }
         if let obstacle = domain.obstacles.first { throw QuireError(.unsupported, "\(domain.name): \(obstacle)") }
+        let arrives = directory.takeArrival(mark.name), accepts = directory.takeAcceptance(mark.name)
         if directory.isRunning(mark.name) {
             // Of an earlier life, and left over: or a VM that is none of ours.
             guard let settings = try? BackendService.Settings.read(directory.settingsPath(mark.name)), settings.owner == domain.uuid
@@ -70,10 +77,12 @@ public struct Hook: Sendable {
         var settings = BackendService.Settings(owner: domain.uuid)
         settings.merges = mark.agent != nil
         settings.swapBytes = mark.swapBytes
-        settings.awaitsSwap = directory.takeArrival(mark.name)
+        settings.awaitsSwap = arrives
+        settings.acceptsDisks = accepts
         settings.group = mark.group
         settings.periodMilliseconds = mark.period
-        settings.sharedDisks = mark.sharedDisks
+        // A definition that somebody has made of a running domain's XML says nothing about a guest that begins.
+        settings.sharedDisks = mark.sharedDisks.map { .init(name: $0.name, byteCount: $0.byteCount, content: arrives ? $0.content : nil) }
         settings.isSingleThreadedTCG = domain.isEmulated && domain.processorCount == 1
         try directory.prepareService(mark.name)
         try settings.write(to: directory.settingsPath(mark.name))
@@ -89,8 +98,19 @@ public struct Hook: Sendable {
         let unit = "quire-backend@\(name).service"
         var child = try ChildProcess(["systemctl", "start", unit])
         guard child.wait() == .exited(0) else {
-            throw QuireError(.system, "its backend did not start: journalctl -u \(unit) says why")
+            throw QuireError(.system, "its backend did not start: \(lastWords(name) ?? "journalctl -u \(unit) says why")")
         }
+    }
+
+    /// libvirtd waits for the hook, so somebody else asks it to change the domain, when we are gone.
+    private func rememberDisks(_ domain: Domain, _ mark: Mark) throws(QuireError) {
+        let null = try Descriptor.open("/dev/null", O_RDONLY)
+        let log = try Descriptor.open(directory.logPath(mark.name), O_WRONLY | O_CREAT | O_APPEND | O_NOFOLLOW)
+        var options = ChildProcess.Options()
+        options.ownGroup = true
+        options.passing = [.init(from: null.raw, to: 0), .init(from: log.raw, to: 1), .init(from: log.raw, to: 2)]
+        options.variables = ["QUIRE_RUNTIME_DIR": directory.base]
+        _ = try ChildProcess([program, "libvirt", "remember-disks", "--", domain.name], options)
     }
 
     private static let readyWithin: Int32 = 15_000

@@ -1,4 +1,5 @@
 import CLibvirt
+import Host
 import Platform
 
 /// A connection to libvirtd, and what Quire asks of it. Every error is libvirt's own line behind what was tried.
@@ -105,9 +106,16 @@ import Platform
         }
 
         public borrowing func forgetLiveMetadata(_ namespace: String) throws(QuireError) {
-            guard unsafe clv_forget_metadata(domain, namespace, UInt32(VIR_DOMAIN_AFFECT_LIVE.rawValue)) == 0 else {
-                throw QuireError(.system, "cannot change the metadata of '\(name)': \(Hypervisor.error)")
-            }
+            try check(unsafe clv_set_metadata(domain, nil, nil, namespace, UInt32(VIR_DOMAIN_AFFECT_LIVE.rawValue)))
+        }
+
+        /// Of the running domain alone. `element`: without a prefix; libvirt gives it this one.
+        public borrowing func setLiveMetadata(_ element: String, prefix: String, _ namespace: String) throws(QuireError) {
+            try check(unsafe clv_set_metadata(domain, element, prefix, namespace, UInt32(VIR_DOMAIN_AFFECT_LIVE.rawValue)))
+        }
+
+        private borrowing func check(_ status: Int32) throws(QuireError) {
+            guard status == 0 else { throw QuireError(.system, "cannot change the metadata of '\(name)': \(Hypervisor.error)") }
         }
     }
 
@@ -169,6 +177,26 @@ extension Hypervisor {
             }
         }
         return Outcome(before: before, after: after, isActive: handle.isActive, hasSavedImage: handle.hasSavedImage)
+    }
+
+    /// Notes in a domain that has just started what its shared disks have: that goes into every saved image of it. An id never comes back,
+    /// so the note can say too little, never too much. The definition stays as it is.
+    public borrowing func rememberDisks(of name: String, in directory: RuntimeDirectory, tries: Int = 30) throws(QuireError) {
+        let handle = try domain(name)
+        for left in (0..<tries).reversed() where handle.isActive {
+            do throws(QuireError) {
+                let live = try Domain(handle.live())
+                guard var mark = live.mark, let settings = try? BackendService.Settings.read(directory.settingsPath(mark.name)),
+                    settings.owner == live.uuid, let disks = settings.sharedDisks, mark.sharedDisks != disks
+                else { return }
+                mark.sharedDisks = disks
+                return try handle.setLiveMetadata(mark.plainElement, prefix: Mark.prefix, Mark.namespace)
+            } catch {
+                // Its start, or somebody else's change, may not be over yet.
+                guard left > 0 else { throw error }
+                ProcessCalls.sleep(milliseconds: 1000)
+            }
+        }
     }
 
     public borrowing func disable(_ name: String, dryRun: Bool = false) throws(QuireError) -> Outcome {

@@ -22,7 +22,8 @@ public struct Mark: Sendable, Equatable {
     public var group = ""
     /// Milliseconds; nil: what the host's configuration says.
     public var period: UInt64?
-    /// Disks of quired's that it shares with others.
+    /// Disks of quired's that it shares with others. In a domain that runs, and so in its saved image, with the contents they had when
+    /// it started: in a definition without.
     public var sharedDisks: [BackendService.Settings.Disk] = []
 
     /// Elements that were made to hold ours: metadata, memoryBacking, commandline.
@@ -65,10 +66,14 @@ public struct Mark: Sendable, Equatable {
 
     // MARK: As XML
 
-    private static let qualified = "quire:vm"
+    static let prefix = "quire"
 
-    var element: String {
-        var text = "<\(Self.qualified) xmlns:quire=\"\(Self.namespace)\""
+    var element: String { "<\(Self.prefix):vm xmlns:\(Self.prefix)=\"\(Self.namespace)\"\(attributes)/>" }
+    /// As libvirt takes it where it gives it the namespace by itself.
+    var plainElement: String { "<vm\(attributes)/>" }
+
+    private var attributes: String {
+        var text = ""
         func attribute(_ name: String, _ value: String) {
             if !value.isEmpty { text += " \(name)=\"\(XMLText.escaped(value))\"" }
         }
@@ -80,13 +85,14 @@ public struct Mark: Sendable, Equatable {
         attribute("group", group)
         attribute("period-ms", period.map { "\($0)" } ?? "")
         attribute("disks", sharedDisks.map { disk in disk.name + (disk.byteCount.map { ":\($0)" } ?? "") }.joined(separator: " "))
+        attribute("contents", sharedDisks.compactMap { disk in disk.content.map { "\(disk.name):\(String($0, radix: 16))" } }.joined(separator: " "))
         attribute("created", created.sorted().joined(separator: " "))
         attribute("opened", opened.sorted().joined(separator: " "))
         attribute("added", added.sorted().joined(separator: " "))
         attribute("was-source", was["source"] ?? "")
         attribute("was-access", was["access"] ?? "")
         attribute("controllers", controllers.map { "\($0)" }.joined(separator: " "))
-        return text + "/>"
+        return text
     }
 
     static func find(_ xml: XMLText) -> XMLText.Element? {
@@ -117,6 +123,12 @@ public struct Mark: Sendable, Equatable {
             }
             mark.sharedDisks.append(.init(name: parts[0], byteCount: bytes))
         }
+        for word in words("contents") {
+            let parts = word.split(separator: ":").map(String.init)
+            guard parts.count == 2, let id = UInt64(parts[1], radix: 16), let index = mark.sharedDisks.firstIndex(where: { $0.name == parts[0] })
+            else { throw QuireError(.invalid, "Quire's note in <metadata> is damaged (contents '\(word)'): remove it and enable the domain again") }
+            mark.sharedDisks[index].content = id
+        }
         mark.created = Set(words("created"))
         mark.opened = Set(words("opened"))
         mark.added = Set(words("added"))
@@ -131,6 +143,7 @@ public struct Mark: Sendable, Equatable {
         func request(_ mark: Mark) -> Mark {
             var copy = mark
             (copy.created, copy.opened, copy.added, copy.was, copy.controllers) = ([], [], [], [:], [])
+            for index in copy.sharedDisks.indices { copy.sharedDisks[index].content = nil }
             return copy
         }
         return request(self) == request(other)

@@ -30,6 +30,7 @@ public final class SharedDisks: Sendable {
         public let pool: TmemPool
         /// Names the content: a store that begins anew has another one.
         let id: UInt64
+        public var content: String { String(id, radix: 16) }
 
         init(_ disk: Disk, _ store: Tmem) throws(QuireError) {
             self.disk = disk

@@ -19,7 +19,7 @@ extension Quire {
 
                 Exit status: 0 on success, 1 if something failed or can't work (one line a domain says what), 64 on wrong usage.
                 """,
-            subcommands: [Enable.self, Disable.self, List.self, Detach.self, Sweep.self, HookCommand.self])
+            subcommands: [Enable.self, Disable.self, List.self, Detach.self, AcceptDisks.self, Sweep.self, HookCommand.self, RememberDisks.self])
     }
 }
 
@@ -339,6 +339,41 @@ extension Quire.Libvirt {
                     ProcessCalls.sleep(milliseconds: 1000)
                 }
             }
+        }
+    }
+
+    struct AcceptDisks: ParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Lets a saved image come back where a shared disk has lost what was on it.",
+            discussion: """
+                A guest from a saved image is refused where a shared disk (--disk) is not the one that it knows: what it has mounted, or \
+                in its caches, goes with bytes that are gone, and it would read others. If it had nothing of the disk mounted or open, \
+                this lets its next start take the disks as they are. Once; virsh start or virsh restore follows.
+                """)
+
+        @Argument(help: ArgumentHelp("The VM, as the refusal calls it.", valueName: "vm"))
+        var vm: String
+
+        func run() throws {
+            try failing { () throws(QuireError) in
+                let directory = try RuntimeDirectory.standard()
+                guard !directory.isRunning(vm) else {
+                    throw QuireError(.busy, "the VM '\(vm)' runs: this is for a domain whose saved image is refused")
+                }
+                try directory.noteAcceptance(vm)
+            }
+            print("\(vm): its next start takes the shared disks as they are")
+        }
+    }
+
+    struct RememberDisks: ParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Notes in a running domain what its shared disks have: libvirt's hook starts it.", shouldDisplay: false)
+
+        @Argument var domain: String
+
+        func run() throws {
+            try failing { () throws(QuireError) in try Hypervisor().rememberDisks(of: domain, in: RuntimeDirectory.standard()) }
         }
     }
 

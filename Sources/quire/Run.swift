@@ -74,7 +74,7 @@ extension Quire {
 
         @Option(
             name: .customLong("shared-disk"),
-            help: ArgumentHelp("Attach a disk that VMs of the group share (quired --shared-disk); its serial number is its name. Repeatable.", valueName: "name[,size=SIZE]"))
+            help: ArgumentHelp("Attach a disk that VMs of the group share (quired --shared-disk); its serial number is its name. With -incoming or -loadvm also content=ID, what the guest knows of it ('quire tmem list --json' on the host it comes from), or content=any if it has nothing of it mounted. Repeatable.", valueName: "name[,size=SIZE]"))
         var sharedDisk: [String] = []
 
         @Flag(inversion: .prefixedNo, help: "Merge equal pages, for which an agent is loaded into QEMU, or load none (default: merge).")

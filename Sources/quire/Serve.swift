@@ -45,9 +45,15 @@ extension Quire {
                 var configuration = Supervisor.Configuration(backendPath: backend ?? Run.backendBesideUs(), arguments: [])
                 let source = VMConfiguration(name: name, file: file.config, arguments: arguments.compactMapValues { $0 }, isService: true)
                 try source.apply(source.resolve(), agent: settings.merges ? Run.agentBesideUs() : nil, to: &configuration)
-                try BackendService.run(name, settings, configuration, in: directory) {
-                    ServiceManager.notify("READY=1")
-                    if let raw = readyDescriptor { try? Descriptor.tell(raw, "ready") }
+                do throws(QuireError) {
+                    try BackendService.run(name, settings, configuration, in: directory) {
+                        ServiceManager.notify("READY=1")
+                        if let raw = readyDescriptor { try? Descriptor.tell(raw, "ready") }
+                    }
+                } catch {
+                    // The hook does not read the journal.
+                    if readyDescriptor == nil { directory.noteFailure(name, "\(error)") }
+                    throw error
                 }
             }
         }

@@ -32,7 +32,7 @@ extension Quire {
                 (off, active, frozen), reason, used_bytes, metadata_bytes, cap_bytes (0: no limit), and the array pools: \
                 name, kind, scope, pages, bytes, capacity_bytes, stored_bytes, ratio, puts, puts_failed, hits, misses, \
                 flushes, evictions. A page has 4096 bytes. Behind the VMs, where none is named, an object for each shared disk: \
-                name (shared:DISK), group, attached (the VMs that have it), tmem.
+                name (shared:DISK), group, attached (the VMs that have it), content (names what is on it), tmem.
 
                 States: active; paused (for now); refused (the guest's table); no-guest (no guest module has \
                 registered); starting; down (the backend is dead); unknown (its status cannot be read).

@@ -43,7 +43,7 @@ extension Quire {
                 discussion: """
                     Columns as in 'quire status'. With --json: an array of objects with name (of the VM) and tmem, as in \
                     'quire status --json', as of this moment; for a shared disk name is shared:DISK, group the share group \
-                    whose VMs may attach it, and attached the names of those that have it.
+                    whose VMs may attach it, attached the names of those that have it, and content an id of what is on it.
                     """)
 
             @Flag(help: "Prints JSON with exact numbers.")

@@ -75,6 +75,7 @@ struct VMConfiguration: Sendable {
                 name: disk.name, path: SharedDiskClient.path(besideStore: settings[Keys.Backend.store] ?? StoreLink.standardPath()))
             options.group = settings.value(Keys.Backend.group)
             options.expectedBytes = disk.byteCount
+            options.known = disk.content.flatMap { SharedDisk.Known($0) } ?? .nothing
             disks.append(options)
         }
         return disks

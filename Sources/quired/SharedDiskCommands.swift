@@ -36,7 +36,7 @@ struct SharedDiskCommands: Sendable {
             return SharedDiskReport.encode(
                 visible.map { shared in
                     SharedDiskReport(
-                        disk: shared.disk.name, group: shared.disk.group, attached: attached(shared.disk.name),
+                        disk: shared.disk.name, group: shared.disk.group, attached: attached(shared.disk.name), content: shared.content,
                         tmem: StatusReport.Tmem(Owner(shared: shared).snapshot))
                 })
         }

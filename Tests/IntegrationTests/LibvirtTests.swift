@@ -256,7 +256,11 @@ extension Integration {
             let definition = try host.write("web1.xml", host.definition("web1"))
             #expect(try host.refusal(["sh", "-c", "/run/programs/quire libvirt hook web1 migrate begin - < \(definition)"])
                 .contains("its shared disk 'scratch' would not come with it: umount it in the guest"))
-            for name in names { try host.virsh("destroy", name) }
+            // The control: without the note of it nobody knows what would stay behind.
+            try host.sh("sed 's/ disks=[^ ]*//' \(definition) | /run/programs/quire libvirt hook web1 migrate begin -")
+            try host.virsh("destroy", "web2")
+            try savedWithDisk(host, consoles[0].sh(sum), sum)
+            try host.virsh("destroy", "web1")
 
             // Of another size, or unknown: no QEMU.
             for (disk, said) in [("scratch,size=1G", "has 64M, not 1G"), ("none", "there is no shared disk 'none'")] {
@@ -266,6 +270,31 @@ extension Integration {
             }
             try host.quire("disable", "web1")
             #expect(try host.definition("web1") == before)
+        }
+
+        /// Web1 comes back from a saved image as long as its disk has what its guest knows of it, and not without an operator's word where
+        /// that was lost, or where nobody knows.
+        private func savedWithDisk(_ host: LibvirtHost, _ known: String, _ sum: String) throws {
+            try host.wait(for: "the note of what is on the disk") { try host.virsh("dumpxml", "web1").contains("contents=") }
+            #expect(try !host.definition("web1").contains("contents="))
+            try host.virsh("managedsave", "web1")
+            try host.virsh("start", "web1")
+            #expect(try host.console("web1").sh(sum) == known)
+            try host.virsh("managedsave", "web1")
+            try host.startStore(["--shared-disk", "scratch,size=64M"])
+            let advice = "if the guest has nothing of it mounted or open, type quire libvirt accept-disks web1, and start it again"
+            var refusal = try host.failure("start", "web1")
+            #expect(refusal.contains("web1: its backend did not start: the shared disk 'scratch' has lost what this guest knows of it: \(advice)"), "\(refusal)")
+            let image = "/run/web1.image.xml"
+            try host.sh("virsh managedsave-dumpxml web1 | sed 's/ contents=[^ ]*//' > \(image) && virsh -q managedsave-define web1 \(image)")
+            refusal = try host.failure("start", "web1")
+            #expect(refusal.contains("web1: nobody says whether the shared disk 'scratch' still has what this guest knows of it: \(advice)"), "\(refusal)")
+            #expect(Files.list(host.runtime.base) == [])
+            // And the control: somebody says so, and the guest reads other bytes.
+            #expect(try host.quire("accept-disks", "web1") == "web1: its next start takes the shared disks as they are\n")
+            try host.virsh("start", "web1")
+            #expect(try host.console("web1").sh(sum) != known)
+            #expect(try host.refusal(["/run/programs/quire", "libvirt", "accept-disks", "web1"]).contains("the VM 'web1' runs"))
         }
 
         /// libvirt takes no snapshot with memory inside of a disk's file of a domain that has a disk of ours, and says so. One in a file

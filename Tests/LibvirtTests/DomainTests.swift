@@ -163,6 +163,21 @@ import Testing
             let note = "<metadata><q:vm xmlns:q='urn:quire:libvirt:1' name='a' sockets='/s' disks='\(disks)'/></metadata>"
             #expect(message { try Domain(Self.domain(note)) }?.contains("damaged (disks '\(disks)')") == true)
         }
+        for contents in ["a", "a:", "a:x", "b:1", "a:1:2"] {
+            let note = "<metadata><q:vm xmlns:q='urn:quire:libvirt:1' name='a' sockets='/s' disks='a' contents='\(contents)'/></metadata>"
+            #expect(message { try Domain(Self.domain(note)) }?.contains("damaged (contents '\(contents)')") == true)
+        }
+    }
+
+    /// What a running domain's disks have is noted beside what was asked for, and asks for nothing by itself.
+    @Test func contentsOfDisks() throws {
+        var request = Self.request
+        request.sharedDisks = [.init(name: "scratch"), .init(name: "big.1", byteCount: 1 << 30)]
+        let enabled = try Domain(Domain(Self.domain()).enabled(request)).xml.text
+        let noted = try Domain(enabled.replacing(" created=", with: " contents=\"big.1:fedcba9876543210 scratch:1\" created="))
+        #expect(noted.mark?.sharedDisks == [.init(name: "scratch", content: 1), .init(name: "big.1", byteCount: 1 << 30, content: 0xfedc_ba98_7654_3210)])
+        #expect(try noted.enabled(request).bytes == noted.xml.bytes)
+        #expect(try noted.disabled().text == Self.domain())
     }
 
     @Test func limits() throws {

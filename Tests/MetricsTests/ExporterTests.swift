@@ -105,7 +105,7 @@ import Testing
         let quired = try Quired(["--shared-disk", "scratch,size=64M"])
         let disk = SharedDiskClient(
             path: SharedDiskClient.path(besideStore: quired.path), SharedDiskMessage.Hello(name: "scratch", group: "", token: 1, vm: "web1"))
-        _ = try disk.attach(patienceMilliseconds: 10_000)
+        let content = String(try disk.attach(patienceMilliseconds: 10_000).id, radix: 16)
         try disk.put(3, [UInt8](repeating: 7, count: 2 * 4096))
         _ = try disk.get(3, count: 1)
         let exporter = try exporter(store: quired.path)
@@ -115,7 +115,8 @@ import Testing
         }
         #expect(value("vms") == "1" && value("size_bytes") == "67108864" && value("bytes") == "8192")
         #expect(value("puts_total") == "2" && value("hits_total") == "1" && value("puts_failed_total") == "0" && value("limit_bytes") == "0")
-        #expect(try exporter.get("/api/v1/shared-disks").body.contains("\"attached\":[\"web1\"],\"disk\":\"scratch\""))
+        #expect(try exporter.get("/api/v1/shared-disks").body
+            .contains("\"attached\":[\"web1\"],\"content\":\"\(content)\",\"disk\":\"scratch\""))
         let variables = ["QUIRE_RUNTIME_DIR": vms.directory.base, "QUIRED_DIRECTORY": quired.folder.path]
         let (status, text) = try command([products + "quire", "status", "--json"], variables)
         #expect(status == 0 && text.contains("\"name\" : \"shared:scratch\"") && text.contains("\"web1\""), "\(text.suffix(2000))")

@@ -231,6 +231,7 @@ import Testing
             let name: String
             let group: String?
             let attached: [String]?
+            let content: String?
             let tmem: StatusReport.Tmem
         }
         func listed() throws -> Entry {
@@ -239,18 +240,28 @@ import Testing
             return try #require(all.last)
         }
         let one = Self.client(store, token: 1, vm: "one")
-        _ = try one.attach(patienceMilliseconds: 5000)
+        let content = String(try one.attach(patienceMilliseconds: 5000).id, radix: 16)
         let bytes = Self.pages(3, 64)
         try one.put(10, bytes)
         #expect(try one.get(9, count: 3) == [UInt8](repeating: 0, count: 4096) + bytes[..<8192])
         let found = try listed()
         let pool = try #require(found.tmem.pools.first)
-        #expect(found.group == "owner-\(ProcessCalls.ownUID)" && found.attached == ["one"])
+        #expect(found.group == "owner-\(ProcessCalls.ownUID)" && found.attached == ["one"] && found.content == content)
         #expect(pool.name == "scratch" && pool.scope == "shared" && pool.pages == 64 && pool.capacityBytes == 16 << 20)
         #expect(pool.storedBytes == 64 * 4096 && pool.ratio == 1 && pool.hits == 2 && pool.misses == 1 && pool.putsFailed == 0)
         #expect(try quire("status").text.contains("shared:scratch  scratch  persistent, shared"))
         #expect(try quire("tmem list shared:scratch").text.contains("attached by one"))
         #expect(try !quire("tmem list shared:scratch").text.contains("shared:other"))
+
+        // A guest that comes from elsewhere gets the disk that it knows.
+        func arrive(_ disk: String) throws -> String {
+            try quire("run --config /dev/null --no-merge --shared-disk \(disk) -- qemu-system-x86_64 -m 64M -display none -incoming defer").text
+        }
+        let advice = "if the guest has nothing of it mounted or open, give content=any, and start it again\n"
+        #expect(try arrive("scratch") == "quire: nobody says whether the shared disk 'scratch' still has what this guest knows of it: \(advice)")
+        #expect(try arrive("scratch,content=1") == "quire: the shared disk 'scratch' has lost what this guest knows of it: \(advice)")
+        // Which is not what keeps this one away.
+        #expect(try arrive("scratch,content=\(content),size=1M").contains("has 16M, not 1M"))
 
         // Persistent pages: nothing of this takes one away.
         #expect(try quire("tmem flush shared:scratch 1G").isDone)

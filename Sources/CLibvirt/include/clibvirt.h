@@ -31,7 +31,8 @@ int clv_is_active(virDomainPtr domain);
 int clv_is_persistent(virDomainPtr domain);
 int clv_has_saved_image(virDomainPtr domain);
 int clv_detach(virDomainPtr domain, const char *device_xml, unsigned flags);
-int clv_forget_metadata(virDomainPtr domain, const char *uri, unsigned flags);
+/* No element: takes the one of this namespace away. */
+int clv_set_metadata(virDomainPtr domain, const char *element, const char *prefix, const char *uri, unsigned flags);
 
 /* Events, on one thread: before the connection is opened, after it, and then again and again. */
 int clv_use_events(void);                                   /* 0, or -1 */
