@@ -104,7 +104,7 @@ install-files:
 	install -m 755 $(BIN)/quire $(BIN)/quire-backend $(BIN)/quired $(BIN)/quire-exporter $(DESTDIR)$(PREFIX)/bin/
 	install -m 755 $(AGENT) $(LIB)/quire/
 	$(PLACED) qemu-config/50-quire.json > $(SHARE)/qemu/vhost-user/50-quire.json
-	for unit in quired.service quire-backend@.service quire-exporter.service; do \
+	for unit in quired.service quire-backend@.service quire-exporter.service quire-sweep.service; do \
 		$(PLACED) packaging/systemd/$$unit > $(LIB)/systemd/system/$$unit || exit 1; done
 	install -m 644 packaging/sysctl.conf $(LIB)/sysctl.d/50-quire.conf
 	install -m 644 packaging/udev.rules $(LIB)/udev/rules.d/60-quire.rules

@@ -310,7 +310,7 @@ extension Quire.Libvirt {
 
         @OptionGroup var connection: Connection
 
-        @Flag(help: "Stay, and look again whenever a domain has stopped or is undefined, and when libvirtd comes back.")
+        @Flag(help: "Stay, and look again whenever a domain has stopped or is undefined, and when libvirtd comes back (quire-sweep.service does).")
         var follow = false
 
         private static let lookAgain: Int32 = 60_000
@@ -324,17 +324,22 @@ extension Quire.Libvirt {
             }
             guard follow else { return try failing { () throws(QuireError) in try sweep(Hypervisor(connection.connect)) } }
             var said = ""
+            // libvirtd may come any time later: that is no failure of ours.
+            ServiceManager.notify("READY=1\nSTATUS=Waiting for libvirtd")
             while true {
                 do throws(QuireError) {
                     let hypervisor = try Hypervisor.following(connection.connect)
                     said = ""
-                    ServiceManager.notify("READY=1")
+                    ServiceManager.notify("STATUS=Following libvirt's events")
                     while true {
                         try sweep(hypervisor)
                         try hypervisor.awaitChange(milliseconds: Self.lookAgain)
                     }
                 } catch {
-                    if error.description != said { writeStandardError("quire: \(error)") }
+                    if error.description != said {
+                        writeStandardError("quire: \(error)")
+                        ServiceManager.notify("STATUS=\(error)")
+                    }
                     said = error.description
                     ProcessCalls.sleep(milliseconds: 1000)
                 }

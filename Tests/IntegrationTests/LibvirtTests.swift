@@ -371,6 +371,15 @@ extension Integration {
             try host.sh("mv /run/hook \(hook)")
             try host.virsh("start", "--paused", "web1")
             #expect(host.runtime.isRunning("web1"))
+
+            // libvirtd is killed: who follows waits for the next one, says so once, and goes on as before.
+            try host.sh("mv \(hook) /run/hook")
+            try host.restartLibvirtd()
+            try host.wait(for: "the line") { host.log.contains("quire: libvirtd has gone: waiting for it\n") }
+            #expect(host.runtime.running() == ["web1"])
+            try host.virsh("destroy", "web1")
+            try waitUntil("the backend to be ended", within: 45, state: { host.log }) { Files.list(host.runtime.base) == [] }
+            #expect(host.log.occurrences(of: "libvirtd has gone") == 1 && host.log.occurrences(of: "cannot reach libvirt") <= 1, "\(host.log)")
         }
 
         /// One line each, and everything as it was.

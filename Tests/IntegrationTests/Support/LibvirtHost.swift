@@ -107,6 +107,26 @@ final class LibvirtHost {
         return text
     }
 
+    /// kill -9, and another one, as a service manager does it. What runs there goes on; whoever enters meanwhile needs somebody inside.
+    func restartLibvirtd() throws {
+        var holder = try ChildProcess(inside + ["sleep", "600"])
+        defer {
+            holder.signal(SIGKILL)
+            holder.wait()
+        }
+        try waitUntil("somebody inside") { Files.identity(of: "/proc/\(holder.pid)/root/run/libvirtd.pid") != nil }
+        process.signal(SIGKILL)
+        process.wait()
+        var options = ChildProcess.Options()
+        let log = try Descriptor.open(errors, O_RDWR | O_CREAT | O_APPEND)
+        let null = try Descriptor.open("/dev/null", O_RDONLY)
+        options.passing = [.init(from: null.raw, to: 0), .init(from: log.raw, to: 1), .init(from: log.raw, to: 2)]
+        options.ownGroup = true
+        options.parentDeathSignal = SIGTERM
+        process = try ChildProcess(["nsenter", "-t", "\(holder.pid)", "--mount", "/usr/sbin/libvirtd", "-p", "/run/libvirtd.pid"], options)
+        try waitUntil("libvirtd to serve again", state: { self.log }) { try Program.run(inside + ["virsh", "uri"]).status == 0 }
+    }
+
     /// quired; another one in place of the one that runs.
     func startStore(_ more: [String] = []) throws {
         store?.signal(SIGTERM)
@@ -205,4 +225,9 @@ extension Console {
         guard status == 0 else { throw Trouble("in the guest: \(command): status \(status): \(text)") }
         return text
     }
+}
+
+extension String {
+    /// How often a text occurs.
+    func occurrences(of text: String) -> Int { ranges(of: text).count }
 }
