@@ -349,7 +349,7 @@ extension Quire.Libvirt {
 
     struct AcceptDisks: ParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Lets a saved image come back where a shared disk has lost what was on it.",
+            commandName: "accept-disks", abstract: "Lets a saved image come back where a shared disk has lost what was on it.",
             discussion: """
                 A guest from a saved image is refused where a shared disk (--disk) is not the one that it knows: what it has mounted, or \
                 in its caches, goes with bytes that are gone, and it would read others. If it had nothing of the disk mounted or open, \
@@ -373,7 +373,7 @@ extension Quire.Libvirt {
 
     struct RememberDisks: ParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Notes in a running domain what its shared disks have: libvirt's hook starts it.", shouldDisplay: false)
+            commandName: "remember-disks", abstract: "Notes in a running domain what its shared disks have: libvirt's hook starts it.", shouldDisplay: false)
 
         @Argument var domain: String
 
