@@ -101,6 +101,10 @@ final class MergePass: CrewWork {
         var runs: [Range<GFN>] = []
         var hashes: [PageHash] = []
         var hashed = 0
+        // Recycled, and in use again already: they become `private` when the recycle engine sees it, and nobody writes them
+        // only to be seen by us.
+        let isRecycling = pages.map.registration != nil
+        var early: [Range<GFN>] = []
         let kept = pages.unmergeable.pages(in: batch)
         for range in batch {
             guard let region = memory.region(of: range.lowerBound) else { continue }
@@ -111,7 +115,11 @@ final class MergePass: CrewWork {
                     region.descriptor.raw, at: region.fileOffset(of: part.lowerBound), to: 0,
                     count: part.count * Int(pageBytes))
                 guard bytes == part.count * Int(pageBytes) else { continue }
-                for (index, gfn) in part.enumerated() where pages.map.state(of: gfn) == .private && !kept.contains(gfn) {
+                for (index, gfn) in part.enumerated() where !kept.contains(gfn) {
+                    guard pages.map.state(of: gfn) == .private else {
+                        if isRecycling, pages.map.state(of: gfn) == .hole, region.hasData(gfn) { early.append(page: gfn) }
+                        continue
+                    }
                     let hash = hasher.hash(buffer, at: index * Int(pageBytes))
                     hashed += 1
                     if hash == hasher.zero {
@@ -124,7 +132,10 @@ final class MergePass: CrewWork {
                 }
             }
         }
-        shared.withLock { $0.hashed += hashed }
+        shared.withLock { state in
+            state.hashed += hashed
+            for gfns in early { state.noteRipe(gfns) }
+        }
         var slots: [SlotRun] = []
         var failure: QuireError?
         if let store, !runs.isEmpty {
