@@ -9,9 +9,10 @@ import Synchronization
 /// So it may forget. It is a table of a fixed size, sets of 25 entries of 5 bytes (128 bytes, two cache lines that are fetched
 /// together); a content that comes when its set is full replaces the oldest. Before that, one is replaced that may go: of a content
 /// that was seen again and so has a slot now, or that proved to be wrong. Such an entry stays as long as there is room, for those who
-/// looked the content up before it had the slot and come here only now, and since two contents may have one tag. What never comes again ages out like that, and a guest whose contents flip can fill it with rubbish,
-/// but never make it larger or slower. Threads read and write it without a lock: an entry is two words, and losing or mixing
-/// some in a race loses hints.
+/// looked the content up before it had the slot and come here only now, and since two contents may have one tag. What never comes
+/// again ages out like that, and a guest whose contents flip can fill it with rubbish, but never make it larger or slower. Threads
+/// read and write it without a lock: an entry is two words, and losing or mixing some in a race loses hints; whoever reads one has to
+/// bear any bits.
 ///
 /// A page that is quiet is looked up once. So a content that is forgotten too early is not merged before it is written
 /// again, and the table has to hold what is seen once on a host that is full of guests: see `byteCount(forHost:)`.
@@ -78,7 +79,9 @@ package final class Candidates: Sendable {
         for way in 0..<Self.ways {
             let found = entry(set, way)
             guard found != 0 else { break }
-            guard found >> tagShift == tag, let seen = places.place(found & (goneBit - 1) - 1), seen != wrong else { continue }
+            // No place at all: somebody has written half of it by now.
+            let number = found & (goneBit - 1)
+            guard number != 0, found >> tagShift == tag, let seen = places.place(number - 1), seen != wrong else { continue }
             if seen == place {
                 isNoted = true
             } else if found & goneBit == 0 {
@@ -93,7 +96,7 @@ package final class Candidates: Sendable {
 
     /// Notes it, whatever else is remembered.
     package func note(_ hash: PageHash, at place: Place) {
-        guard let number = places.number(of: place) else { return }
+        let number = places.number(of: place)
         let set = set(hash)
         var target: Int?
         for way in 0..<Self.ways {
@@ -109,7 +112,7 @@ package final class Candidates: Sendable {
 
     /// What is remembered of `place` may go: its content has a slot, or it proved to be wrong.
     package func letGo(_ hash: PageHash, at place: Place) {
-        guard let number = places.number(of: place) else { return }
+        guard let number = places.known(place) else { return }
         let set = set(hash)
         let entry = tag(hash) << tagShift | number + 1
         for way in 0..<Self.ways where self.entry(set, way) == entry { return setEntry(set, way, entry | goneBit) }
@@ -126,7 +129,8 @@ package final class Candidates: Sendable {
     package func forget(machine: Int) { places.forget(machine) }
 }
 
-/// Numbers for the pages of all guests, in blocks of 64 MiB as they are asked for: a few bits less than VM and gfn have.
+/// Numbers for the pages of all guests, in blocks of 64 MiB as they are asked for: a few bits less than VM and gfn have. Where there is
+/// none left another block's becomes it, one after the other: nobody can keep them all.
 private final class Places: Sendable {
     private static let blockBits: UInt64 = 14
     private static let gfnMask: UInt64 = (1 << blockBits) - 1
@@ -135,6 +139,8 @@ private final class Places: Sendable {
         var numbers: [UInt64: UInt64] = [:]
         var free: [UInt64] = []
         var next: UInt64 = 0
+        /// Counts those that were taken from another block.
+        var taken: UInt64 = 0
     }
     private let blocks = Mutex(Blocks())
     private let limit: UInt64
@@ -148,18 +154,37 @@ private final class Places: Sendable {
         owners = try Mapping(anonymousByteCount: (8 * Int(self.limit) + 4095) & ~4095)
     }
 
-    /// Nil where there is none left.
-    func number(of place: Candidates.Place) -> UInt64? {
-        let owner = UInt64(place.machine) << Self.machineShift | place.gfn >> Self.blockBits
-        let block = blocks.withLock { blocks -> UInt64? in
+    private static func owner(_ place: Candidates.Place) -> UInt64 {
+        UInt64(place.machine) << machineShift | place.gfn >> blockBits
+    }
+
+    private static func number(_ block: UInt64, _ place: Candidates.Place) -> UInt64 { block << blockBits | place.gfn & gfnMask }
+
+    /// Nil where it has none.
+    func known(_ place: Candidates.Place) -> UInt64? {
+        blocks.withLock { $0.numbers[Self.owner(place)] }.map { Self.number($0, place) }
+    }
+
+    func number(of place: Candidates.Place) -> UInt64 {
+        let owner = Self.owner(place)
+        let block = blocks.withLock { blocks -> UInt64 in
             if let known = blocks.numbers[owner] { return known }
-            guard let new = blocks.free.popLast() ?? (blocks.next < limit ? blocks.next : nil) else { return nil }
-            if new == blocks.next { blocks.next += 1 }
+            let new: UInt64
+            if let free = blocks.free.popLast() {
+                new = free
+            } else if blocks.next < limit {
+                new = blocks.next
+                blocks.next += 1
+            } else {
+                new = blocks.taken % limit
+                blocks.taken += 1
+                blocks.numbers[owners.load64(8 * Int(new))] = nil
+            }
             blocks.numbers[owner] = new
             owners.store64(8 * Int(new), owner)
             return new
         }
-        return block.map { $0 << Self.blockBits | place.gfn & Self.gfnMask }
+        return Self.number(block, place)
     }
 
     func place(_ number: UInt64) -> Candidates.Place? {

@@ -86,10 +86,12 @@ struct CandidatesTests {
         candidates.forget(machine: 1)
         // Its numbers may name pages of another by now: hints like others, that nobody believes. None leads to who has ended.
         #expect(candidates.sight(Self.hash(0), at: new)?.machine != 1)
-        // Places beyond what there is room for are not remembered, and break nothing.
+        // One that has more places than there is room for takes others', and cannot keep them: who comes then is remembered.
         for block in UInt64(0)..<5000 { candidates.note(Self.hash(1), at: .init(machine: 3, gfn: block << 14)) }
         #expect(candidates.sight(Self.hash(2), at: .init(machine: 4, gfn: 0)) == nil)
-        #expect(candidates.sight(Self.hash(2), at: new) == nil)
-        #expect(candidates.sight(Self.hash(2), at: old) == new)
+        #expect(candidates.sight(Self.hash(2), at: new) == .init(machine: 4, gfn: 0))
+        // What is let go books nothing.
+        candidates.letGo(Self.hash(3), at: .init(machine: 5, gfn: 0))
+        #expect(candidates.sight(Self.hash(2), at: new) == .init(machine: 4, gfn: 0))
     }
 }
