@@ -127,7 +127,8 @@ public final class SharedDisk: BlockStorage, DeviceLifecycle {
     }
 
     public func deviceStarted(_ start: DeviceStart) {
-        let arrives = start.frontEnd.flatMap { QEMUCommandLine.bringsMemory(process: $0) } ?? false
+        // Where nobody can tell, what was found before holds.
+        guard let arrives = start.frontEnd.flatMap({ QEMUCommandLine.bringsMemory(process: $0) }) else { return }
         isForeign.store(arrives && !isKnown, ordering: .sequentiallyConsistent)
         if arrives, !isKnown {
             notice("the guest came from elsewhere and may know the shared disk '\(name)' with another content: every request is an I/O error")
