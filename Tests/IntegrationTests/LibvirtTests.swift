@@ -85,8 +85,8 @@ extension Integration {
                 try host.quire("enable", "--period", "500ms", name)
                 consoles.append(try host.start(name))
             }
-            for console in consoles {
-                try console.expectReady()
+            for (name, console) in zip(names, consoles) {
+                try host.expectReady(name, console)
                 try console.sh("insmod /lib/quire/quire.ko")
             }
             let loads = try consoles.map { try $0.start("quire-load share 32 25") }
@@ -239,7 +239,7 @@ extension Integration {
             }
             #expect(try host.quire("enable", "--no-merge", "--disk", "scratch,size=64M", "web1").contains("nothing to do"))
             let consoles = try names.map { try host.start($0) }
-            for console in consoles { try console.expectReady() }
+            for (name, console) in zip(names, consoles) { try host.expectReady(name, console) }
             let find = "d=$(for s in /sys/block/vd*; do [ \"$(cat $s/serial)\" = scratch ] && echo /dev/${s##*/}; done)"
             try consoles[0].sh("\(find); dd if=/dev/urandom of=$d bs=64k count=64 oflag=direct 2>/dev/null")
             let backend = host.status("web1").pid

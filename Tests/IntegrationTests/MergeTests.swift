@@ -24,7 +24,7 @@ final class Pair {
                     $0.boots = false
                 }, in: folder)
         }
-        for guest in guests { try guest.watched { try guest.console.expectReady() } }
+        for guest in guests { try guest.expectReady() }
     }
 
     private func arguments(_ command: String, _ guest: Guest) -> [String] {

@@ -98,7 +98,18 @@ final class Guest {
             process.wait()
             throw Trouble("\(error)\n--- stderr ---\n\((try? Files.read(errors)) ?? "")")
         }
-        if machine.boots { try watched { try console.expectReady() } }
+        if machine.boots { try expectReady() }
+    }
+
+    /// Waits until it has booted for the first time.
+    func expectReady() throws {
+        try watched {
+            try console.expectReady { [self] in
+                let registers = try qmp.command("human-monitor-command", ["command-line": .string("info registers -a")]).text ?? ""
+                try qmp.command("system_reset")
+                return registers
+            }
+        }
     }
 
     deinit { end() }

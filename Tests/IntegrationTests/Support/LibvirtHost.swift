@@ -214,8 +214,17 @@ final class LibvirtHost {
     /// Starts it; returns when its shell is ready.
     func boot(_ name: String) throws -> Console {
         let console = try start(name)
-        try console.expectReady()
+        try expectReady(name, console)
         return console
+    }
+
+    /// Waits until it has booted for the first time.
+    func expectReady(_ name: String, _ console: Console) throws {
+        try console.expectReady { [self] in
+            let registers = try virsh("qemu-monitor-command", name, "--hmp", "info registers -a")
+            try virsh("reset", name)
+            return registers
+        }
     }
 }
 
