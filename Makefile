@@ -90,17 +90,18 @@ bench-status: build
 
 install: build install-files
 
-# What is built already. Configuration goes to SYSCONFDIR, which for a PREFIX of /usr has to be /etc.
-SYSCONFDIR ?= $(if $(filter /usr,$(PREFIX)),/etc,$(PREFIX)/etc)
-PLACED = sed 's,@PREFIX@,$(PREFIX),g'
+# What is built already. For a host's own PREFIX the configuration goes to /etc, where Quire, and libvirt for its hooks, look for it.
+SYSCONFDIR ?= $(if $(filter /usr /usr/local,$(PREFIX)),/etc,$(PREFIX)/etc)
+PLACED = sed 's,@PREFIX@,$(PREFIX),g; s,/usr/\(bin\|lib\)/\(lib\)\?quire,$(PREFIX)/\1/\2quire,g'
 SHARE := $(DESTDIR)$(PREFIX)/share
 LIB := $(DESTDIR)$(PREFIX)/lib
+ZSH := $(SHARE)/zsh/$(if $(filter /usr,$(PREFIX)),vendor-completions,site-functions)
 
 install-files:
 	install -d $(DESTDIR)$(PREFIX)/bin $(LIB)/quire $(SHARE)/qemu/vhost-user $(SHARE)/doc/quire/examples \
 		$(LIB)/systemd/system $(LIB)/sysctl.d $(LIB)/udev/rules.d $(LIB)/sysusers.d $(LIB)/tmpfiles.d \
 		$(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d $(DESTDIR)$(SYSCONFDIR)/quire $(SHARE)/man/man1 $(SHARE)/bash-completion/completions \
-		$(SHARE)/zsh/vendor-completions $(SHARE)/fish/vendor_completions.d
+		$(ZSH) $(SHARE)/fish/vendor_completions.d
 	install -m 755 $(BIN)/quire $(BIN)/quire-backend $(BIN)/quired $(BIN)/quire-exporter $(DESTDIR)$(PREFIX)/bin/
 	install -m 755 $(AGENT) $(LIB)/quire/
 	$(PLACED) qemu-config/50-quire.json > $(SHARE)/qemu/vhost-user/50-quire.json
@@ -117,12 +118,14 @@ install-files:
 	@# What somebody has written there stays.
 	[ -e $(DESTDIR)$(SYSCONFDIR)/quire/quire.toml ] || install -m 644 build/quire.toml $(DESTDIR)$(SYSCONFDIR)/quire/quire.toml
 	install -m 644 build/quire.toml $(SHARE)/doc/quire/examples/quire.toml
-	install -m 644 qemu-config/domain.xml packaging/apparmor-libvirt-qemu packaging/selinux/quire.te packaging/selinux/quire.fc \
-		$(SHARE)/doc/quire/examples/
+	for example in qemu-config/domain.xml packaging/apparmor-libvirt-qemu packaging/selinux/quire.te packaging/selinux/quire.fc \
+		qemu-config/prometheus-alerts.yml qemu-config/grafana-dashboard.json; do \
+		$(PLACED) $$example > $(SHARE)/doc/quire/examples/$$(basename $$example) || exit 1; done
+	install -m 644 docs/operator.md docs/metrics.md docs/merge.md docs/tmem.md $(SHARE)/doc/quire/
 	for program in quire quire-backend quired quire-exporter; do \
 		scripts/manual $(BIN)/$$program > $(SHARE)/man/man1/$$program.1 && \
 		$(BIN)/$$program --generate-completion-script bash > $(SHARE)/bash-completion/completions/$$program && \
-		$(BIN)/$$program --generate-completion-script zsh > $(SHARE)/zsh/vendor-completions/_$$program && \
+		$(BIN)/$$program --generate-completion-script zsh > $(ZSH)/_$$program && \
 		$(BIN)/$$program --generate-completion-script fish > $(SHARE)/fish/vendor_completions.d/$$program.fish || exit 1; done
 
 deb: build

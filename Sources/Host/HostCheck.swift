@@ -189,12 +189,12 @@ public struct HostCheck: Sendable {
         guard exists("/etc/libvirt") else { return finding("libvirt", .ok, "libvirt is not installed: quire run is what starts VMs") }
         let hook = places.root + Self.hook
         guard Files.isExecutable(hook), let text = try? Files.read(hook) else {
-            return finding("libvirt", .problem, "libvirt has no hook \(Self.hook): domains that are enabled will not start", "install qemu-config/libvirt-hook there, executable; then systemctl reload libvirtd")
+            return finding("libvirt", .problem, "libvirt has no hook \(Self.hook): domains that are enabled will not start", "install the package quire again, or make install; then systemctl reload libvirtd")
         }
         let program = text.split(separator: "\n").last { $0.contains("libvirt hook") }?
             .split(separator: " ").first { $0.hasPrefix("/") }.map(String.init)
         guard let program, Files.isExecutable(program) else {
-            return finding("libvirt", .problem, "libvirt's hook \(Self.hook) runs \(program ?? "nothing"), which is not there", "correct the path in it")
+            return finding("libvirt", .problem, "libvirt's hook \(Self.hook) runs \(program ?? "nothing"), which is not there", "install the package quire again, or correct the path in it")
         }
         guard ["libvirt-sock", "virtqemud-sock"].contains(where: { exists("/run/libvirt/" + $0) }) else {
             return finding("libvirt", .note, "libvirt is installed and its hook is in place, but libvirtd does not run", "systemctl start libvirtd")
