@@ -76,7 +76,10 @@ static int list(virConnectPtr connection, unsigned flags, bool uuids, char ***te
 	return count;
 }
 
-int clv_names(virConnectPtr connection, char ***names) { return list(connection, 0, false, names); }
+int clv_names(virConnectPtr connection, bool persistent, char ***names)
+{
+	return list(connection, persistent ? VIR_CONNECT_LIST_DOMAINS_PERSISTENT : 0, false, names);
+}
 
 int clv_active_uuids(virConnectPtr connection, char ***uuids)
 {

@@ -23,7 +23,7 @@ public final class DataSink: Sendable {
             let count = isRegularFile ? bytes.count - done : min(bytes.count - done, 4096)
             let n = unsafe bytes.withUnsafeBytes { unsafe Glibc.write(file.raw, $0.baseAddress! + done, count) }
             if n < 0, errno == EINTR || errno == EAGAIN { continue }
-            guard n > 0 else { throw .system("cannot write what is saved") }
+            guard n > 0 else { throw .system("cannot write all of it") }
             done += n
         }
     }

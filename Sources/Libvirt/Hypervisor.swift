@@ -44,10 +44,10 @@ import Platform
         return unsafe String(cString: text)
     }
 
-    /// The names of all domains, running and defined, sorted.
-    public borrowing func names() throws(QuireError) -> [String] {
+    /// The names of all domains, running and defined, sorted; or only of those that have a definition.
+    public borrowing func names(defined: Bool = false) throws(QuireError) -> [String] {
         var list: UnsafeMutablePointer<UnsafeMutablePointer<CChar>?>?
-        let count = unsafe clv_names(connection, &list)
+        let count = unsafe clv_names(connection, defined, &list)
         return unsafe try Self.take(list, count).sorted()
     }
 
@@ -172,7 +172,9 @@ extension Hypervisor {
                     after = try definition(of: handle)
                 }
             } catch {
-                try? define(before.xml)
+                do throws(QuireError) { try define(before.xml) } catch let again {
+                    throw QuireError(.system, "\(error); and its definition could not be put back (\(again.description)): quire libvirt disable \(name)")
+                }
                 throw error
             }
         }

@@ -56,7 +56,7 @@ extension Quire.Libvirt {
             let failures = try failing { () throws(QuireError) in
                 let hypervisor = try Hypervisor(connection.connect)
                 var failures = 0
-                for name in all ? try hypervisor.names() : domains {
+                for name in all ? try hypervisor.names(defined: true) : domains {
                     do throws(QuireError) { try body(hypervisor, name) } catch {
                         writeStandardError("quire: \(error)")
                         failures += 1
@@ -73,7 +73,7 @@ extension Quire.Libvirt {
                 let input = try Descriptor.duplicate(of: 0).readAll(limit: 32 << 20)
                 let result = try body(Domain(XMLText(input)))
                 if dryRun { print(lineDifference(String(decoding: input, as: UTF8.self), result.text)) } else {
-                    print(result.text, terminator: "")
+                    try DataSink(Descriptor.duplicate(of: 1)).write(result.bytes)
                 }
             }
         }
@@ -102,7 +102,9 @@ extension Quire.Libvirt {
             transform: Self.disk)
         var disk: [BackendService.Settings.Disk] = []
 
-        @Option(help: ArgumentHelp("Share equal pages and disks with domains of this group (default: all of this host's).", valueName: "name"))
+        @Option(
+            help: ArgumentHelp("Share equal pages and disks with domains of this group (default: all of this host's).", valueName: "name"),
+            transform: Keys.Backend.group.argument)
         var group = ""
 
         @Option(
@@ -293,7 +295,9 @@ extension Quire.Libvirt {
 
         func run() throws {
             try failing { () throws(QuireError) in
-                try Hypervisor(connection.connect).detach(domain, in: RuntimeDirectory.standard())
+                let directory = try RuntimeDirectory.standard(), hypervisor = try Hypervisor(connection.connect)
+                let vm = try Domain(hypervisor.domain(domain).live()).mark?.name ?? domain
+                try ProgressBar.whileUnmerging(vm, in: directory) { () throws(QuireError) in try hypervisor.detach(domain, in: directory) }
             }
             print("\(domain): detached")
         }

@@ -32,6 +32,12 @@ extension Quire {
                 patienceMilliseconds: patienceMilliseconds)
         }
 
+        /// Bytes that a VM has on its swap disk.
+        fileprivate static func swapped(_ name: String) -> Double {
+            guard let directory = try? RuntimeDirectory.standard() else { return 0 }
+            return StatusReport.read(name, in: directory).tmem.pools.reduce(0) { $0 + Double($1.bytes) }
+        }
+
         fileprivate static func bytes(_ text: String) throws -> UInt64 {
             guard let bytes = Size.parse(text) else { throw ValidationError("'\(text)' is no size: give one such as 512M") }
             return bytes
@@ -166,7 +172,8 @@ extension Quire {
                     let path = isOther ? file : file + ".partial"
                     do throws(QuireError) {
                         let target = try Descriptor.open(path, O_WRONLY | O_CREAT | (isOther ? 0 : O_TRUNC), mode: 0o600)
-                        let pages = try Tmem.ask(.save, of: name, passing: [target.raw], patienceMilliseconds: -1)
+                        let raw = target.raw, all = Tmem.swapped(name)
+                        let pages = try ProgressBar.during("\(name): saving", { all > 0 && !isOther ? Double(lseek(raw, 0, SEEK_CUR)) / all : nil }) { () throws(QuireError) in try Tmem.ask(.save, of: name, passing: [raw], patienceMilliseconds: -1) }
                         if !isOther {
                             guard fsync(target.raw) == 0 else { throw .system("cannot write \(path)") }
                             guard unsafe rename(path, file) == 0 else { throw .system("cannot rename \(path) to \(file)") }
@@ -195,7 +202,11 @@ extension Quire {
                 let pages = try failing { () throws(QuireError) -> String in
                     guard file != "-" else { return try Tmem.ask(.restore, of: name, passing: [0], patienceMilliseconds: -1) }
                     let source = try Descriptor.open(file, O_RDONLY)
-                    return try Tmem.ask(.restore, of: name, passing: [source.raw], patienceMilliseconds: -1)
+                    let raw = source.raw, all = Double(try source.status().byteCount)
+                    // The backend reads on from where our descriptor stands.
+                    return try ProgressBar.during("\(name): restoring", { all > 0 ? Double(lseek(raw, 0, SEEK_CUR)) / all : nil }) {
+                        () throws(QuireError) in try Tmem.ask(.restore, of: name, passing: [raw], patienceMilliseconds: -1)
+                    }
                 }
                 writeStandardError("quire: \(pages) pages restored")
             }

@@ -17,7 +17,10 @@ extension Quire {
 
         func run() throws {
             try failing { () throws(QuireError) in
-                try CommandSocket.ask("unmerge", of: name, in: RuntimeDirectory.standard())
+                let directory = try RuntimeDirectory.standard()
+                try ProgressBar.whileUnmerging(name, in: directory) { () throws(QuireError) in
+                    try CommandSocket.ask("unmerge", of: name, in: directory)
+                }
             }
         }
     }

@@ -20,8 +20,8 @@ virConnectPtr clv_open(const char *uri);
 void clv_close(virConnectPtr connection);
 virDomainPtr clv_domain(virConnectPtr connection, const char *name);
 void clv_domain_free(virDomainPtr domain);
-/* The names of all domains, each for clv_free_text, in an array for clv_free_text; -1: an error. */
-int clv_names(virConnectPtr connection, char ***names);
+/* The names of all domains, or of those with a definition, each for clv_free_text, in an array for clv_free_text; -1: an error. */
+int clv_names(virConnectPtr connection, bool persistent, char ***names);
 /* The same: the UUIDs of those that run. */
 int clv_active_uuids(virConnectPtr connection, char ***uuids);
 char *clv_xml(virDomainPtr domain, unsigned flags);     /* for clv_free_text */
