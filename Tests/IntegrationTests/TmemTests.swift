@@ -104,7 +104,8 @@ extension Integration {
                 }
                 #expect(guest.isRunning)
                 #expect(try guest.sh("cat /tmp/hold; true").contains("WRONG") == false)
-                #expect(guest.status.tmem.reason.contains("no room"))
+                // The status page says what was up to a period ago.
+                try guest.wait(for: "the status to say why") { guest.status.tmem.reason.contains("no room") }
                 #expect(guest.stderr.contains("the swap disk has no room"))
                 // And it goes on swapping when there is room again.
                 try guest.sh("swapoff \(disk); swapon -d \(disk)", within: Effort.patience * 2)
