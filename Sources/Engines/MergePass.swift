@@ -116,9 +116,14 @@ final class MergePass: CrewWork {
                     count: part.count * Int(pageBytes))
                 guard bytes == part.count * Int(pageBytes) else { continue }
                 for (index, gfn) in part.enumerated() where !kept.contains(gfn) {
-                    guard pages.map.state(of: gfn) == .private else {
-                        if isRecycling, pages.map.state(of: gfn) == .hole, region.hasData(gfn) { early.append(page: gfn) }
-                        continue
+                    switch pages.map.state(of: gfn) {
+                    case .private: break
+                    case .hole where region.hasData(gfn):
+                        if isRecycling { early.append(page: gfn) }
+                        // Recycled before its module left: nobody else will see that it is in use again. (And if one registers just
+                        // now and it is recycled anew: `private` is true of a page without data, too.)
+                        guard !isRecycling, pages.map.move(gfn, from: .hole, to: .private) else { continue }
+                    default: continue
                     }
                     let hash = hasher.hash(buffer, at: index * Int(pageBytes))
                     hashed += 1

@@ -339,15 +339,26 @@ extension Integration {
                     try guest.console.expectReady()
                 }
                 try guest.sh("quire-load share 64 4 --seed 7 --threads 2", within: Guest.patience(for: 20))
+                // Without the module, what was recycled before the reset is merged like anything else.
+                #expect(guest.status.state == .noGuest)
+                let load = try holdZeros(guest)
+                try guest.console.send("")
+                #expect(try guest.console.finish(load, within: Guest.patience(for: 30)).status == 0)
                 try guest.expectQuietLog()
             }
         }
 
-        /// Pages that were merged when the guest freed them are recycled, and from then on stand in that figure alone.
-        private func recycleZeros(_ guest: Guest) throws {
+        /// A program that holds 100 MiB of zeros until it is sent a line; most of them are merged when this returns.
+        private func holdZeros(_ guest: Guest) throws -> Int {
             let load = try guest.console.start("quire-load hold 100 --zeros 1")
             try guest.console.expect("peak\n", within: Guest.patience(for: 10))
             try guest.wait(for: "zeros to be merged") { guest.status.merging.zeroPages > 20_000 }
+            return load
+        }
+
+        /// Pages that were merged when the guest freed them are recycled, and from then on stand in that figure alone.
+        private func recycleZeros(_ guest: Guest) throws {
+            let load = try holdZeros(guest)
             let before = guest.status.recycledTotalPages
             try guest.console.send("")
             let (text, status) = try guest.console.finish(load, within: Guest.patience(for: 30))
