@@ -68,10 +68,19 @@ struct ci_index {
 	struct stripe stripes[STRIPES];
 };
 
+/*
+ * Links are read at random, so in huge pages where the kernel has them: fewer misses of the TLB, fewer faults. Not the first ones: a
+ * small index stays small.
+ */
+#define SMALL_BYTES (2ull << 20)
+
 static void *sparse(uint64_t words)
 {
-	void *all = mmap(NULL, words * 4, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	return all == MAP_FAILED ? NULL : all;
+	uint64_t bytes = words * 4;
+	void *all = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (all == MAP_FAILED) return NULL;
+	if (bytes > SMALL_BYTES) madvise((char *)all + SMALL_BYTES, bytes - SMALL_BYTES, MADV_HUGEPAGE);
+	return all;
 }
 
 struct ci_index *ci_new(const uint64_t *hashes, uint64_t slots)

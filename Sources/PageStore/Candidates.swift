@@ -55,6 +55,8 @@ package final class Candidates: Sendable {
         sets = UInt64(max(1, byteCount / Self.setBytes))
         mapping = try Mapping(anonymousByteCount: Int(sets) * Self.setBytes)
         mapping.excludeFromDumps()
+        // It is filled at random: soon each small page would have been taken, too, one fault each.
+        mapping.preferHugePages()
         bytes = unsafe mapping.view(0, count: mapping.byteCount)
     }
 

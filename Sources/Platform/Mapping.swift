@@ -103,6 +103,9 @@ import CPlatform
 
     /// Never huge pages here: they would bring memory that nobody asked for.
     public borrowing func refuseHugePages() { _ = unsafe madvise(base, byteCount, MADV_NOHUGEPAGE) }
+    /// For tables that are read and written at random: fewer faults and fewer misses of the TLB. A kernel without them goes on
+    /// without.
+    public borrowing func preferHugePages() { _ = unsafe madvise(base, byteCount, MADV_HUGEPAGE) }
 
     /// Brings the memory of a range into being now, writable, whole pages: no access to it can fail later for lack of memory,
     /// and one call costs less than a fault a page. Linux before 5.14 does nothing.

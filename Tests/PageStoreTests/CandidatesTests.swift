@@ -1,6 +1,7 @@
 import PageContent
 import PageStore
 import Platform
+import Synchronization
 import TestSupport
 import Testing
 
@@ -93,5 +94,34 @@ struct CandidatesTests {
         // What is let go books nothing.
         candidates.letGo(Self.hash(3), at: .init(machine: 5, gfn: 0))
         #expect(candidates.sight(Self.hash(2), at: new) == .init(machine: 4, gfn: 0))
+    }
+
+    /// Threads meet in one set, so that one reads what another has written half of: what it makes of it is a place that is known, or
+    /// none.
+    @Test func halfAnEntryIsBorne() throws {
+        let sets = 1 << 16
+        let candidates = try Candidates(byteCount: 128 * sets, hostPages: Self.hostPages)
+        let now = Atomic(0)
+        @Sendable func hash(_ set: Int, _ number: Int) -> PageHash {
+            PageHash(low: 0, high: UInt64(set) << 48 | UInt64(truncatingIfNeeded: number) &* 0x9e37_79b9 & 0xfff_ffff)
+        }
+        // The writer goes ahead, the reader follows it from set to set.
+        let writer = try JoinableThread("writer") {
+            for set in 0..<sets {
+                now.store(set, ordering: .releasing)
+                for number in 0..<25 { candidates.note(hash(set, number), at: .init(machine: 1, gfn: 1 << 20)) }
+            }
+        }
+        for set in 0..<sets {
+            while now.load(ordering: .acquiring) < set {}
+            for number in 0..<8 {
+                guard let seen = candidates.sight(hash(set, 100 + number), at: .init(machine: 2, gfn: 1 << 20)) else { continue }
+                guard (1...2).contains(seen.machine), seen.gfn == 1 << 20 else {
+                    Issue.record("\(seen)")
+                    break
+                }
+            }
+        }
+        writer.join()
     }
 }
