@@ -46,11 +46,7 @@ public struct HostCheck: Sendable {
         [userfaultfd(), tracking(), mappings(), kvm(), hugePages(), kernelMerging(), runtime(), backend(), agent(), store(), qemu(), libvirt()]
     }
 
-    public static func json(_ findings: [Finding]) -> String {
-        let encoder = JSONEncoder()
-        encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
-        return String(decoding: (try? encoder.encode(findings)) ?? Data(), as: UTF8.self)
-    }
+    public static func json(_ findings: [Finding]) -> String { jsonText(findings) }
 
     private func read(_ path: String) -> String? {
         guard let text = try? Files.read(places.root + path, limit: 65536) else { return nil }

@@ -8,7 +8,7 @@ extension Hypervisor {
         /// In `quire status`.
         public let vm: String
         /// The domain's UUID.
-        let owner: String
+        public let owner: String
         let pid: Int32
     }
 

@@ -1,6 +1,5 @@
 import ArgumentParser
 import Configuration
-import FoundationEssentials
 import Host
 import Platform
 
@@ -22,7 +21,8 @@ extension Quire.Config {
         static let configuration = CommandConfiguration(
             commandName: "check", abstract: "Says what is wrong in a configuration: all of it.",
             discussion: """
-                With --json: an array of objects with file, line (0 where there is none), key, text.
+                With --json: an array of objects with file, line (0 where there is none), key (empty where the file can't be read), \
+                text.
 
                 Exit status: 0 if nothing is wrong, 1 otherwise.
                 """)
@@ -42,8 +42,13 @@ extension Quire.Config {
 
         func run() throws {
             let path = file ?? ConfigurationFile.standardPath
-            let checked = try failing { () throws(QuireError) in
-                file == nil && !Files.exists(path) ? ConfigurationFile(path: path, text: "") : try ConfigurationFile.look(at: path)
+            let checked = try failing { () throws(QuireError) -> ConfigurationFile in
+                do throws(QuireError) {
+                    return file == nil && !Files.exists(path) ? ConfigurationFile(path: path, text: "") : try ConfigurationFile.look(at: path)
+                } catch {
+                    if json { print(jsonText([Row(file: path, line: 0, key: "", text: "\(error)")])) }
+                    throw error
+                }
             }
             if json {
                 print(jsonText(checked.findings.map { Row(file: path, line: $0.line ?? 0, key: $0.key, text: $0.text) }))
@@ -129,19 +134,23 @@ extension Quire.Config {
         @Option(help: ArgumentHelp("quired's socket (default: as for quire run).", valueName: "path"))
         var store: String?
 
+        @OptionGroup var answer: AnswerOption
+
         /// Long enough for a backend that is just being replaced.
         private static let patienceMilliseconds: Int32 = 90_000
 
         func run() throws {
-            let directory = try failing { () throws(QuireError) in try RuntimeDirectory.standard() }
-            var hasFailed = false
+            var answers = Answers("config reload", json: answer.json)
+            let directory: RuntimeDirectory
+            do throws(QuireError) { directory = try RuntimeDirectory.standard() } catch {
+                answers.fail(names, error)
+                return try answers.end()
+            }
             func ask(_ name: String, _ path: String, _ who: String) {
-                do throws(QuireError) {
-                    let answer = try CommandSocket.ask("reload", at: path, name, who, patienceMilliseconds: Self.patienceMilliseconds)
-                    for line in answer.isEmpty ? ["nothing changed"] : answer.split(separator: "\n") { print("\(name): \(line)") }
-                } catch {
-                    writeStandardError("quire: \(error)")
-                    hasFailed = true
+                answers.about(name) { answer throws(QuireError) in
+                    let said = try CommandSocket.ask("reload", at: path, name, who, patienceMilliseconds: Self.patienceMilliseconds)
+                    answer.result = said.isEmpty ? .unchanged : .done
+                    answer.notes = said.isEmpty ? ["nothing changed"] : said.split(separator: "\n").map(String.init)
                 }
             }
             if names.isEmpty {
@@ -151,13 +160,12 @@ extension Quire.Config {
             }
             for name in names.isEmpty ? directory.running() : names {
                 guard directory.isRunning(name) else {
-                    writeStandardError("quire: no VM '\(name)' is running: quire status lists those that are")
-                    hasFailed = true
+                    answers.fail([name], QuireError(.invalid, "no VM '\(name)' is running: quire status lists those that are"))
                     continue
                 }
                 ask(name, directory.supervisorPath(name), "the supervisor of '\(name)'")
             }
-            if hasFailed { throw ExitCode(1) }
+            try answers.end()
         }
     }
 
@@ -167,10 +175,4 @@ extension Quire.Config {
 
         func run() throws { print(Template.text, terminator: "") }
     }
-}
-
-private func jsonText(_ rows: some Encodable) -> String {
-    let encoder = JSONEncoder()
-    encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
-    return (try? encoder.encode(rows)).map { String(decoding: $0, as: UTF8.self) } ?? "[]"
 }

@@ -1,6 +1,5 @@
 import ArgumentParser
 import Configuration
-import FoundationEssentials
 import Glibc
 import Host
 import Libvirt
@@ -45,26 +44,43 @@ extension Quire.Libvirt {
         @Flag(help: "Read a domain's XML from stdin and write the changed one to stdout, without libvirt.")
         var xml = false
 
+        @OptionGroup var answer: AnswerOption
+
         func validate() throws {
+            guard !(xml && answer.json) else { throw ValidationError("--json and --xml both write to stdout: give one") }
             guard [xml, all, !domains.isEmpty].count(where: { $0 }) == 1 else {
                 throw ValidationError("name one or more domains, or use --all, or --xml with a domain's XML on stdin")
             }
         }
 
         /// Does it for each; a domain that fails does not keep others from it.
-        func forEach(_ body: (borrowing Hypervisor, String) throws(QuireError) -> Void) throws {
-            let failures = try failing { () throws(QuireError) in
+        func forEach(_ command: String, _ body: (borrowing Hypervisor, inout CommandAnswer) throws(QuireError) -> Void) throws {
+            var answers = Answers(command, json: answer.json)
+            do throws(QuireError) {
                 let hypervisor = try Hypervisor(connection.connect)
-                var failures = 0
                 for name in all ? try hypervisor.names(defined: true) : domains {
-                    do throws(QuireError) { try body(hypervisor, name) } catch {
-                        writeStandardError("quire: \(error)")
-                        failures += 1
-                    }
+                    answers.about(name) { answer throws(QuireError) in try body(hypervisor, &answer) }
                 }
-                return failures
+            } catch { answers.fail(domains, error) }
+            try answers.end()
+        }
+
+        /// Says what came of one.
+        func tell(_ outcome: Hypervisor.Outcome, _ done: String, _ unchanged: String, _ answer: inout CommandAnswer) {
+            guard outcome.hasChanged else {
+                answer.result = .unchanged
+                answer.notes = ["\(unchanged), nothing to do"]
+                return
             }
-            if failures > 0 { throw ExitCode(1) }
+            answer.takesEffect = outcome.effect
+            if dryRun {
+                let difference = lineDifference(outcome.before.xml.text, outcome.after.xml.text)
+                answer.result = .planned
+                answer.difference = difference
+                if !self.answer.json { print(difference) }
+            } else {
+                answer.notes = ["\(done), \(outcome.when)"]
+            }
         }
 
         /// stdin to stdout.
@@ -165,15 +181,10 @@ extension Quire.Libvirt {
                 }
                 return
             }
-            try targets.forEach { hypervisor, name throws(QuireError) in
-                let outcome = try hypervisor.enable(name, request, dryRun: targets.dryRun)
-                guard outcome.hasChanged else { return print("\(name): enabled already, nothing to do") }
-                if targets.dryRun {
-                    print(lineDifference(outcome.before.xml.text, outcome.after.xml.text))
-                } else {
-                    print("\(name): enabled, \(outcome.when)")
-                }
-                for limit in outcome.after.limits { print("\(name): \(limit)") }
+            try targets.forEach("libvirt enable") { hypervisor, answer throws(QuireError) in
+                let outcome = try hypervisor.enable(answer.name, request, dryRun: targets.dryRun)
+                targets.tell(outcome, "enabled", "enabled already", &answer)
+                if outcome.hasChanged { answer.notes += outcome.after.limits }
             }
         }
     }
@@ -187,14 +198,8 @@ extension Quire.Libvirt {
 
         func run() throws {
             if targets.xml { return try targets.filter { domain throws(QuireError) in try domain.disabled() } }
-            try targets.forEach { hypervisor, name throws(QuireError) in
-                let outcome = try hypervisor.disable(name, dryRun: targets.dryRun)
-                guard outcome.hasChanged else { return print("\(name): not enabled, nothing to do") }
-                if targets.dryRun {
-                    print(lineDifference(outcome.before.xml.text, outcome.after.xml.text))
-                } else {
-                    print("\(name): disabled, \(outcome.when)")
-                }
+            try targets.forEach("libvirt disable") { hypervisor, answer throws(QuireError) in
+                targets.tell(try hypervisor.disable(answer.name, dryRun: targets.dryRun), "disabled", "not enabled", &answer)
             }
         }
     }
@@ -207,7 +212,8 @@ extension Quire.Libvirt {
                 differ it needs a power cycle. VM is its name in 'quire status'.
 
                 With --json: an array of objects with name, enabled, running, running_with_quire, vm, merging, swap_bytes, \
-                shared_disks (names), group.
+                shared_disks (names), group, leftover (the domain does not run, and its backend does: 'quire libvirt sweep' ends it). \
+                A backend that is left over from a domain that libvirt does not know has an object with an empty name.
                 """)
 
         @OptionGroup var connection: Connection
@@ -225,8 +231,9 @@ extension Quire.Libvirt {
             var swapBytes: UInt64 = 0
             var sharedDisks: [String] = []
             var group = ""
+            var leftover = false
             enum CodingKeys: String, CodingKey {
-                case name, enabled, running, vm, merging, group
+                case name, enabled, running, vm, merging, group, leftover
                 case runningWithQuire = "running_with_quire"
                 case swapBytes = "swap_bytes"
                 case sharedDisks = "shared_disks"
@@ -236,17 +243,18 @@ extension Quire.Libvirt {
         func run() throws {
             let (rows, leftovers) = try failing { () throws(QuireError) in
                 let hypervisor = try Hypervisor(connection.connect)
-                var rows: [Row] = []
+                var rows: [Row] = [], places: [String: Int] = [:]
                 for name in try hypervisor.names() {
                     // It may have been undefined meanwhile.
                     guard let handle = try? hypervisor.domain(name) else { continue }
                     var row = Row(name: name)
                     row.running = handle.isActive
-                    let defined = handle.isPersistent ? try Domain(handle.definition()).mark : nil
-                    let live = row.running ? try Domain(handle.live()).mark : nil
-                    row.enabled = defined != nil
-                    row.runningWithQuire = live != nil
-                    if let mark = live ?? defined {
+                    let defined = handle.isPersistent ? try Domain(handle.definition()) : nil
+                    let live = row.running ? try Domain(handle.live()) : nil
+                    row.enabled = defined?.mark != nil
+                    row.runningWithQuire = live?.mark != nil
+                    if let uuid = (live ?? defined)?.uuid { places[uuid] = rows.count }
+                    if let mark = live?.mark ?? defined?.mark {
                         row.vm = mark.name
                         row.merging = mark.agent != nil
                         row.swapBytes = mark.swapBytes ?? 0
@@ -255,14 +263,17 @@ extension Quire.Libvirt {
                     }
                     rows.append(row)
                 }
-                return (rows, try hypervisor.leftovers(in: RuntimeDirectory.standard()))
+                let leftovers = try hypervisor.leftovers(in: RuntimeDirectory.standard())
+                guard json else { return (rows, leftovers) }
+                for leftover in leftovers {
+                    var row = places[leftover.owner].map { rows[$0] } ?? Row(name: "")
+                    row.vm = leftover.vm
+                    row.leftover = true
+                    if let place = places[leftover.owner] { rows[place] = row } else { rows.append(row) }
+                }
+                return (rows, leftovers)
             }
-            if json {
-                let encoder = JSONEncoder()
-                encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
-                print(String(decoding: try encoder.encode(rows), as: UTF8.self))
-                return
-            }
+            if json { return print(jsonText(rows)) }
             let cells = [["DOMAIN", "DEFINED", "RUNS", "VM", "SWAP", "DISKS", "GROUP"]] + rows.map { row in
                 [
                     row.name, row.enabled ? "with Quire" : "without",
@@ -293,13 +304,15 @@ extension Quire.Libvirt {
         @Argument(help: ArgumentHelp("The domain.", valueName: "domain"))
         var domain: String
 
+        @OptionGroup var answer: AnswerOption
+
         func run() throws {
-            try failing { () throws(QuireError) in
+            try answer.about(domain, "libvirt detach") { answer throws(QuireError) in
                 let directory = try RuntimeDirectory.standard(), hypervisor = try Hypervisor(connection.connect)
                 let vm = try Domain(hypervisor.domain(domain).live()).mark?.name ?? domain
                 try ProgressBar.whileUnmerging(vm, in: directory) { () throws(QuireError) in try hypervisor.detach(domain, in: directory) }
+                answer.notes = ["detached"]
             }
-            print("\(domain): detached")
         }
     }
 
@@ -310,6 +323,8 @@ extension Quire.Libvirt {
                 libvirt's hook ends a domain's backend with the domain, also where QEMU crashed. One is left over if the hook was away, \
                 or failed; it holds memory until its domain starts again. 'quire libvirt list' shows those. A backend that a QEMU is \
                 connected to is left alone.
+
+                With --json and --follow: an array whenever something was ended.
                 """)
 
         @OptionGroup var connection: Connection
@@ -317,16 +332,28 @@ extension Quire.Libvirt {
         @Flag(help: "Stay, and look again whenever a domain has stopped or is undefined, and when libvirtd comes back (quire-sweep.service does).")
         var follow = false
 
+        @OptionGroup var answer: AnswerOption
+
         private static let lookAgain: Int32 = 60_000
 
-        func run() throws {
-            let directory = try failing { () throws(QuireError) in try RuntimeDirectory.standard() }
-            func sweep(_ hypervisor: borrowing Hypervisor) throws(QuireError) {
-                for vm in try hypervisor.sweep(in: directory) { print("\(vm): its domain does not run: ended its backend") }
-                // At once, also into a file.
-                fflush(nil)
+        /// What it has ended.
+        private func sweep(_ hypervisor: borrowing Hypervisor, _ directory: RuntimeDirectory) throws(QuireError) -> Answers {
+            var answers = Answers("libvirt sweep", json: answer.json)
+            for vm in try hypervisor.sweep(in: directory) {
+                answers.about(vm) { answer in answer.notes = ["its domain does not run: ended its backend"] }
             }
-            guard follow else { return try failing { () throws(QuireError) in try sweep(Hypervisor(connection.connect)) } }
+            return answers
+        }
+
+        private func sweepOnce() throws {
+            var answers = Answers("libvirt sweep", json: answer.json)
+            do throws(QuireError) { answers = try sweep(Hypervisor(connection.connect), RuntimeDirectory.standard()) } catch { answers.fail([], error) }
+            try answers.end()
+        }
+
+        func run() throws {
+            guard follow else { return try sweepOnce() }
+            let directory = try failing { () throws(QuireError) in try RuntimeDirectory.standard() }
             var said = ""
             // libvirtd may come any time later: that is no failure of ours.
             ServiceManager.notify("READY=1\nSTATUS=Waiting for libvirtd")
@@ -336,7 +363,10 @@ extension Quire.Libvirt {
                     said = ""
                     ServiceManager.notify("STATUS=Following libvirt's events")
                     while true {
-                        try sweep(hypervisor)
+                        let answers = try sweep(hypervisor, directory)
+                        if !answers.all.isEmpty { answers.show() }
+                        // At once, also into a file.
+                        fflush(nil)
                         try hypervisor.awaitChange(milliseconds: Self.lookAgain)
                     }
                 } catch {
@@ -363,15 +393,18 @@ extension Quire.Libvirt {
         @Argument(help: ArgumentHelp("The VM, as the refusal calls it.", valueName: "vm"))
         var vm: String
 
+        @OptionGroup var answer: AnswerOption
+
         func run() throws {
-            try failing { () throws(QuireError) in
+            try answer.about(vm, "libvirt accept-disks") { answer throws(QuireError) in
                 let directory = try RuntimeDirectory.standard()
                 guard !directory.isRunning(vm) else {
                     throw QuireError(.busy, "the VM '\(vm)' runs: this is for a domain whose saved image is refused")
                 }
                 try directory.noteAcceptance(vm)
+                answer.notes = ["its next start takes the shared disks as they are"]
+                answer.takesEffect = .nextStart
             }
-            print("\(vm): its next start takes the shared disks as they are")
         }
     }
 
@@ -410,10 +443,14 @@ extension Quire.Libvirt {
 }
 
 extension Hypervisor.Outcome {
+    var effect: CommandAnswer.Effect { isActive ? .powerCycle : hasSavedImage ? .savedImage : .nextStart }
+
     /// When the change takes effect.
     var when: String {
-        if isActive { return "when it is powered off and started again (a reboot is not enough)" }
-        if hasSavedImage { return "but its saved image starts it as it was: start it and power it off once, or virsh managedsave-remove" }
-        return "from its next start on"
+        switch effect {
+        case .powerCycle: "when it is powered off and started again (a reboot is not enough)"
+        case .savedImage: "but its saved image starts it as it was: start it and power it off once, or virsh managedsave-remove"
+        case .nextStart: "from its next start on"
+        }
     }
 }

@@ -105,13 +105,15 @@ extension Quire {
                 commandName: "freeze", abstract: "Takes no new pages into a VM's ephemeral pools, until thaw.",
                 discussion: "What is there stays. Swap disks and shared disks are persistent, and go on as before.")
             @Argument(help: ArgumentHelp("The VM, or shared:DISK.", valueName: "name")) var name: String
-            func run() throws { _ = try failing { () throws(QuireError) in try Tmem.ask(.freeze, of: name) } }
+            @OptionGroup var answer: AnswerOption
+            func run() throws { try answer.about(name, "tmem freeze") { _ throws(QuireError) in try Tmem.ask(.freeze, of: name) } }
         }
 
         struct Thaw: ParsableCommand {
             static let configuration = CommandConfiguration(commandName: "thaw", abstract: "Takes new pages again, after freeze.")
             @Argument(help: ArgumentHelp("The VM, or shared:DISK.", valueName: "name")) var name: String
-            func run() throws { _ = try failing { () throws(QuireError) in try Tmem.ask(.thaw, of: name) } }
+            @OptionGroup var answer: AnswerOption
+            func run() throws { try answer.about(name, "tmem thaw") { _ throws(QuireError) in try Tmem.ask(.thaw, of: name) } }
         }
 
         struct Flush: ParsableCommand {
@@ -120,9 +122,13 @@ extension Quire {
                 discussion: "Says how much it was: less where there is no more. Persistent pages, swapped ones and those of shared disks, stay.")
             @Argument(help: ArgumentHelp("The VM, or shared:DISK.", valueName: "name")) var name: String
             @Argument(help: ArgumentHelp("How much: 512M.", valueName: "size"), transform: Tmem.bytes) var size: UInt64
+            @OptionGroup var answer: AnswerOption
             func run() throws {
-                let answer = try failing { () throws(QuireError) in try Tmem.ask(.flush(size), of: name) }
-                print("\(Size.text(UInt64(answer) ?? 0)) given back")
+                try answer.about(name, "tmem flush") { said throws(QuireError) in
+                    let bytes = UInt64(try Tmem.ask(.flush(size), of: name)) ?? 0
+                    said.bytes = bytes
+                    if !answer.json { print("\(Size.text(bytes)) given back") }
+                }
             }
         }
 
@@ -133,7 +139,8 @@ extension Quire {
             @Argument(help: ArgumentHelp("The VM, or shared:DISK.", valueName: "name")) var name: String
             @Argument(help: ArgumentHelp("The pool, as in 'quire tmem list'.", valueName: "pool")) var pool: String
             @Argument(help: ArgumentHelp("From 1.", valueName: "n")) var weight: UInt32
-            func run() throws { _ = try failing { () throws(QuireError) in try Tmem.ask(.weight(pool: pool, weight), of: name) } }
+            @OptionGroup var answer: AnswerOption
+            func run() throws { try answer.about(name, "tmem weight") { _ throws(QuireError) in try Tmem.ask(.weight(pool: pool, weight), of: name) } }
         }
 
         struct Cap: ParsableCommand {
@@ -148,7 +155,8 @@ extension Quire {
             @Argument(help: ArgumentHelp("512M, or none.", valueName: "size"), transform: { $0 == "none" ? nil : try Tmem.bytes($0) })
             var size: UInt64?
             @Option(help: ArgumentHelp("One pool, as in 'quire tmem list'.", valueName: "pool")) var pool: String?
-            func run() throws { _ = try failing { () throws(QuireError) in try Tmem.ask(.cap(pool: pool, size), of: name) } }
+            @OptionGroup var answer: AnswerOption
+            func run() throws { try answer.about(name, "tmem cap") { _ throws(QuireError) in try Tmem.ask(.cap(pool: pool, size), of: name) } }
         }
 
         struct Save: ParsableCommand {
@@ -164,27 +172,41 @@ extension Quire {
             @Argument(help: ArgumentHelp("The VM.", valueName: "name")) var name: String
             @Argument(help: ArgumentHelp("The file, or -.", valueName: "file")) var file: String
 
+            @OptionGroup var answer: AnswerOption
+
+            func validate() throws {
+                guard !answer.json || file != "-" else { throw ValidationError("--json and FILE - both write to stdout: name a file") }
+            }
+
             func run() throws {
-                let pages = try failing { () throws(QuireError) -> String in
-                    guard file != "-" else { return try Tmem.ask(.save, of: name, passing: [1], patienceMilliseconds: -1) }
-                    // A device or a pipe is written as it is.
-                    let isOther = (try? Descriptor.open(file, O_RDONLY | O_NONBLOCK).status().isRegularFile) == false
-                    let path = isOther ? file : file + ".partial"
-                    do throws(QuireError) {
-                        let target = try Descriptor.open(path, O_WRONLY | O_CREAT | (isOther ? 0 : O_TRUNC), mode: 0o600)
-                        let raw = target.raw, all = Tmem.swapped(name)
-                        let pages = try ProgressBar.during("\(name): saving", { all > 0 && !isOther ? Double(lseek(raw, 0, SEEK_CUR)) / all : nil }) { () throws(QuireError) in try Tmem.ask(.save, of: name, passing: [raw], patienceMilliseconds: -1) }
-                        if !isOther {
-                            guard fsync(target.raw) == 0 else { throw .system("cannot write \(path)") }
-                            guard unsafe rename(path, file) == 0 else { throw .system("cannot rename \(path) to \(file)") }
-                        }
-                        return pages
-                    } catch {
-                        if !isOther { Files.remove(path) }
-                        throw error
-                    }
+                try answer.about(name, "tmem save") { said throws(QuireError) in
+                    let pages = try save()
+                    said.pages = UInt64(pages)
+                    if !answer.json { writeStandardError("quire: \(pages) pages saved") }
                 }
-                writeStandardError("quire: \(pages) pages saved")
+            }
+
+            /// Returns how many pages, as the backend says.
+            private func save() throws(QuireError) -> String {
+                guard file != "-" else { return try Tmem.ask(.save, of: name, passing: [1], patienceMilliseconds: -1) }
+                // A device or a pipe is written as it is.
+                let isOther = (try? Descriptor.open(file, O_RDONLY | O_NONBLOCK).status().isRegularFile) == false
+                let path = isOther ? file : file + ".partial"
+                do throws(QuireError) {
+                    let target = try Descriptor.open(path, O_WRONLY | O_CREAT | (isOther ? 0 : O_TRUNC), mode: 0o600)
+                    let raw = target.raw, all = Tmem.swapped(name)
+                    let pages = try ProgressBar.during("\(name): saving", { all > 0 && !isOther ? Double(lseek(raw, 0, SEEK_CUR)) / all : nil }) {
+                        () throws(QuireError) in try Tmem.ask(.save, of: name, passing: [raw], patienceMilliseconds: -1)
+                    }
+                    if !isOther {
+                        guard fsync(target.raw) == 0 else { throw .system("cannot write \(path)") }
+                        guard unsafe rename(path, file) == 0 else { throw .system("cannot rename \(path) to \(file)") }
+                    }
+                    return pages
+                } catch {
+                    if !isOther { Files.remove(path) }
+                    throw error
+                }
             }
         }
 
@@ -198,17 +220,24 @@ extension Quire {
             @Argument(help: ArgumentHelp("The VM.", valueName: "name")) var name: String
             @Argument(help: ArgumentHelp("The file, or - for stdin.", valueName: "file")) var file: String
 
+            @OptionGroup var answer: AnswerOption
+
             func run() throws {
-                let pages = try failing { () throws(QuireError) -> String in
-                    guard file != "-" else { return try Tmem.ask(.restore, of: name, passing: [0], patienceMilliseconds: -1) }
-                    let source = try Descriptor.open(file, O_RDONLY)
-                    let raw = source.raw, all = Double(try source.status().byteCount)
-                    // The backend reads on from where our descriptor stands.
-                    return try ProgressBar.during("\(name): restoring", { all > 0 ? Double(lseek(raw, 0, SEEK_CUR)) / all : nil }) {
-                        () throws(QuireError) in try Tmem.ask(.restore, of: name, passing: [raw], patienceMilliseconds: -1)
-                    }
+                try answer.about(name, "tmem restore") { said throws(QuireError) in
+                    let pages = try restore()
+                    said.pages = UInt64(pages)
+                    if !answer.json { writeStandardError("quire: \(pages) pages restored") }
                 }
-                writeStandardError("quire: \(pages) pages restored")
+            }
+
+            private func restore() throws(QuireError) -> String {
+                guard file != "-" else { return try Tmem.ask(.restore, of: name, passing: [0], patienceMilliseconds: -1) }
+                let source = try Descriptor.open(file, O_RDONLY)
+                let raw = source.raw, all = Double(try source.status().byteCount)
+                // The backend reads on from where our descriptor stands.
+                return try ProgressBar.during("\(name): restoring", { all > 0 ? Double(lseek(raw, 0, SEEK_CUR)) / all : nil }) {
+                    () throws(QuireError) in try Tmem.ask(.restore, of: name, passing: [raw], patienceMilliseconds: -1)
+                }
             }
         }
     }

@@ -15,11 +15,13 @@ extension Quire {
         @Argument(help: ArgumentHelp("The VM.", valueName: "name"))
         var name: String
 
+        @OptionGroup var answer: AnswerOption
+
         func run() throws {
-            try failing { () throws(QuireError) in
+            try answer.about(name, "unmerge") { _ throws(QuireError) in
                 let directory = try RuntimeDirectory.standard()
                 try ProgressBar.whileUnmerging(name, in: directory) { () throws(QuireError) in
-                    try CommandSocket.ask("unmerge", of: name, in: directory)
+                    _ = try CommandSocket.ask("unmerge", of: name, in: directory)
                 }
             }
         }
@@ -31,8 +33,10 @@ extension Quire {
         @Argument(help: ArgumentHelp("The VM.", valueName: "name"))
         var name: String
 
+        @OptionGroup var answer: AnswerOption
+
         func run() throws {
-            try failing { () throws(QuireError) in
+            try answer.about(name, "merge") { _ throws(QuireError) in
                 try CommandSocket.ask("merge", of: name, in: RuntimeDirectory.standard())
             }
         }

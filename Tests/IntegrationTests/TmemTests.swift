@@ -170,8 +170,8 @@ extension Integration {
                 try guest.console.send("")
                 #expect(try guest.console.finish(load, within: Effort.patience * 2).status == 0)
                 for (command, more) in [("freeze", []), ("thaw", []), ("flush", ["1M"]), ("weight", ["swap", "50"]), ("cap", ["2G"]), ("cap", ["none"])] as [(String, [String])] {
-                    (status, text) = try guest.tmem(command, more)
-                    #expect(status == 0, "\(command): \(text)")
+                    (status, text) = try guest.tmem(command, more + ["--json"])
+                    #expect(status == 0 && text.contains("\"result\" : \"done\""), "\(command): \(text)")
                 }
                 (status, text) = try guest.tmem("cap", ["64K"])
                 #expect(status == 1 && text.filter { $0 == "\n" }.count == 1, "\(text)")

@@ -1,0 +1,43 @@
+import Host
+import Platform
+import Testing
+
+extension Integration.Libvirt {
+    /// What commands say in JSON, of a real libvirtd.
+    @Test func answers() throws {
+        let host = try LibvirtHost()
+        for name in ["web1", "web2"] { try host.define(name, memory: 64) }
+        func quire(_ arguments: String...) throws -> String { try host.sh((["/run/programs/quire", "libvirt"] + arguments + ["--json"]).joined(separator: " ")) }
+        func expect(_ text: String, _ parts: String..., sourceLocation: SourceLocation = #_sourceLocation) {
+            for part in parts { #expect(text.contains(part), "\(text)", sourceLocation: sourceLocation) }
+        }
+        let planned = try quire("enable", "--dry-run", "web1")
+        expect(planned, "\"result\" : \"planned\"", "\"difference\" : \"", "+   <memoryBacking>", "\"takes_effect\" : \"next-start\"")
+        let enabled = try quire("enable", "--all")
+        expect(enabled, "\"command\" : \"libvirt enable\"", "\"name\" : \"web1\"", "\"name\" : \"web2\"", "enabled, from its next start on")
+        #expect(enabled.occurrences(of: "\"result\" : \"done\"") == 2)
+        expect(try quire("enable", "web1"), "\"result\" : \"unchanged\"", "\"enabled already, nothing to do\"")
+
+        // One fails, the other is done all the same.
+        let (status, text) = try Program.run(["nsenter", "-t", host.root.split(separator: "/")[1].description, "--mount", "/run/programs/quire", "libvirt", "disable", "nobody", "web2", "--json"])
+        #expect(status == 1)
+        expect(text, "quire: there is no domain 'nobody'", "\"error\" : \"there is no domain 'nobody'", "\"result\" : \"failed\"", "\"result\" : \"done\"")
+        #expect(try !host.definition("web2").contains("quire"))
+
+        #expect(try quire("sweep").filter { !$0.isWhitespace } == "[]")
+        let hook = "/etc/libvirt/hooks/qemu.d/quire"
+        try host.virsh("start", "--paused", "web1")
+        expect(try quire("disable", "web1"), "\"takes_effect\" : \"power-cycle\"")
+        // The control: as long as it runs, nothing is left over.
+        #expect(try !quire("list").contains("\"leftover\" : true"))
+        try host.sh("mv \(hook) /run/hook")
+        try host.virsh("destroy", "web1")
+        try host.wait(for: "the backend to see that QEMU has gone") { try quire("list").contains("\"leftover\" : true") }
+        let list = try quire("list")
+        #expect(list.occurrences(of: "\"leftover\" : false") == 1 && list.occurrences(of: "\"vm\" : \"web1\"") == 1 && !list.contains("\"name\" : \"\""), "\(list)")
+        try host.virsh("undefine", "web1")
+        expect(try quire("list"), "\"name\" : \"\"", "\"vm\" : \"web1\"")
+        expect(try quire("sweep"), "\"command\" : \"libvirt sweep\"", "\"name\" : \"web1\"", "\"its domain does not run: ended its backend\"")
+        #expect(try !quire("list").contains("web1"))
+    }
+}
