@@ -87,7 +87,7 @@ public struct Domain: Sendable {
         for device in devices {
             let type = device["type"] ?? ""
             switch device.name {
-            case "hostdev": refuse(!["usb", "scsi"].contains(type), "it has a host device (\(type)), \(pinned)")
+            case "hostdev": refuse(!["usb", "scsi", "scsi_host"].contains(type), "it has a host device (\(type)), \(pinned)")
             case "interface": refuse(["hostdev", "vdpa"].contains(type), "it has an interface of type \(type), \(pinned)")
             case "disk": refuse(["nvme", "vhostvdpa"].contains(type), "it has a disk of type \(type), \(pinned)")
             default: break
@@ -131,6 +131,8 @@ public struct Domain: Sendable {
             if hasDirect, io == "io_uring" || io == "native" {
                 limit("disk \(target) has io='\(io)', and \(isDirect(disk) ? "it" : "another disk") bypasses the page cache", "to merge them: io='threads'")
             }
+            // QEMU hands such a guest's commands to the kernel as they are (SG_IO), with the guest's own pages.
+            if disk["device"] == "lun" { limit("disk \(target) is a LUN, whose SCSI commands go to the kernel", "to merge them: device='disk'") }
             if disk["type"] == "vhostuser", !(mark?.owns(disk) ?? false) {
                 limit("disk \(target) is served by another vhost-user back end", "that back end has guest memory mapped")
             }
@@ -146,8 +148,18 @@ public struct Domain: Sendable {
         for filesystem in devices("filesystem") where filesystem.first("driver")?["type"] == "virtiofs" {
             limit("it has a virtiofs file system", "virtiofsd has guest memory mapped")
         }
-        for device in devices("hostdev") where device["type"] == "scsi_host" {
-            limit("it has a vhost-scsi device", "the kernel pins guest memory for it")
+        for device in devices("hostdev") {
+            switch device["type"] {
+            case "scsi_host": limit("it has a vhost-scsi device", "the kernel pins guest memory for it")
+            // One of iSCSI is QEMU's own client.
+            case "scsi" where device.first("source")?["protocol"] == nil:
+                limit("it has a SCSI host device", "the kernel pins guest memory for its commands; to merge them: <disk device='disk'>")
+            default: break
+            }
+        }
+        for video in devices("video") {
+            if video.first("driver")?["name"] == "vhostuser" { limit("it has a vhost-user GPU", "that back end has guest memory mapped") }
+            if video.first("model")?["blob"] == "on" { limit("its virtio GPU has blob='on'", "the kernel pins what it shows (udmabuf); to merge them: blob='off'") }
         }
         if isEmulated && processorCount == 1 {
             found.append("it is emulated with one CPU: nothing is recycled, because its atomic operations are none for other processes")

@@ -201,3 +201,20 @@ import Testing
         #expect(lineDifference(long, "new\n" + long + "\nend") == "+ new\n  0\n  1\n  2\n  …\n  17\n  18\n  19\n+ end")
     }
 }
+        ("", "<hostdev mode='capabilities' type='storage'/>", "a host device (storage)"),
+        // These pin pages while they are there, and no more: nothing of that keeps a domain from having Quire.
+        for (device, said) in [
+            ("<hostdev mode='subsystem' type='scsi_host'><source protocol='vhost' wwpn='naa.1'/></hostdev>", "a vhost-scsi device"),
+            ("<hostdev mode='subsystem' type='scsi'><source><adapter name='scsi_host0'/></source></hostdev>", "a SCSI host device"),
+            ("<disk type='block' device='lun'><source dev='/dev/sda'/><target dev='sda'/></disk>", "disk sda is a LUN"),
+            ("<video><model type='virtio' heads='1' blob='on'/></video>", "its virtio GPU has blob='on'"),
+            ("<video><driver name='vhostuser'/><model type='virtio'/></video>", "a vhost-user GPU"),
+        ] {
+            let found = try limits(device)
+            #expect(found.count == 1 && found[0].contains(said) && found[0].contains("equal pages are not merged"), "\(found)")
+            #expect(try Domain(Self.domain(devices: device)).obstacles.isEmpty)
+        }
+        for device in [
+            "<hostdev mode='subsystem' type='scsi'><source protocol='iscsi' name='iqn'/></hostdev>", "<hostdev mode='subsystem' type='usb'/>",
+            "<disk type='block' device='disk'><target dev='sda'/></disk>", "<video><model type='virtio' blob='off'/></video>", "<video><model type='qxl'/></video>",
+        ] { #expect(try limits(device).isEmpty) }
