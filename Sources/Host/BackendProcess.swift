@@ -383,6 +383,13 @@ public final class BackendProcess: Sendable {
         try CommandSocket.ask(useQuestion, of: name, in: directory, patienceMilliseconds: 5000) != "no"
     }
 
+    private static let unmergedQuestion = "is-unmerged"
+
+    /// Whether somebody wants nothing of a VM merged.
+    package static func isUnmerged(_ name: String, in directory: RuntimeDirectory) throws(QuireError) -> Bool {
+        try CommandSocket.ask(unmergedQuestion, of: name, in: directory, patienceMilliseconds: 5000) == "yes"
+    }
+
     /// What `quire unmerge` waits for.
     private static let unmergeNanoseconds: UInt64 = 55_000_000_000
 
@@ -396,6 +403,7 @@ public final class BackendProcess: Sendable {
             }
             return ""
         case Self.useQuestion: return servers.contains(where: \.isConnected) ? "yes" : "no"
+        case Self.unmergedQuestion: return map.isUnmerged ? "yes" : "no"
         case "tmem":
             guard let swap else { throw QuireError(.unsupported, "it has no transcendent memory: start it with quire run --swap SIZE") }
             return try TmemCommand(parsing: words.dropFirst()).carryOut(on: swap, &request)

@@ -23,14 +23,34 @@ extension Hypervisor {
         guard let pid = directory.owner(mark.name), directory.isRunning(mark.name) else {
             throw QuireError(.busy, "the backend of '\(name)' is not supervised any more: power-cycle the domain")
         }
-        if mark.agent != nil { try CommandSocket.ask("unmerge", of: mark.name, in: directory) }
-        do throws(QuireError) { try unplug(live, mark, handle, patience) } catch {
+        // Somebody may have un-merged it by hand.
+        let merges = mark.agent != nil && (try? BackendProcess.isUnmerged(mark.name, in: directory)) != true
+        do throws(QuireError) {
+            if mark.agent != nil { try CommandSocket.ask("unmerge", of: mark.name, in: directory) }
+            try unplug(live, mark, handle, patience)
+        } catch {
             // It stays as it was.
-            if mark.agent != nil { _ = try? CommandSocket.ask("merge", of: mark.name, in: directory) }
+            if merges, !Self.mergeAgain(mark.name, in: directory) {
+                throw QuireError(error.code, "\(error); and it merges nothing until you type: quire merge \(mark.name)")
+            }
             throw error
         }
         try Hook.end(mark.name, pid, in: directory)
         try handle.forgetLiveMetadata(Mark.namespace)
+    }
+
+    /// Also where its backend has just died: another one is on its way.
+    private static func mergeAgain(_ name: String, in directory: RuntimeDirectory) -> Bool {
+        let deadline = monotonicNanoseconds() + 10_000_000_000
+        while true {
+            do throws(QuireError) {
+                try CommandSocket.ask("merge", of: name, in: directory)
+                return true
+            } catch {
+                guard error.code == .retry || error.code == .closed, monotonicNanoseconds() < deadline else { return false }
+                ProcessCalls.sleep(milliseconds: 100)
+            }
+        }
     }
 
     /// Returns when the guest has let go of our disks.

@@ -133,6 +133,9 @@ extension Domain {
             edit.append([mark.element], to: metadata)
         } else {
             mark.created.insert("metadata")
+                guard old.value == Mark.former[element] else {
+                    throw QuireError(.invalid, "\(name): <\(element)> of <memoryBacking> has the \(attribute) '\(old.value)', which libvirt does not know: correct it")
+                }
             let head = ["name", "uuid", "genid", "title", "description"]
             guard let place = root.children.last(where: { head.contains($0.name) }) else {
                 throw QuireError(.invalid, "\(name): it has no <name>")
@@ -167,7 +170,8 @@ extension Domain {
 
     // MARK: Away again
 
-    /// The XML without what `enabled` added. Itself, if it never was.
+    /// The XML without what `enabled` added. Itself, if it never was. Throws where the note, which is anybody's who may edit the domain,
+    /// has it put back what `enabled` never replaces.
     public func disabled() throws(QuireError) -> XMLText {
         guard let mark else { return xml }
         var edit = XMLEdit(xml)
@@ -188,10 +192,9 @@ extension Domain {
                 mark.added.contains(name) ? backing.first(name).flatMap { $0[attribute] == value ? $0 : nil } : nil
             }
             leave(backing, "memoryBacking", ours, &edit)
-            for (name, attribute) in [("source", "type"), ("access", "mode")] {
-                if let old = mark.was[name], let present = backing.first(name)?.attributes.first(where: { $0.name == attribute }) {
-                    edit.setValue(of: present, old)
-                }
+            for (name, attribute, value) in [("source", "type", "memfd"), ("access", "mode", "shared")] {
+                let present = backing.first(name)?.attributes.first { $0.name == attribute }
+                if let old = mark.was[name], let present, present.value == value { edit.setValue(of: present, old) }
             }
         }
         if let devices = root.first("devices") {
@@ -234,6 +237,11 @@ extension Domain {
         guard var mark, let element = Mark.find(xml), !controllers.isEmpty else { return nil }
         mark.controllers = controllers
         var bytes = xml.bytes
+        for (element, old) in mark.was.sorted(by: { $0.key < $1.key }) where old != Mark.former[element] || mark.added.contains(element) {
+            throw QuireError(
+                .invalid,
+                "\(name): Quire's note in <metadata> is damaged: its was-\(element) is nothing that enable replaces; take was-\(element) out of it (virsh edit), and try again")
+        }
         bytes.replaceSubrange(element.range, with: Array(mark.element.utf8))
         return try XMLText(bytes)
     }

@@ -32,8 +32,10 @@ public struct Mark: Sendable, Equatable {
     var opened: Set<String> = []
     /// Of <memoryBacking>: source and access, where they are ours altogether.
     var added: Set<String> = []
-    /// What their values were, where only those are ours.
+    /// What their values were, where only those are ours: of `former` each.
     var was: [String: String] = [:]
+    /// All that there is besides ours and what is refused.
+    static let former = ["source": "anonymous", "access": "private"]
     /// PCI controllers that libvirt made for our disks, by index.
     var controllers: [Int] = []
 

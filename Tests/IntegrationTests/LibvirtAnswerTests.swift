@@ -1,3 +1,4 @@
+import Glibc
 import Host
 import Platform
 import Testing
@@ -39,5 +40,36 @@ extension Integration.Libvirt {
         expect(try quire("list"), "\"name\" : \"\"", "\"vm\" : \"web1\"")
         expect(try quire("sweep"), "\"command\" : \"libvirt sweep\"", "\"name\" : \"web1\"", "\"its domain does not run: ended its backend\"")
         #expect(try !quire("list").contains("web1"))
+    }
+
+    /// The backend dies in the middle of a detach: the domain is as it was before, and merges again. Once more, and it is done.
+    @Test func detachThatFails() throws {
+        let host = try LibvirtHost()
+        try host.configure("[backend]\nmerge-period = \"250ms\"\n")
+        try host.startStore()
+        try host.define("web1", memory: 256)
+        try host.quire("enable", "web1")
+        let console = try host.boot("web1")
+        try console.sh("dd if=/dev/urandom of=/tmp/a bs=1M count=20 2>/dev/null; cp /tmp/a /tmp/b")
+        let sums = try console.sh("md5sum /tmp/a /tmp/b")
+        func merges() -> Bool { host.status("web1").merging.state == .active && host.status("web1").merging.sharingPages > 8000 }
+        try host.wait(for: "equal pages to be merged", console) { merges() }
+
+        // With QEMU stopped no page comes back, so it is in the middle for as long as this takes.
+        let qemu = try #require(Int32(try host.sh("cat /run/libvirt/qemu/web1.pid").filter(\.isNumber))), backend = host.status("web1").pid
+        ProcessCalls.signal(qemu, SIGSTOP)
+        defer { ProcessCalls.signal(qemu, SIGCONT) }
+        try host.sh("(/run/programs/quire libvirt detach --json web1; echo status $?) >/run/detach.log 2>&1 &")
+        try host.wait(for: "the detach to have begun") { host.status("web1").merging.reason.contains("un-merged on demand") }
+        ProcessCalls.signal(backend, SIGKILL)
+        ProcessCalls.signal(qemu, SIGCONT)
+        try host.wait(for: "the detach to fail") { try host.sh("cat /run/detach.log").contains("status ") }
+        let said = try host.sh("cat /run/detach.log")
+        #expect(said.contains("status 1") && said.contains("\"result\" : \"failed\"") && !said.contains("quire merge"), "\(said)")
+        try host.wait(for: "it to merge again", console) { merges() && host.status("web1").pid != backend }
+        #expect(try host.virsh("dumpxml", "web1").contains("/run/quire/web1/qemu/control.sock"))
+        try host.quire("detach", "web1")
+        #expect(Files.list(host.runtime.base) == [])
+        #expect(try console.sh("md5sum /tmp/a /tmp/b") == sums)
     }
 }

@@ -83,6 +83,37 @@ import Testing
         #expect(try Domain(text).disabled().text == text)
     }
 
+    /// A note that somebody has written puts nothing into a definition that `enable` has not taken out of it; and what somebody has
+    /// changed since is his.
+    @Test(arguments: ["source", "access"]) func refusesAForgedNote(_ element: String) throws {
+        let text = Self.domain("<memoryBacking><source type='anonymous'/><access mode='private'/></memoryBacking>")
+        let former = element == "source" ? "anonymous" : "private"
+        let enabled = try Domain(text).enabled(Self.request).text
+        var other = Self.request
+        other.swapBytes = 1 << 30
+        #expect(enabled.contains(" was-\(element)=\"\(former)\""))
+        for value in ["", "file", "shared", "memfd", "x&#10;y", "x'/&gt;&lt;locked/&gt;"] {
+            let forged = try Domain(enabled.replacing(" was-\(element)=\"\(former)\"", with: " was-\(element)=\"\(value)\""))
+            for said in [message { try forged.disabled() }, message { try forged.enabled(other) }] {
+                #expect(said?.hasPrefix("web1: Quire's note in <metadata> is damaged: its was-\(element) is nothing") == true, "\(said ?? "no error")")
+                #expect(said?.contains("\n") != true)
+            }
+        }
+        // Both ours altogether and somebody's before: one of them is a lie.
+        let both = try Domain(enabled.replacing(" was-\(element)=", with: " added=\"\(element)\" was-\(element)="))
+        #expect(message { try both.disabled() }?.contains("damaged") == true)
+        // The control: as it was noted it goes back; and not over what is there now.
+        #expect(try Domain(enabled).disabled().text == text)
+        let changed = enabled.replacing("type='memfd'", with: "type='file'").replacing("mode='shared'", with: "mode='other'")
+        let left = try Domain(changed).disabled().text
+        #expect(left.contains("type='file'") && left.contains("mode='other'"))
+    }
+
+    @Test func refusesWhatLibvirtDoesNotKnow() throws {
+        let domain = try Domain(Self.domain("<memoryBacking><access mode='odd'/></memoryBacking>"))
+        #expect(message { try domain.enabled(Self.request) } == "web1: <access> of <memoryBacking> has the mode 'odd', which libvirt does not know: correct it")
+    }
+
     /// What somebody has changed meanwhile stays.
     @Test func keepsWhatOthersAdded() throws {
         let enabled = try Domain(Self.domain()).enabled(Self.request).text
@@ -132,6 +163,7 @@ import Testing
         ("<cpu><numa><cell id='0' memory='1' memAccess='private'/></numa></cpu>", "", "NUMA cell 0"),
         ("", "<hostdev mode='subsystem' type='pci'/>", "VFIO"),
         ("", "<hostdev mode='subsystem' type='mdev'/>", "VFIO"),
+        ("", "<hostdev mode='capabilities' type='storage'/>", "a host device (storage)"),
         ("", "<interface type='hostdev'/>", "VFIO"),
         ("", "<disk type='nvme'><target dev='vda'/></disk>", "VFIO"),
         ("", "<memory model='nvdimm'/>", "nvdimm"),
@@ -190,18 +222,6 @@ import Testing
         #expect(try limits("<disk><driver cache='none'/></disk><disk><driver io='io_uring'/></disk>")[0].contains("another disk bypasses"))
         #expect(try limits("<interface type='vhostuser'/>").count == 1)
         #expect(try limits("<filesystem><driver type='virtiofs'/></filesystem>").count == 1)
-        // Our own are no limit.
-        #expect(try Domain(Domain(Self.domain()).enabled(Self.request)).limits.isEmpty)
-    }
-
-    @Test func differences() {
-        #expect(lineDifference("a\nb\nc", "a\nx\nc") == "  a\n- b\n+ x\n  c")
-        #expect(lineDifference("a\nb", "a\nb") == "")
-        let long = (0..<20).map { "\($0)" }.joined(separator: "\n")
-        #expect(lineDifference(long, "new\n" + long + "\nend") == "+ new\n  0\n  1\n  2\n  …\n  17\n  18\n  19\n+ end")
-    }
-}
-        ("", "<hostdev mode='capabilities' type='storage'/>", "a host device (storage)"),
         // These pin pages while they are there, and no more: nothing of that keeps a domain from having Quire.
         for (device, said) in [
             ("<hostdev mode='subsystem' type='scsi_host'><source protocol='vhost' wwpn='naa.1'/></hostdev>", "a vhost-scsi device"),
@@ -218,3 +238,14 @@ import Testing
             "<hostdev mode='subsystem' type='scsi'><source protocol='iscsi' name='iqn'/></hostdev>", "<hostdev mode='subsystem' type='usb'/>",
             "<disk type='block' device='disk'><target dev='sda'/></disk>", "<video><model type='virtio' blob='off'/></video>", "<video><model type='qxl'/></video>",
         ] { #expect(try limits(device).isEmpty) }
+        // Our own are no limit.
+        #expect(try Domain(Domain(Self.domain()).enabled(Self.request)).limits.isEmpty)
+    }
+
+    @Test func differences() {
+        #expect(lineDifference("a\nb\nc", "a\nx\nc") == "  a\n- b\n+ x\n  c")
+        #expect(lineDifference("a\nb", "a\nb") == "")
+        let long = (0..<20).map { "\($0)" }.joined(separator: "\n")
+        #expect(lineDifference(long, "new\n" + long + "\nend") == "+ new\n  0\n  1\n  2\n  …\n  17\n  18\n  19\n+ end")
+    }
+}
