@@ -21,6 +21,66 @@ extension Domain {
         public init(directory: RuntimeDirectory) { self.directory = directory }
     }
 
+    /// What an operator names. The rest stays as the domain has it; one that has nothing yet merges, and has no disks.
+    public struct Changes: Sendable {
+        public enum Change<Value: Sendable>: Sendable {
+            case keep, drop, set(Value)
+
+            func applied(to value: Value?) -> Value? {
+                switch self {
+                case .keep: value
+                case .drop: nil
+                case .set(let new): new
+                }
+            }
+        }
+
+        public var directory: RuntimeDirectory
+        /// Nil: as it is. With an agent that is named it merges, too.
+        public var merges: Bool?
+        /// libquire-agent.so, where it is not to be the one that the domain has.
+        public var agent: String?
+        /// For a domain without one.
+        public var usualAgent: String?
+        /// The domain is one of this host: an agent that is not here any more is none.
+        public var isHere = true
+        public var swap = Change<UInt64>.keep
+        public var group = Change<String>.keep
+        /// Milliseconds.
+        public var period = Change<UInt64>.keep
+        /// Attached, or with another size; each once.
+        public var sharedDisks: [BackendService.Settings.Disk] = []
+        /// By name.
+        public var droppedDisks: Set<String> = []
+        public init(directory: RuntimeDirectory) { self.directory = directory }
+    }
+
+    /// What the domain asks for with `changes`.
+    public func request(_ changes: Changes) throws(QuireError) -> Request {
+        var request = Request(directory: changes.directory)
+        if changes.merges ?? (mark == nil || mark?.agent != nil || changes.agent != nil) {
+            let own = mark?.agent.flatMap { !changes.isHere || Files.identity(of: $0) != nil ? $0 : nil }
+            guard let agent = changes.agent ?? own ?? changes.usualAgent else {
+                throw QuireError(.invalid, "\(name): libquire-agent.so is not beside quire: name it with --agent, or merge nothing with --no-merge")
+            }
+            request.agent = agent
+        }
+        request.swapBytes = changes.swap.applied(to: mark?.swapBytes)
+        request.group = changes.group.applied(to: mark?.group) ?? ""
+        request.period = changes.period.applied(to: mark?.period)
+        var disks = (mark?.sharedDisks ?? []).filter { !changes.droppedDisks.contains($0.name) }
+        for index in disks.indices { disks[index].content = nil }
+        for disk in changes.sharedDisks {
+            if let index = disks.firstIndex(where: { $0.name == disk.name }) { disks[index] = disk } else { disks.append(disk) }
+        }
+        let most = QEMUCommandLine.maxDisks - 1
+        guard disks.count <= most else {
+            throw QuireError(.invalid, "\(name): a domain has at most \(most) shared disks, and this would be \(disks.count): drop some with --no-disk")
+        }
+        request.sharedDisks = disks
+        return request
+    }
+
     public func mark(for request: Request) -> Mark {
         var mark = Mark(name: vmName, sockets: request.directory.qemuFolder(vmName))
         mark.uuid = uuid
@@ -40,6 +100,10 @@ extension Domain {
         let wanted = mark(for: request)
         if let mark {
             if mark.asksForTheSame(as: wanted) { return xml }
+            // What the note alone says changes nothing else, as libvirt has completed it meanwhile.
+            if mark.agent == wanted.agent, mark.diskSockets == wanted.diskSockets, obstacles.isEmpty {
+                return try replacingNote(by: wanted.withAdditions(of: mark))
+            }
             return try Domain(disabled()).enabled(request)
         }
         if let obstacle = obstacles.first { throw QuireError(.unsupported, "\(name): \(obstacle)") }
@@ -69,6 +133,9 @@ extension Domain {
                 continue
             }
             if old.value != value {
+                guard old.value == Mark.former[element] else {
+                    throw QuireError(.invalid, "\(name): <\(element)> of <memoryBacking> has the \(attribute) '\(old.value)', which libvirt does not know: correct it")
+                }
                 mark.was[element] = old.value
                 edit.setValue(of: old, value)
             }
@@ -133,9 +200,6 @@ extension Domain {
             edit.append([mark.element], to: metadata)
         } else {
             mark.created.insert("metadata")
-                guard old.value == Mark.former[element] else {
-                    throw QuireError(.invalid, "\(name): <\(element)> of <memoryBacking> has the \(attribute) '\(old.value)', which libvirt does not know: correct it")
-                }
             let head = ["name", "uuid", "genid", "title", "description"]
             guard let place = root.children.last(where: { head.contains($0.name) }) else {
                 throw QuireError(.invalid, "\(name): it has no <name>")
@@ -174,6 +238,11 @@ extension Domain {
     /// has it put back what `enabled` never replaces.
     public func disabled() throws(QuireError) -> XMLText {
         guard let mark else { return xml }
+        for (element, old) in mark.was.sorted(by: { $0.key < $1.key }) where old != Mark.former[element] || mark.added.contains(element) {
+            throw QuireError(
+                .invalid,
+                "\(name): Quire's note in <metadata> is damaged: its was-\(element) is nothing that enable replaces; take was-\(element) out of it (virsh edit), and try again")
+        }
         var edit = XMLEdit(xml)
         let root = xml.root
 
@@ -234,14 +303,14 @@ extension Domain {
 
     /// The XML with the PCI controllers noted that libvirt has made for our disks; nil if there are none.
     package func noting(controllers: [Int]) throws(QuireError) -> XMLText? {
-        guard var mark, let element = Mark.find(xml), !controllers.isEmpty else { return nil }
+        guard var mark, !controllers.isEmpty else { return nil }
         mark.controllers = controllers
+        return try replacingNote(by: mark)
+    }
+
+    private func replacingNote(by mark: Mark) throws(QuireError) -> XMLText {
+        guard let element = Mark.find(xml) else { return xml }
         var bytes = xml.bytes
-        for (element, old) in mark.was.sorted(by: { $0.key < $1.key }) where old != Mark.former[element] || mark.added.contains(element) {
-            throw QuireError(
-                .invalid,
-                "\(name): Quire's note in <metadata> is damaged: its was-\(element) is nothing that enable replaces; take was-\(element) out of it (virsh edit), and try again")
-        }
         bytes.replaceSubrange(element.range, with: Array(mark.element.utf8))
         return try XMLText(bytes)
     }

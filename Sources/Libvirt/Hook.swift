@@ -56,7 +56,7 @@ public struct Hook: Sendable {
     }
 
     private func start(_ domain: Domain, _ mark: Mark) throws(QuireError) {
-        let again = "quire libvirt disable \(domain.name) && quire libvirt enable \(domain.name)"
+        let again = "quire libvirt enable \(domain.name)"
         guard mark.uuid.isEmpty || mark.uuid == domain.uuid else {
             throw QuireError(.invalid, "\(domain.name): what Quire noted in it is a copy of another domain's: \(again)")
         }

@@ -153,13 +153,13 @@ extension Hypervisor {
         return try Domain(handle.definition())
     }
 
-    /// Enables a domain's definition. With `dryRun` nothing is changed.
+    /// Enables a domain's definition, or changes what it asks for. With `dryRun` nothing is changed.
     public borrowing func enable(
-        _ name: String, _ request: Domain.Request, dryRun: Bool = false
+        _ name: String, _ changes: Domain.Changes, dryRun: Bool = false
     ) throws(QuireError) -> Outcome {
         let handle = try domain(name)
         let before = try definition(of: handle)
-        let wanted = try Domain(before.enabled(request))
+        let wanted = try Domain(before.enabled(before.request(changes)))
         var after = wanted
         if wanted.xml.bytes != before.xml.bytes, !dryRun {
             try define(wanted.xml)

@@ -59,8 +59,8 @@ public struct Mark: Sendable, Equatable {
 
     /// What of the guest's is in this host's memory and nowhere else, and how to do without it; nil: nothing.
     func whatStays(_ domain: String) -> (what: String, advice: String)? {
-        let options = [swapBytes == nil ? nil : "--swap", sharedDisks.isEmpty ? nil : "--disk"].compactMap { $0 }.joined(separator: " and ")
-        let again = "quire libvirt enable \(domain) without \(options), and power-cycle it"
+        let options = (swapBytes == nil ? [] : ["--no-swap"]) + sharedDisks.map { "--no-disk \($0.name)" }
+        let again = "quire libvirt enable \(options.joined(separator: " ")) \(domain), and power-cycle it"
         if swapBytes != nil { return ("swap disk", "swapoff in the guest, \(again)") }
         if let first = sharedDisks.first { return ("shared disk '\(first.name)'", "umount it in the guest, \(again)") }
         return nil
@@ -140,14 +140,18 @@ public struct Mark: Sendable, Equatable {
         return mark
     }
 
+    /// It, with what was added for another one.
+    func withAdditions(of other: Mark) -> Mark {
+        var copy = self
+        (copy.created, copy.opened, copy.added, copy.was, copy.controllers) = (other.created, other.opened, other.added, other.was, other.controllers)
+        return copy
+    }
+
     /// Whether both ask for the same, whatever was added for it.
     func asksForTheSame(as other: Mark) -> Bool {
-        func request(_ mark: Mark) -> Mark {
-            var copy = mark
-            (copy.created, copy.opened, copy.added, copy.was, copy.controllers) = ([], [], [], [:], [])
-            for index in copy.sharedDisks.indices { copy.sharedDisks[index].content = nil }
-            return copy
-        }
-        return request(self) == request(other)
+        var copy = withAdditions(of: other), other = other
+        for index in copy.sharedDisks.indices { copy.sharedDisks[index].content = nil }
+        for index in other.sharedDisks.indices { other.sharedDisks[index].content = nil }
+        return copy == other
     }
 }

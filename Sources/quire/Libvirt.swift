@@ -102,13 +102,17 @@ extension Quire.Libvirt {
                 Refuses domains whose memory can't be given back: huge pages, locked, encrypted, allocated at once, pinned by \
                 VFIO devices, scheduled in real time. Says what will work in part.
 
-                Enabling a domain again with other options changes what they say; with the same ones it does nothing.
+                Enabling a domain again changes what options name, and keeps the rest; without options it changes nothing. \
+                --no-swap, --no-disk, --no-group and --no-period take away what is there.
                 """)
 
         @OptionGroup var targets: Targets
 
         @Option(help: ArgumentHelp("Add a swap disk of this size, kept in the host's memory.", valueName: "size"), transform: Self.size)
         var swap: UInt64?
+
+        @Flag(help: "Take its swap disk away.")
+        var noSwap = false
 
         @Option(
             name: [.customLong("disk"), .customLong("shared-disk")],
@@ -119,19 +123,32 @@ extension Quire.Libvirt {
         var disk: [BackendService.Settings.Disk] = []
 
         @Option(
+            name: [.customLong("no-disk"), .customLong("no-shared-disk")],
+            help: ArgumentHelp("Take a shared disk away. Repeatable.", valueName: "name"), transform: Self.diskName)
+        var noDisk: [String] = []
+
+        @Option(
             help: ArgumentHelp("Share equal pages and disks with domains of this group (default: all of this host's).", valueName: "name"),
             transform: Keys.Backend.group.argument)
-        var group = ""
+        var group: String?
+
+        @Flag(help: "Share with all of this host's again.")
+        var noGroup = false
 
         @Option(
             help: ArgumentHelp("How long a page has to be free before the host takes it.", valueName: "time"),
             transform: Keys.Backend.period.argument)
         var period: String?
 
-        @Flag(help: "No agent in QEMU: equal pages are not merged.")
-        var noMerge = false
+        @Flag(help: "Have the host's configuration say how long.")
+        var noPeriod = false
 
-        @Option(help: ArgumentHelp("The agent for QEMU (default: libquire-agent.so beside quire, or in ../lib/quire).", valueName: "path"))
+        @Flag(inversion: .prefixedNo, exclusivity: .exclusive, help: "Whether equal pages are merged (default: they are). With --no-merge there is no agent in QEMU.")
+        var merge: Bool?
+
+        @Option(
+            help: ArgumentHelp(
+                "The agent for QEMU (default: the one that the domain has; libquire-agent.so beside quire, or in ../lib/quire).", valueName: "path"))
         var agent: String?
 
         static func size(_ text: String) throws -> UInt64 {
@@ -139,6 +156,11 @@ extension Quire.Libvirt {
                 throw ValidationError("'\(text)' is no size for a swap disk: use whole pages, 1M or more, such as 4G")
             }
             return bytes
+        }
+
+        static func diskName(_ text: String) throws -> String {
+            guard PlainName.isValid(text) else { throw ValidationError("'\(text)' is no shared disk's name") }
+            return text
         }
 
         static func disk(_ text: String) throws -> BackendService.Settings.Disk {
@@ -154,35 +176,43 @@ extension Quire.Libvirt {
             }
             let most = QEMUCommandLine.maxDisks - 1
             guard disk.count <= most else { throw ValidationError("a domain has at most \(most) shared disks") }
+            let both = [("swap", swap != nil, noSwap), ("group", group != nil, noGroup), ("period", period != nil, noPeriod)].first { $0.1 && $0.2 }
+            if let both { throw ValidationError("--\(both.0) and --no-\(both.0) exclude each other: give one") }
+            if let both = disk.first(where: { noDisk.contains($0.name) }) {
+                throw ValidationError("--disk \(both.name) and --no-disk \(both.name) exclude each other: give one")
+            }
+            guard agent == nil || merge != false else { throw ValidationError("--agent is for merging: leave it or --no-merge out") }
         }
 
-        private func request() throws(QuireError) -> Domain.Request {
-            var request = Domain.Request(directory: try RuntimeDirectory.standard())
-            request.swapBytes = swap
-            request.sharedDisks = disk
-            request.group = group
-            request.period = period.flatMap { Size.milliseconds($0) }
-            if !noMerge {
-                guard let path = agent ?? Quire.Run.agentBesideUs(), Files.identity(of: path) != nil else {
-                    throw QuireError(.invalid, "libquire-agent.so is not beside quire: name it with --agent, or merge nothing with --no-merge")
-                }
-                guard path.hasPrefix("/") else { throw QuireError(.invalid, "--agent \(path): give an absolute path, QEMU runs elsewhere") }
-                request.agent = Files.normalized(path)
+        private func changes() throws(QuireError) -> Domain.Changes {
+            var changes = Domain.Changes(directory: try RuntimeDirectory.standard())
+            changes.isHere = !targets.xml
+            changes.merges = merge
+            changes.swap = noSwap ? .drop : swap.map { .set($0) } ?? .keep
+            changes.group = noGroup ? .drop : group.map { .set($0) } ?? .keep
+            changes.period = noPeriod ? .drop : period.flatMap { Size.milliseconds($0) }.map { .set($0) } ?? .keep
+            changes.sharedDisks = disk
+            changes.droppedDisks = Set(noDisk)
+            if let agent {
+                guard agent.hasPrefix("/") else { throw QuireError(.invalid, "--agent \(agent): give an absolute path, QEMU runs elsewhere") }
+                guard Files.identity(of: agent) != nil else { throw QuireError(.invalid, "--agent \(agent): there is no such file") }
+                changes.agent = Files.normalized(agent)
             }
-            return request
+            changes.usualAgent = Quire.Run.agentBesideUs().map { Files.normalized($0) }
+            return changes
         }
 
         func run() throws {
-            let request = try failing { () throws(QuireError) in try self.request() }
+            let changes = try failing { () throws(QuireError) in try self.changes() }
             if targets.xml {
                 try targets.filter { domain throws(QuireError) in
                     for limit in domain.limits { writeStandardError("quire: \(domain.name): \(limit)") }
-                    return try domain.enabled(request)
+                    return try domain.enabled(domain.request(changes))
                 }
                 return
             }
             try targets.forEach("libvirt enable") { hypervisor, answer throws(QuireError) in
-                let outcome = try hypervisor.enable(answer.name, request, dryRun: targets.dryRun)
+                let outcome = try hypervisor.enable(answer.name, changes, dryRun: targets.dryRun)
                 targets.tell(outcome, "enabled", "enabled already", &answer)
                 if outcome.hasChanged { answer.notes += outcome.after.limits }
             }

@@ -42,6 +42,40 @@ extension Integration.Libvirt {
         #expect(try !quire("list").contains("web1"))
     }
 
+    /// Enabling again changes what is named, in libvirt's own hands, too, where definitions are completed and put in order; and all of
+    /// it goes away without a trace.
+    @Test func changes() throws {
+        let host = try LibvirtHost()
+        try host.define("web1", memory: 64)
+        let before = try host.definition("web1")
+        try host.quire("enable", "--swap", "64M", "--disk", "scratch", "--group", "lab", "web1")
+        let enabled = try host.definition("web1")
+        #expect(try host.quire("enable", "web1") == "web1: enabled already, nothing to do\n")
+        #expect(try host.definition("web1") == enabled)
+        // The note's line, and no other.
+        let difference = try host.quire("enable", "--dry-run", "--period", "1s", "web1").split(separator: "\n").filter { !$0.hasPrefix(" ") }
+        #expect(difference.count == 2 && difference.allSatisfy { $0.contains("<quire:vm ") } && difference[1].contains("period-ms=\"1000\""), "\(difference)")
+        try host.quire("enable", "--period", "1s", "web1")
+        try host.quire("enable", "--no-swap", "web1")
+        let list = try host.quire("list", "--json")
+        #expect(list.contains("\"swap_bytes\" : 0") && list.contains("\"scratch\"") && list.contains("\"group\" : \"lab\""), "\(list)")
+        try host.quire("enable", "--no-disk", "scratch", "--no-group", "--no-merge", "web1")
+        let last = try host.definition("web1")
+        #expect(last.contains("period-ms=") && !last.contains("scratch") && !last.contains("lab") && !last.contains("LD_PRELOAD"), "\(last)")
+        // What somebody has forged is not put back, and everything stays.
+        let forged = last.replacing(#/ (added=)/#) { " was-access=\"private\" \($0.output.1)" }
+        try host.virsh("define", host.write("forged.xml", forged))
+        let defined = try host.definition("web1")
+        #expect(try host.refusal(["/run/programs/quire", "libvirt", "disable", "web1"]).contains("its was-access is nothing that enable replaces"))
+        #expect(try host.definition("web1") == defined)
+        try host.virsh("define", host.write("honest.xml", last))
+        try host.quire("disable", "web1")
+        #expect(try host.definition("web1") == before)
+        for options in [["--swap", "1G", "--no-swap"], ["--group", "a", "--no-group"], ["--disk", "a", "--no-disk", "a"], ["--no-merge", "--agent", "/a"], ["--merge", "--no-merge"]] {
+            #expect(try Program.run([Program.quire, "libvirt", "enable", "web1"] + options).status == 64)
+        }
+    }
+
     /// The backend dies in the middle of a detach: the domain is as it was before, and merges again. Once more, and it is done.
     @Test func detachThatFails() throws {
         let host = try LibvirtHost()

@@ -174,6 +174,7 @@ extension Integration {
                 #expect(Files.list(source.runtime.base) == [])
                 #expect(try source.virsh("list", "--all", "--name").allSatisfy(\.isWhitespace))
                 try target.virsh("destroy", "web1")
+                try target.quire("enable", "--no-swap", "web1")
             }
             try target.quire("disable", "web1")
             #expect(try target.definition("web1") == before)
@@ -267,6 +268,7 @@ extension Integration {
                 try host.quire("enable", "--disk", disk, "web1")
                 #expect(try host.failure("start", "web1").contains(said))
                 #expect(Files.list(host.runtime.base) == [])
+                try host.quire("enable", "--no-disk", "scratch", "web1")
             }
             try host.quire("disable", "web1")
             #expect(try host.definition("web1") == before)

@@ -83,6 +83,56 @@ import Testing
         #expect(try Domain(text).disabled().text == text)
     }
 
+    /// Again, with what an operator names: that changes, and nothing else.
+    @Test(arguments: shapes) func enablingAgainKeepsTheRest(_ text: String) throws {
+        var changes = Domain.Changes(directory: RuntimeDirectory(base: "/run/quire"))
+        changes.usualAgent = "/usr/lib/quire/libquire-agent.so"
+        changes.isHere = false
+        func again(_ domain: Domain, _ change: (inout Domain.Changes) -> Void = { _ in }) throws -> Domain {
+            var changes = changes
+            change(&changes)
+            return try Domain(domain.enabled(domain.request(changes)))
+        }
+        func lines(_ domain: Domain) -> [Substring] { domain.xml.text.split(separator: "\n").filter { !$0.contains("<quire:vm ") } }
+        let plain = try Domain(text)
+        #expect(try again(plain).xml.bytes == plain.enabled(Self.request).bytes)
+
+        let first = try again(plain) {
+            $0.agent = "/opt/agent.so"
+            $0.swap = .set(1 << 30)
+            $0.group = .set("lab")
+            $0.period = .set(500)
+            $0.sharedDisks = [.init(name: "scratch"), .init(name: "big.1", byteCount: 1 << 30)]
+        }
+        let mark = try #require(first.mark)
+        #expect(try again(first).xml.bytes == first.xml.bytes)
+        // What stands in the note alone changes there alone.
+        let slower = try again(first) { $0.period = .set(1000) }
+        #expect(slower.mark?.period == 1000 && slower.mark?.swapBytes == 1 << 30 && lines(slower) == lines(first))
+        #expect(try again(slower) { $0.period = .set(500) }.xml.bytes == first.xml.bytes)
+        let bare = try again(first) { ($0.period, $0.group) = (.drop, .drop) }
+        #expect(bare.mark?.period == nil && bare.mark?.group == "" && bare.mark?.sharedDisks == mark.sharedDisks && lines(bare) == lines(first))
+
+        // And the rest, one by one.
+        let one = try again(first) { ($0.swap, $0.droppedDisks) = (.drop, ["scratch", "unknown"]) }
+        #expect(one.mark?.swapBytes == nil && one.mark?.sharedDisks == [.init(name: "big.1", byteCount: 1 << 30)])
+        #expect(one.mark?.agent == "/opt/agent.so" && one.mark?.group == "lab" && one.mark?.period == 500)
+        let two = try again(one) { $0.sharedDisks = [.init(name: "big.1", byteCount: 2 << 30), .init(name: "scratch")] }
+        #expect(two.mark?.sharedDisks == [.init(name: "big.1", byteCount: 2 << 30), .init(name: "scratch")])
+        let quiet = try again(two) { $0.merges = false }
+        #expect(quiet.mark?.agent == nil && quiet.variables.isEmpty && quiet.mark?.sharedDisks == two.mark?.sharedDisks)
+        #expect(try again(quiet).xml.bytes == quiet.xml.bytes)
+        #expect(try again(quiet) { $0.merges = true }.mark?.agent == changes.usualAgent)
+        #expect(try again(quiet) { $0.agent = "/opt/other.so" }.mark?.agent == "/opt/other.so")
+        // One that is not on this host any more is replaced by the one that is.
+        #expect(try again(first) { $0.isHere = true }.mark?.agent == changes.usualAgent)
+        for domain in [first, slower, bare, one, two, quiet] { #expect(try domain.disabled().text == text) }
+
+        #expect(message { try plain.request(Domain.Changes(directory: changes.directory)) }?.hasPrefix("web1: libquire-agent.so is not beside quire") == true)
+        let many = (0..<40).map { BackendService.Settings.Disk(name: "more\($0)") }
+        #expect(message { try again(first) { $0.sharedDisks = many } }?.contains("drop some with --no-disk") == true)
+    }
+
     /// A note that somebody has written puts nothing into a definition that `enable` has not taken out of it; and what somebody has
     /// changed since is his.
     @Test(arguments: ["source", "access"]) func refusesAForgedNote(_ element: String) throws {
