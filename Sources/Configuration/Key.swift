@@ -76,7 +76,7 @@ public enum Keys {
             "candidates", .size(4096...1 << 40), otherwise: "3/4096 of the host's memory", example: 32 << 20,
             "Memory for contents that were seen once.")
         public static let group = Key("group", ShareGroup.form.repeated("a list of \"NAME=UID,UID\""), otherwise: "[]",
-            example: [ShareGroup(name: "lab", users: [1000, 1001])],
+            example: [ShareGroup(name: "lab", users: [1000, 1001])], isLive: true,
             "Share groups besides the one that each user has, and the users whose VMs may be in them.")
         public static let sharedDisk = Key(
             "shared-disk", DiskSetting.made.repeated("a list of \"NAME,size=SIZE\" or \"NAME,size=SIZE,group=GROUP\""),
@@ -84,7 +84,7 @@ public enum Keys {
             "Disks in memory that VMs of a share group attach; of quired's user's VMs without a group.")
         public static let workers = Key(
             "workers", .number(1...64), otherwise: "one a processor, at most 4", example: 4, "Threads that answer.")
-        public static let logLevel = Key("log-level", .logLevel, "notice", "How much is logged.")
+        public static let logLevel = Key("log-level", .logLevel, "notice", isLive: true, "How much is logged.")
         public static let all: [any AnyKey] = [limit, reserve, candidates, group, sharedDisk, workers, logLevel]
     }
 
@@ -94,12 +94,12 @@ public enum Keys {
         public static let period = Key("period", .time(times), 10_000, isLive: true,
             "How long a page has to be free before the host takes it. Less: memory goes back sooner, more CPU.")
         public static let workers = Key(
-            "workers", .number(1...16), 1, "Threads that recycle: more for guests of hundreds of GiB.")
+            "workers", .number(1...16), 1, isLive: true, "Threads that recycle: more for guests of hundreds of GiB.")
         public static let merge = Key("merge", .flag, true, isLive: true,
             "Whether equal pages are kept once. False gives a running VM copies of all its pages, which takes memory.")
         public static let mergePeriod = Key("merge-period", .time(times), 10_000, isLive: true,
             "A page is merged with its equals when it was not written for two of these. Less: more is found, more CPU.")
-        public static let mergeWorkers = Key("merge-workers", .number(1...16), 1, "Threads that look for equal pages.")
+        public static let mergeWorkers = Key("merge-workers", .number(1...16), 1, isLive: true, "Threads that look for equal pages.")
         public static let writeTracking = Key("write-tracking", .flag, true,
             "Ask the kernel what the guest writes. False reads all of memory instead, as on a kernel before Linux 6.7.")
         public static let group = Key(
@@ -111,14 +111,15 @@ public enum Keys {
             "swap", .size(1 << 20...1 << 43, multipleOf: 4096), otherwise: "no swap disk", example: 4 << 30,
             "Size of a disk to swap to, kept in the host's memory. For quire run: libvirt's domains have it in their definition.")
         public static let swapOvercommit = Key(
-            "swap-overcommit", .factor(1...100), otherwise: "the disk's own size is the limit", example: 1.5,
+            "swap-overcommit", .factor(1...100), otherwise: "the disk's own size is the limit", example: 1.5, isLive: true,
             "The host's memory for the swap disk is its size divided by this; when that is full, the guest gets I/O errors.")
-        public static let swapCompression = Key("swap-compression", .compression, "lz4", "How swapped pages are compressed.")
+        public static let swapCompression = Key("swap-compression", .compression, "lz4", isLive: true,
+            "How swapped pages are compressed; what is there already stays as it is.")
         public static let swapQueues = Key("swap-queues", .number(1...16), 1, "Queues of the swap disk. For quire run.")
         public static let sharedDisk = Key(
             "shared-disk", DiskSetting.attached.repeated("a list of \"NAME\" or \"NAME,size=SIZE\""), otherwise: "[]",
             example: [DiskSetting("scratch", keys: [])!], "Disks to attach that VMs of the group share. For quire run.")
-        public static let logLevel = Key("log-level", .logLevel, "notice", "How much the backend logs.")
+        public static let logLevel = Key("log-level", .logLevel, "notice", isLive: true, "How much the backend logs.")
         public static let all: [any AnyKey] = [
             period, merge, mergePeriod, workers, mergeWorkers, writeTracking, group, store, swap, swapOvercommit, swapCompression,
             swapQueues, sharedDisk, logLevel,

@@ -15,16 +15,28 @@ final class Crew: Sendable {
         /// Counts works that were opened to the helpers; each helper joins a work once.
         var generation = 0
         var inside = 0
-        var isEnding = false
+        /// Threads with a higher number end when they are inside no work.
+        var helpers: Int
     }
-    private let monitor = Monitor(State())
-    private let threads: Mutex<[JoinableThread]>
+    private let name: String
+    private let monitor = Monitor(State(helpers: 0))
+    /// In the order of their numbers, which begin with 1.
+    private let threads = Mutex<[JoinableThread]>([])
 
     init(_ name: String, helpers: Int) throws(QuireError) {
-        threads = Mutex([])
-        for number in 0..<helpers {
-            let thread = try JoinableThread("\(name)-\(number + 1)") { [self] in help(as: number + 1) }
-            threads.withLock { $0.append(thread) }
+        self.name = name
+        try setHelpers(helpers)
+    }
+
+    /// So many from now on; also while there is work. Returns when those that are too many have ended.
+    func setHelpers(_ count: Int) throws(QuireError) {
+        try threads.withLock { (threads) throws(QuireError) in
+            monitor.update { $0.helpers = count }
+            while threads.count > count { threads.removeLast().join() }
+            while threads.count < count {
+                let number = threads.count + 1
+                threads.append(try JoinableThread("\(name)-\(number)") { [self] in help(as: number) })
+            }
         }
     }
 
@@ -32,7 +44,7 @@ final class Crew: Sendable {
         var seen = 0
         while true {
             let next = monitor.wait { state -> (any CrewWork)?? in
-                if state.isEnding { return .some(nil) }
+                if worker > state.helpers { return .some(nil) }
                 guard let work = state.work, state.generation != seen else { return nil }
                 seen = state.generation
                 state.inside += 1
@@ -59,10 +71,10 @@ final class Crew: Sendable {
     }
 
     func end() {
-        monitor.update { $0.isEnding = true }
-        threads.withLock {
-            for thread in $0 { thread.join() }
-            $0 = []
+        threads.withLock { threads in
+            monitor.update { $0.helpers = 0 }
+            for thread in threads { thread.join() }
+            threads = []
         }
     }
 }

@@ -167,6 +167,14 @@ public final class DedupEngine: Sendable {
         }
     }
 
+    /// Threads that hash, from now on.
+    public func setWorkers(_ count: Int) throws(QuireError) {
+        let old = configuration
+        let new = try Configuration(periodMilliseconds: old.periodMilliseconds, workers: count, tracksWrites: old.tracksWrites)
+        try crew.setHelpers(count - 1)
+        exchange { $0.configuration = new }
+    }
+
     /// Begins to bring every merged page back, and merges nothing any more until `resume`: also after a restart of this process.
     /// What cannot be done is tried again at every period. Returns how many times all was back before.
     @discardableResult public func beginUnmerge() -> Int {

@@ -261,6 +261,13 @@ public final class RecycleEngine: Sendable {
         }
     }
 
+    /// Threads that recycle, from now on.
+    public func setWorkers(_ count: Int) throws(QuireError) {
+        let new = try Configuration(periodMilliseconds: configuration.periodMilliseconds, workers: count)
+        try crew.setHelpers(count - 1)
+        exchange { $0.configuration = new }
+    }
+
     /// Changes control while the coordinator is not inside a pass.
     private func exchange<E: Error>(_ body: (inout Control) throws(E) -> Void) throws(E) {
         interruptions.add(1, ordering: .acquiringAndReleasing)

@@ -408,15 +408,28 @@ public final class BackendProcess: Sendable {
             guard let swap else { throw QuireError(.unsupported, "it has no transcendent memory: start it with quire run --swap SIZE") }
             return try TmemCommand(parsing: words.dropFirst()).carryOut(on: swap, &request)
         case Tuning.command:
-            let tuning = try Tuning(parsing: words.dropFirst())
-            try engine.setPeriod(milliseconds: tuning.periodMilliseconds)
-            guard let dedup else { return "" }
-            try dedup.setPeriod(milliseconds: tuning.mergePeriodMilliseconds)
-            // Pages come back at their own pace: it is no more than what un-merging a VM takes.
-            if let merges = tuning.merges { if merges { dedup.resume() } else { dedup.beginUnmerge() } }
+            try tune(Tuning(parsing: words.dropFirst()))
             return ""
         default: throw QuireError(.unsupported, "this backend does not know the command '\(request.text)'")
         }
+    }
+
+    private func tune(_ tuning: Tuning) throws(QuireError) {
+        if let level = tuning.logLevel.flatMap({ Logger.Level(rawValue: $0) }) {
+            // All copies of this logger have one level (`Logger.adjustable`).
+            var logger = logger
+            logger.logLevel = level
+        }
+        try engine.setPeriod(milliseconds: tuning.periodMilliseconds)
+        if let workers = tuning.workers { try engine.setWorkers(workers) }
+        if let dedup {
+            try dedup.setPeriod(milliseconds: tuning.mergePeriodMilliseconds)
+            if let workers = tuning.mergeWorkers { try dedup.setWorkers(workers) }
+            // Pages come back at their own pace: it is no more than what un-merging a VM takes.
+            if let merges = tuning.merges { if merges { dedup.resume() } else { dedup.beginUnmerge() } }
+        }
+        // Last: a limit below what is there already is refused.
+        if let swap, let wanted = tuning.swap { try swap.tune(wanted) }
     }
 
     /// The processes that our devices' front ends are.

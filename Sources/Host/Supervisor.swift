@@ -217,6 +217,7 @@ public struct Supervisor: ~Copyable {
             .init(from: lifelineReader.raw, to: 5),
         ]
         options.ownGroup = true
+        let tuning = tuner.tuning
         var arguments = [configuration.backendPath, "--name", name, "--device", "control,fd=3"]
         for (index, raw) in ram.raw.enumerated() {
             options.passing.append(.init(from: raw, to: Int32(6 + index)))
@@ -226,7 +227,9 @@ public struct Supervisor: ~Copyable {
         case .some(let swap):
             let first = Int32(6 + ram.raw.count)
             options.passing += [.init(from: swap.socket.descriptor.raw, to: first), .init(from: swap.store.raw, to: first + 1)]
-            arguments += ["--device", swap.options.device("fd=\(first)", store: first + 1)]
+            var disk = swap.options
+            if let tuned = tuning.swap { (disk.compression, disk.overcommit) = (tuned.compression, tuned.overcommit) }
+            arguments += ["--device", disk.device("fd=\(first)", store: first + 1)]
         case .none: break
         }
         let firstShared = Int32(8 + ram.raw.count)
@@ -234,17 +237,16 @@ public struct Supervisor: ~Copyable {
             options.passing.append(.init(from: sharedSockets.raw[index], to: firstShared + Int32(index)))
             arguments += ["--device", shared.device("fd=\(firstShared + Int32(index))")]
         }
-        let tuning = tuner.tuning
         arguments += [
             "--page-map-fd", "4", "--status", statusPath, "--supervisor-fd", "5",
-            "--period", "\(tuning.periodMilliseconds)ms", "--workers", "\(configuration.workers)",
-            "--log-level", configuration.logLevel,
+            "--period", "\(tuning.periodMilliseconds)ms", "--workers", "\(tuning.workers ?? configuration.workers)",
+            "--log-level", tuning.logLevel ?? configuration.logLevel,
         ]
         arguments += ["--command-socket", commandPath]
         if let merging = configuration.merging {
             arguments += [
                 "--agent-socket", agentSocketPath, "--merge-period", "\(tuning.mergePeriodMilliseconds)ms",
-                "--merge-workers", "\(merging.workers)",
+                "--merge-workers", "\(tuning.mergeWorkers ?? merging.workers)",
             ]
             if !merging.tracksWrites { arguments.append("--no-write-tracking") }
             if let store = merging.store { arguments += ["--store", store] }

@@ -38,12 +38,16 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
         func device(_ endpoint: String, store: Int32) -> String {
             var text = "swap,\(endpoint),size=\(byteCount)b,tmem-fd=\(store),queues=\(queueCount)"
             if let overcommit { text += ",overcommit=\(overcommit)" }
-            switch compression {
-            case .lz4: break
-            case .zstd(let level): text += ",compression=zstd:\(level)"
-            }
+            if compression != .lz4 { text += ",compression=\(Self.name(of: compression))" }
             if awaitsRestore { text += ",awaits-restore=on" }
             return text
+        }
+
+        static func name(of compression: Tmem.Compression) -> String {
+            switch compression {
+            case .lz4: "lz4"
+            case .zstd(let level): "zstd:\(level)"
+            }
         }
 
         var store: Tmem.Configuration {
@@ -257,6 +261,14 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
         return state.withLock { $0.pool }
     }
     public func setCap(_ bytes: UInt64?) throws(QuireError) { try store.setCap(bytes) }
+
+    /// Pages that come are compressed like this; and with an over-commit factor it has the limit that follows from that.
+    func tune(_ tuning: Tuning.Swap) throws(QuireError) {
+        guard let overcommit = tuning.overcommit else { return try store.setCompression(tuning.compression) }
+        var options = Options(byteCount: byteCount)
+        (options.compression, options.overcommit) = (tuning.compression, overcommit)
+        try store.change(to: options.store)
+    }
 
     // MARK: - Save and restore
 

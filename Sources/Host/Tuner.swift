@@ -1,3 +1,4 @@
+import Engines
 import Logging
 import Platform
 import Synchronization
@@ -6,8 +7,24 @@ import Synchronization
 public struct Tuning: Sendable, Equatable {
     public var periodMilliseconds: UInt32
     public var mergePeriodMilliseconds: UInt32
-    /// Nil, of a request: leave it as it is, for somebody may have un-merged this VM by hand.
+    // Nil, of a request: as it is. A supervisor of an older release says less.
+    /// Somebody may have un-merged this VM by hand.
     public var merges: Bool?
+    public var workers: Int?
+    public var mergeWorkers: Int?
+    public var logLevel: String?
+    /// Nil: there is no swap disk.
+    public var swap: Swap?
+
+    public struct Swap: Sendable, Equatable {
+        public var compression = Tmem.Compression.lz4
+        /// 1: none. Nil, of a request: somebody may have set the limit by hand.
+        public var overcommit: Double?
+        public init(compression: Tmem.Compression, overcommit: Double?) {
+            self.compression = compression
+            self.overcommit = overcommit
+        }
+    }
 
     public init(periodMilliseconds: UInt64, mergePeriodMilliseconds: UInt64, merges: Bool?) {
         self.periodMilliseconds = UInt32(clamping: periodMilliseconds)
@@ -19,20 +36,43 @@ public struct Tuning: Sendable, Equatable {
 
     static let command = "tune"
 
-    var request: String {
-        "\(Self.command) \(periodMilliseconds) \(mergePeriodMilliseconds)" + (merges.map { $0 ? " merge" : " unmerge" } ?? "")
+    package var request: String {
+        var words = [Self.command, "\(periodMilliseconds)", "\(mergePeriodMilliseconds)"]
+        if let merges { words.append(merges ? "merge" : "unmerge") }
+        if let workers { words.append("workers=\(workers)") }
+        if let mergeWorkers { words.append("merge-workers=\(mergeWorkers)") }
+        if let logLevel { words.append("log-level=\(logLevel)") }
+        if let swap {
+            words.append("compression=\(SwapDisk.Options.name(of: swap.compression))")
+            if let overcommit = swap.overcommit { words.append("overcommit=\(overcommit)") }
+        }
+        return words.joined(separator: " ")
     }
 
-    init(parsing words: ArraySlice<String>) throws(QuireError) {
-        let words = Array(words)
-        guard (2...3).contains(words.count), let period = UInt32(words[0]), let mergePeriod = UInt32(words[1]),
-            words.count == 2 || words[2] == "merge" || words[2] == "unmerge"
-        else {
-            throw QuireError(.invalid, "'\(words.joined(separator: " "))' is no tuning: install the same release of quire and quire-backend")
+    package init(parsing words: ArraySlice<String>) throws(QuireError) {
+        let all = words
+        func nonsense() -> QuireError {
+            QuireError(.invalid, "'\(all.joined(separator: " "))' is no tuning: install the same release of quire and quire-backend")
         }
+        let words = Array(words)
+        guard words.count >= 2, let period = UInt32(words[0]), let mergePeriod = UInt32(words[1]) else { throw nonsense() }
         periodMilliseconds = period
         mergePeriodMilliseconds = mergePeriod
-        merges = words.count == 3 ? words[2] == "merge" : nil
+        for word in words.dropFirst(2) {
+            let pair = word.split(separator: "=", maxSplits: 1).map(String.init), value = pair.last ?? ""
+            switch (pair.first, pair.count) {
+            case ("merge", 1): merges = true
+            case ("unmerge", 1): merges = false
+            case ("workers", 2): workers = Int(value)
+            case ("merge-workers", 2): mergeWorkers = Int(value)
+            case ("log-level", 2): logLevel = Logger.Level(rawValue: value)?.rawValue
+            case ("compression", 2): swap = Swap(compression: try SwapDisk.compression(value), overcommit: nil)
+            case ("overcommit", 2): swap?.overcommit = try SwapDisk.checkOvercommit(Double(value), "overcommit=\(value)")
+            default: throw nonsense()
+            }
+        }
+        // What is no number is missing now.
+        guard request.split(separator: " ").count == words.count + 1 else { throw nonsense() }
     }
 }
 
@@ -57,7 +97,7 @@ final class Tuner: Sendable {
         /// What holds for a backend that is started now.
         var wanted: Tuning
         /// What the last one was told that answered.
-        var merges: Bool?
+        var told: Tuning
         var server: CommandSocket.Server?
     }
     private let state: Mutex<State>
@@ -71,11 +111,15 @@ final class Tuner: Sendable {
     var tuning: Tuning { state.withLock { $0.wanted } }
 
     init(_ configuration: Supervisor.Configuration, _ name: String, in directory: RuntimeDirectory) throws(QuireError) {
-        let tuning = Tuning(
+        var tuning = Tuning(
             periodMilliseconds: configuration.periodMilliseconds,
             mergePeriodMilliseconds: configuration.merging?.periodMilliseconds ?? configuration.periodMilliseconds,
             merges: configuration.merging?.isOn)
-        state = Mutex(State(wanted: tuning, merges: tuning.merges))
+        tuning.workers = configuration.workers
+        tuning.mergeWorkers = configuration.merging?.workers
+        tuning.logLevel = configuration.logLevel
+        tuning.swap = configuration.swap.map { Tuning.Swap(compression: $0.compression, overcommit: $0.overcommit ?? 1) }
+        state = Mutex(State(wanted: tuning, told: tuning))
         self.name = name
         self.directory = directory
         reload = configuration.reload
@@ -112,15 +156,18 @@ final class Tuner: Sendable {
         // First for whoever is started from now on, then for who runs: so none is left out.
         var request = result.tuning
         state.withLock { state in
-            state.wanted = result.tuning
-            if state.merges == result.tuning.merges { request.merges = nil }
+            // A VM without a swap disk gets none of it.
+            if state.wanted.swap == nil { request.swap = nil }
+            state.wanted = request
+            if state.told.merges == request.merges { request.merges = nil }
+            if state.told.swap?.overcommit == request.swap?.overcommit { request.swap?.overcommit = nil }
         }
         for line in result.lines { log("\(name): \(line)") }
         let deadline = monotonicNanoseconds() + Self.patienceNanoseconds
         while true {
             do throws(QuireError) {
                 try CommandSocket.ask(request.request, of: name, in: directory)
-                state.withLock { $0.merges = result.tuning.merges }
+                state.withLock { $0.told = $0.wanted }
                 return result.lines
             } catch {
                 guard error.code == .retry || error.code == .closed, monotonicNanoseconds() < deadline, !isEnding.read({ $0 }) else {

@@ -45,6 +45,8 @@ public final class PageStore: Sendable {
 
     private static let machineLimit = 4096
     private let configuration: Configuration
+    /// Share groups, and who may be in them.
+    private let groups: Mutex<[String: Set<UInt32>]>
     private let parking: any Parking
     private let logger: Logger
     private let seams: StoreSeams
@@ -71,6 +73,7 @@ public final class PageStore: Sendable {
         seams: StoreSeams = StoreSeams()
     ) throws(QuireError) {
         self.configuration = configuration
+        groups = Mutex(configuration.groups)
         self.parking = parking
         self.logger = logger
         self.seams = seams
@@ -86,6 +89,9 @@ public final class PageStore: Sendable {
     public func setLimit(pages: Int) { budget.setLimit(pages) }
     /// See `Reserve`.
     public func setReserve(percent: Int) { reserve.setPercent(percent) }
+    /// Who joins from now on has to be in one of these. VMs that are in a group that is gone, or whose user is out of it, stay as long as
+    /// their backends do.
+    public func setGroups(_ new: [String: Set<UInt32>]) { groups.withLock { $0 = new } }
 
     // MARK: - After quired was killed
 
@@ -185,13 +191,13 @@ public final class PageStore: Sendable {
 
     /// Whether VMs can be of this group.
     package func knows(group name: String) -> Bool {
-        configuration.groups[name] != nil || name.hasPrefix("owner-") && UInt32(name.dropFirst(6)) != nil
+        groups.withLock { $0[name] != nil } || name.hasPrefix("owner-") && UInt32(name.dropFirst(6)) != nil
     }
 
     /// The group that a user's VM is of, which it has named or not.
     package func group(_ name: String, uid: UInt32) throws(QuireError) -> String {
         if name.isEmpty || name == Self.ownGroup(uid) { return Self.ownGroup(uid) }
-        guard isStoreName(name), let users = configuration.groups[name] else {
+        guard isStoreName(name), let users = groups.withLock({ $0[name] }) else {
             throw QuireError(
                 .invalid, "there is no share group '\(name.prefix(64))': name it to quired with --group, or leave it out")
         }

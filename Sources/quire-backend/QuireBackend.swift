@@ -167,10 +167,7 @@ struct QuireBackend: ParsableCommand {
             options.merging = merging
         }
         let prefix = name
-        var logger = Logger(label: prefix.isEmpty ? "quire-backend" : "quire-backend[\(prefix)]") {
-            StreamLogHandler.standardError(label: $0)
-        }
-        logger.logLevel = level
+        let logger = Logger.adjustable(prefix.isEmpty ? "quire-backend" : "quire-backend[\(prefix)]", level)
         try BackendProcess(options, logger: logger).run()
     }
 

@@ -119,8 +119,9 @@ extension Quire.Config {
         static let configuration = CommandConfiguration(
             commandName: "reload", abstract: "Has quired and the running VMs read the configuration again.",
             discussion: """
-                Says for each what changed. quired's limit and reserve, and of a VM period, merge-period and merge change at once; what \
-                cannot is said, and waits for the next start. If the file is broken, nothing changes anywhere.
+                Says for each what changed. quired's limit, reserve, group and log-level, and of a VM period, merge-period, merge, \
+                workers, merge-workers, log-level, swap-compression and swap-overcommit change at once; what cannot is said, and waits \
+                for the next start. If the file is broken, nothing changes anywhere.
 
                 Reaches the VMs of the user who asks: root those of libvirt, you those of your 'quire run'. quire-exporter has to be \
                 restarted.

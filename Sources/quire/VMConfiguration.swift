@@ -56,11 +56,15 @@ struct VMConfiguration: Sendable {
                     return needsAgent ? "\(change.path): \(change.before) -> \(change.after), from the next start on" : change.line
                 }
                 current = new
-                return Reloaded(
-                    tuning: Tuning(
-                        periodMilliseconds: new.value(Keys.Backend.period), mergePeriodMilliseconds: new.value(Keys.Backend.mergePeriod),
-                        merges: hasAgent ? new.value(Keys.Backend.merge) : nil),
-                    lines: lines)
+                var tuning = Tuning(
+                    periodMilliseconds: new.value(Keys.Backend.period), mergePeriodMilliseconds: new.value(Keys.Backend.mergePeriod),
+                    merges: hasAgent ? new.value(Keys.Backend.merge) : nil)
+                tuning.workers = new.value(Keys.Backend.workers)
+                tuning.mergeWorkers = new.value(Keys.Backend.mergeWorkers)
+                tuning.logLevel = new.value(Keys.Backend.logLevel)
+                tuning.swap = Tuning.Swap(
+                    compression: try SwapDisk.compression(new.value(Keys.Backend.swapCompression)), overcommit: new[Keys.Backend.swapOvercommit] ?? 1)
+                return Reloaded(tuning: tuning, lines: lines)
             }
         }
     }

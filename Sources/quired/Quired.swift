@@ -16,7 +16,7 @@ struct Quired: ParsableCommand {
             Owns the store that equal pages are kept in and the index that finds them. Backends of VMs connect to \
             DIRECTORY/store.sock. With --keep, what VMs use survives the death of this program, which is started again.
 
-            SIGHUP reads the configuration again: limit and reserve change at once, and nothing that VMs share is lost.
+            SIGHUP reads the configuration again: limit, reserve, groups and log level change at once, and nothing that VMs share is lost.
             """,
         version: "quired \(quireVersion)")
 
@@ -100,8 +100,7 @@ struct Quired: ParsableCommand {
         let signals = try SignalDescriptor([SIGTERM, SIGINT, SIGHUP])
         let link = if let keeper { try KeeperLink(adopting: Descriptor(owning: keeper)) } else { nil as KeeperLink? }
         let settings = try Settings(config, arguments, keeper: link)
-        var logger = Logger(label: "quired") { StreamLogHandler.standardError(label: $0) }
-        logger.logLevel = settings.logLevel
+        let logger = Logger.adjustable("quired", settings.logLevel)
         if let loss = link?.loss { logger.error("\(loss)") }
         if let trouble = settings.trouble { logger.error("\(trouble): going on with what held before") }
         let configuration = try settings.store()

@@ -50,8 +50,12 @@ struct Settings: Sendable {
         var configuration = try PageStore.Configuration(
             limitPages: limitPages, candidateBytes: resolution[Keys.Quired.candidates].map { Int($0) } ?? PageStore.Configuration.usualCandidateBytes)
         configuration.reservePercent = reservePercent
-        for group in resolution[Keys.Quired.group] ?? [] { configuration.groups[group.name] = Set(group.users) }
+        configuration.groups = groups
         return configuration
+    }
+
+    var groups: [String: Set<UInt32>] {
+        Dictionary((resolution[Keys.Quired.group] ?? []).map { ($0.name, Set($0.users)) }) { _, last in last }
     }
 
     func disks() throws(QuireError) -> [SharedDisks.Disk] {
@@ -97,6 +101,9 @@ final class Reloading: Sendable {
             let lines = new.resolution.changes(since: current.resolution).map(\.line)
             if new.limitPages != current.limitPages { store.setLimit(pages: new.limitPages) }
             if new.reservePercent != current.reservePercent { store.setReserve(percent: new.reservePercent) }
+            store.setGroups(new.groups)
+            var shared = logger
+            shared.logLevel = new.logLevel
             current = new
             for line in lines { logger.notice("\(line)") }
             return lines

@@ -174,10 +174,10 @@ struct ConfigurationFileTests {
         let old = try file("[backend]\nperiod = \"5s\"\nworkers = 2\n").resolve(.vm("a"))
         // The same in other words is no change.
         #expect(try file("[vm.a]\nperiod = 5\n[backend]\nworkers=2").resolve(.vm("a")).changes(since: old).isEmpty)
-        let new = try file("[backend]\nperiod = \"1m\"\nworkers = 3\n[vm.a]\nmerge = false\n").resolve(.vm("a"))
+        let new = try file("[backend]\nperiod = \"1m\"\nworkers = 3\nswap-queues = 2\n[vm.a]\nmerge = false\n").resolve(.vm("a"))
         #expect(
             new.changes(since: old).map(\.line) == [
-                "backend.period: \"5s\" -> \"1m\"", "vm.a.merge: true -> false", "backend.workers: 2 -> 3, from the next start on",
+                "backend.period: \"5s\" -> \"1m\"", "vm.a.merge: true -> false", "backend.workers: 2 -> 3", "backend.swap-queues: 1 -> 2, from the next start on",
             ])
         // Gone: it is the old place that says where.
         #expect(try file("").resolve(.vm("a")).changes(since: old).map(\.path) == ["backend.period", "backend.workers"])

@@ -32,13 +32,15 @@ private final class Bench {
 
     struct Setting: Sendable, CustomTestStringConvertible {
         let period: UInt32, workers: Int, threads: Int
+        /// Their number is another one all the time.
+        var changes = false
         var testDescription: String { "\(period) ms, \(workers) workers, \(threads) threads" }
     }
 
     /// A guest that allocates and frees all the time, and checks every byte: nothing is lost, what is taken as RECYCLED
     /// reads as zeros, and what stays free comes back.
     @Test(arguments: [
-        Setting(period: 10, workers: 1, threads: 2), Setting(period: 10, workers: 4, threads: 2),
+        Setting(period: 10, workers: 1, threads: 2), Setting(period: 10, workers: 4, threads: 2, changes: true),
         Setting(period: 100, workers: 2, threads: 1),
     ]) func workingGuestLosesNothing(_ setting: Setting) throws {
         let guest = try ModelGuest(pages: 3 * 4096)
@@ -47,7 +49,13 @@ private final class Bench {
         try bench.run(guest)
         let deadline = monotonicNanoseconds() + 2_500_000_000
         // At least as long, and until something has happened: recycling met allocation.
-        _ = eventually { monotonicNanoseconds() > deadline && bench.engine.snapshot.recycledPages > 500 }
+        var changes = 0
+        _ = eventually {
+            if setting.changes, (try? bench.engine.setWorkers([1, 6, 2, 16, 3][changes % 5])) != nil { changes += 1 }
+            return monotonicNanoseconds() > deadline && bench.engine.snapshot.recycledPages > 500
+        }
+        #expect(!setting.changes || changes > 20)
+        #expect(errorCode { try bench.engine.setWorkers(17) } == .invalid)
         let findings = workload.stop()
         #expect(findings.isClean, "\(findings)")
         #expect(findings.allocations > 100 && findings.fromRecycled > 0, "\(findings)")

@@ -593,6 +593,47 @@ import Testing
         audit(tmem)
     }
 
+    /// Compression, cap and over-commit change while there are pages, and every page is read as it was written.
+    @Test func configurationChangesWhileItWorks() throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let tmem = try fixture.open()
+        let disk = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "d", client: "a", capacityPages: 5000))
+        // Bytes of 16 kinds: zstd needs half of them, and lz4 finds nothing.
+        func page(_ seed: UInt32) -> [UInt8] {
+            var random = SplitMix(UInt64(seed))
+            return (0..<4096).map { _ in UInt8(truncatingIfNeeded: random.next() % 16) }
+        }
+        func put(_ indices: Range<UInt32>) throws -> UInt64 {
+            let before = disk.statistics.storedBytes
+            for index in indices { try disk.put(0, index, bytes: page(index)) }
+            return disk.statistics.storedBytes - before
+        }
+        let lz4 = try put(0..<100)
+        try tmem.setCompression(.zstd(level: 3))
+        #expect(try put(100..<200) < lz4 * 3 / 4)
+        // Equal ones are found, however they were compressed.
+        let stored = disk.statistics.storedBytes
+        for index in UInt32(0)..<100 { try disk.put(1, index, bytes: page(index)) }
+        #expect(disk.statistics.storedBytes == stored)
+        try tmem.setCompression(.lz4)
+        #expect(try put(200..<300) > lz4 * 3 / 4)
+        #expect(errorCode { try tmem.setCompression(.zstd(level: 20)) } == .invalid)
+
+        // 20 MiB are promised.
+        #expect(errorCode { try tmem.change(to: .init(cap: 16 << 20)) } == .busy && tmem.cap == nil)
+        try tmem.change(to: .init(compression: .zstd(level: 1), cap: 16 << 20, overcommit: 2))
+        #expect(tmem.cap == 16 << 20)
+        // The factor of a change that was refused is no factor: with 3 this would do.
+        #expect(errorCode { try tmem.change(to: .init(cap: 6 << 20, overcommit: 3)) } == .busy && tmem.cap == 16 << 20)
+        #expect(errorCode { try tmem.setCap(8 << 20) } == .busy)
+        try tmem.change(to: .init())
+        #expect(tmem.cap == nil)
+        for index in UInt32(0)..<300 { #expect(try disk.page(0, index) == page(index)) }
+        for index in UInt32(0)..<100 { #expect(try disk.page(1, index) == page(index)) }
+        audit(tmem)
+    }
+
     @Test func frozenPoolsTakeNothing() throws {
         let fixture = try TmemFixture()
         defer { fixture.close() }

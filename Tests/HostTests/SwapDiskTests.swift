@@ -218,6 +218,27 @@ private let zeros = [UInt8](repeating: 0, count: pageSize)
                 == .init(kind: .swap(.init(byteCount: 1 << 20), store: nil), endpoint: .path("/s")))
     }
 
+    @Test func tuningIsTheSameBothWays() throws {
+        var tuning = Tuning(periodMilliseconds: 500, mergePeriodMilliseconds: 100, merges: nil)
+        func parsed(_ text: String) throws(QuireError) -> Tuning { try Tuning(parsing: text.split(separator: " ").map(String.init)[...].dropFirst()) }
+        // As an older release says it, too.
+        #expect(tuning.request == "tune 500 100")
+        #expect(try parsed("tune 500 100") == tuning)
+        tuning.merges = false
+        #expect(try parsed("tune 500 100 unmerge") == tuning)
+        #expect(tuning.request == "tune 500 100 unmerge")
+        (tuning.workers, tuning.mergeWorkers, tuning.logLevel) = (2, 16, "debug")
+        tuning.swap = .init(compression: .zstd(level: 7), overcommit: 1.5)
+        #expect(tuning.request == "tune 500 100 unmerge workers=2 merge-workers=16 log-level=debug compression=zstd:7 overcommit=1.5")
+        #expect(try parsed(tuning.request) == tuning)
+        tuning.swap = .init(compression: .lz4, overcommit: nil)
+        #expect(try parsed(tuning.request) == tuning)
+        for text in ["", "tune", "tune 1", "tune 1 x", "tune 1 2 maybe", "tune 1 2 workers=x", "tune 1 2 log-level=loud", "tune 1 2 overcommit=2", "tune 1 2 workers"] {
+            #expect(message { try parsed(text) }?.contains("is no tuning") == true, "\(text)")
+        }
+        #expect(message { try parsed("tune 1 2 compression=fast") }?.contains("is no compression") == true)
+    }
+
     @Test func commandsAreTheSameBothWays() throws {
         for command in [
             .list, .freeze, .thaw, .flush(4096), .weight(pool: "swap", 7), .cap(pool: nil, 1 << 30), .cap(pool: "swap", nil), .save, .restore,

@@ -297,14 +297,19 @@ import Testing
         #expect(try mergeAll() == 8)
         #expect(try quired.figures().limitPages == 8)
         #expect(try quired.reload() == "", "nothing has changed")
+        func join() throws { _ = try Backend(FakeVM("c", group: "lab"), path: quired.path) }
+        #expect(message { try join() }?.contains("there is no share group 'lab'") == true)
 
         try write("[quired]\nlimit = \"64M\"\nreserve = 50\ngroup = [\"lab=1000\"]\n")
         #expect(
             try quired.reload() == """
                 quired.limit: "32K" -> "64M"
                 quired.reserve: 100 -> 50
-                quired.group: [] -> ["lab=1000"], from the next start on
+                quired.group: [] -> ["lab=1000"]
                 """)
+        // Root may always.
+        if ProcessCalls.isRoot { try join() } else { #expect(message { try join() }?.contains("is not in share group 'lab'") == true) }
+        #expect(try eventually { try quired.figures().machines == 2 })
         let figures = try quired.figures()
         #expect(figures.limitPages == 16384 && figures.sharedPages == 8 && figures.machines == 2)
         #expect(try eventually { try mergeAll() == 64 })

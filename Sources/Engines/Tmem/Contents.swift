@@ -87,8 +87,8 @@ final class Contents: SplitTableUser, Sendable {
     private let charges: MappedBytes
     private let stripes: [Stripe]
     private let fillKeys: (UInt64, UInt64)
-    private let codec: cc_codec
-    private let level: Int32
+    /// How what comes is compressed: the codec, and the level in the lower half. Each content says how it is itself.
+    private let method = Atomic<UInt64>(0)
 
     init(_ file: TmemFile, _ slabs: Slabs, _ compression: Tmem.Compression, _ budget: TmemBudget, _ seams: TmemSeams)
         throws(QuireError)
@@ -97,12 +97,6 @@ final class Contents: SplitTableUser, Sendable {
         self.slabs = slabs
         self.budget = budget
         self.seams = seams
-        switch compression {
-        case .lz4: (codec, level) = (CC_LZ4, 1)
-        case .zstd(let level):
-            guard (1...19).contains(level) else { throw QuireError(.invalid, "zstd has levels 1 to 19, and no \(level)") }
-            (codec, self.level) = (CC_ZSTD, level)
-        }
         table = try SplitTable(limit: TmemFile.contentLimit, budget: budget)
         ownerMapping = try Mapping(anonymousByteCount: TmemFile.contentLimit * 4)
         chargeMapping = try Mapping(anonymousByteCount: TmemFile.poolLimit * 512)
@@ -120,6 +114,22 @@ final class Contents: SplitTableUser, Sendable {
         let secret = file.hasher.secret
         func key(_ at: Int) -> UInt64 { secret[at..<at + 8].reduce(0) { $0 << 8 | UInt64($1) } }
         fillKeys = (key(0), key(8))
+        try setCompression(compression)
+    }
+
+    func setCompression(_ compression: Tmem.Compression) throws(QuireError) {
+        let (codec, level): (cc_codec, Int32)
+        switch compression {
+        case .lz4: (codec, level) = (CC_LZ4, 1)
+        case .zstd(let wanted):
+            guard (1...19).contains(wanted) else { throw QuireError(.invalid, "zstd has levels 1 to 19, and no \(wanted)") }
+            (codec, level) = (CC_ZSTD, wanted)
+        }
+        method.store(UInt64(codec.rawValue) << 32 | UInt64(level), ordering: .relaxed)
+    }
+    private var wanted: (codec: cc_codec, level: Int32) {
+        let word = method.load(ordering: .relaxed)
+        return (cc_codec(UInt32(word >> 32)), Int32(truncatingIfNeeded: word))
     }
 
     // MARK: - Entries
@@ -262,7 +272,8 @@ final class Contents: SplitTableUser, Sendable {
         if let found { return Acquired(number: found, isShared: true) }
 
         var bytes: UnsafeRawPointer? = nil
-        var codec = codec
+        let (chosen, level) = wanted
+        var codec = chosen
         var length = unsafe Int(cc_compress(codec, level, page, UInt32(4096 - Slabs.unitBytes), &bytes))
         if length == 0 { (codec, length) = (CC_RAW, 4096) }
         let source = unsafe codec == CC_RAW ? page : bytes!
@@ -303,7 +314,7 @@ final class Contents: SplitTableUser, Sendable {
     /// For the seam that names contents before they are written.
     func writeLate(_ number: UInt32, _ page: UnsafeRawPointer) {
         var bytes: UnsafeRawPointer? = nil
-        let location = location(number)
+        let location = location(number), (codec, level) = wanted
         _ = unsafe cc_compress(codec, level, page, UInt32(4096 - Slabs.unitBytes), &bytes)
         unsafe write(location, location.codec == CC_RAW ? page : bytes!)
     }

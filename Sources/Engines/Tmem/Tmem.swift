@@ -105,6 +105,15 @@ public final class Tmem: Sendable {
     /// Evicts ephemeral pages as far as needed. Throws `.busy`, and changes nothing, when persistent pages use more, or
     /// when promises would not be covered.
     public func setCap(_ bytes: UInt64?) throws(QuireError) { try store.setCap(bytes) }
+
+    /// As another configuration has it: the cap and what may be promised of it, as `setCap` does; and how pages are compressed that come
+    /// from now on.
+    public func change(to configuration: Configuration) throws(QuireError) {
+        try setCompression(configuration.compression)
+        try store.setCap(configuration.cap, overcommit: configuration.overcommit)
+    }
+    /// Of pages that come from now on.
+    public func setCompression(_ compression: Compression) throws(QuireError) { try store.contents.setCompression(compression) }
 }
 
 /// What a store uses. Bytes, where a name doesn't say otherwise.

@@ -26,7 +26,9 @@ final class TmemStore: Sendable {
     let contents: Contents
     let leaves: Leaves
     let seams: TmemSeams
-    let overcommit: Double
+    /// Changes under `changes`, with the cap.
+    private let overcommitFactor: Mutex<Double>
+    private var overcommit: Double { overcommitFactor.withLock { $0 } }
     let isFrozen = Atomic<Bool>(false)
     /// What persistent pools without a promise may use together.
     let unpromisedLimit = Atomic<Int>(.max)
@@ -45,7 +47,7 @@ final class TmemStore: Sendable {
         }
         self.file = file
         self.seams = seams
-        overcommit = configuration.overcommit
+        overcommitFactor = Mutex(configuration.overcommit)
         slabs = try Slabs(file, budget, seams)
         contents = try Contents(file, slabs, configuration.compression, budget, seams)
         leaves = try Leaves(file, budget)
@@ -430,7 +432,8 @@ final class TmemStore: Sendable {
         tidy()
     }
 
-    func setCap(_ bytes: UInt64?) throws(QuireError) {
+    /// `overcommit`: nil, as it was.
+    func setCap(_ bytes: UInt64?, overcommit: Double? = nil) throws(QuireError) {
         let cap = bytes.map { Int(clamping: $0) } ?? .max
         try changes.withLock { (_: inout Void) throws(QuireError) in
             let persistent = Set(pools.filter { !$0.isEphemeral }.map(\.number))
@@ -439,7 +442,12 @@ final class TmemStore: Sendable {
                 throw QuireError(
                     .busy, "persistent pages and what finds them take \(needed) bytes: the store's cap cannot be \(cap)")
             }
-            if let objection = objection(promised(), cap) { throw QuireError(.busy, objection) }
+            let before = self.overcommit
+            if let overcommit { overcommitFactor.withLock { $0 = overcommit } }
+            if let objection = objection(promised(), cap) {
+                overcommitFactor.withLock { $0 = before }
+                throw QuireError(.busy, objection)
+            }
             budget.setCap(cap)
             updateUnpromisedLimit()
         }
