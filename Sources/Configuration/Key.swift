@@ -134,14 +134,14 @@ public enum Keys {
         public static let httpSocket = Key(
             "http-socket", .text("a path that begins with /, or off") { $0 == "off" || $0.hasPrefix("/") },
             otherwise: "metrics.sock in quired's directory", example: "off", "Unix socket to listen on as well.")
-        public static let httpTokenFile = Key("http-token-file", .path, otherwise: "no token", example: "/etc/quire/token",
+        public static let httpTokenFile = Key("http-token-file", .path, otherwise: "no token", example: "/etc/quire/token", isLive: true,
             "A file with a token of 16 bytes or more, which everybody on the TCP port has to send.")
         public static let httpHost = Key(
             "http-host", Form<String>.text("a host's name") { !$0.isEmpty }.repeated("a list of hosts' names"),
-            otherwise: "[]", example: ["metrics.example.net"], "Names by which browsers and programs reach the server.")
+            otherwise: "[]", example: ["metrics.example.net"], isLive: true, "Names by which browsers and programs reach the server.")
         public static let httpTimeout = Key(
-            "http-timeout", .time(times), 30_000, "How long a request may take to arrive, and its answer to be taken.")
-        public static let historyInterval = Key("history-interval", .time(times), 15_000,
+            "http-timeout", .time(times), 30_000, isLive: true, "How long a request may take to arrive, and its answer to be taken.")
+        public static let historyInterval = Key("history-interval", .time(times), 15_000, isLive: true,
             "Time between the pictures that are kept, 60 of them; each costs what a scrape does.")
         public static let store = Key(
             "store", .path, otherwise: "/run/quired/store.sock, or in $XDG_RUNTIME_DIR", example: "/run/quired/store.sock",

@@ -36,7 +36,7 @@ public enum Template {
         lines.append("")
         comment("One VM: everything that [backend] knows. The name is that in quire status.")
         lines += ["#[vm.web1]", "#period = \"2s\"", "#merge = false"]
-        section("exporter", "Metrics, API and page. quire-exporter has to be restarted, which costs nothing.", .exporter)
+        section("exporter", "Metrics, API and page. systemctl reload quire-exporter applies what is marked; for the rest it has to be restarted, which costs nothing.", .exporter)
         return lines.joined(separator: "\n") + "\n"
     }()
 

@@ -17,6 +17,8 @@ public final class Collector: Sendable {
 
     private struct State {
         var waiting: [Answer] = []
+        /// In place of the one that there is.
+        var history: History?
         var isEnded = false
     }
 
@@ -37,6 +39,9 @@ public final class Collector: Sendable {
     /// Calls `answer` once, on the collector's thread; not at all once it has ended.
     public func ask(_ answer: @escaping Answer) { state.update { $0.waiting.append(answer) } }
 
+    /// Begins anew with the pictures, at other distances.
+    public func setHistory(_ history: History) { state.update { $0.history = history } }
+
     /// Call it once.
     public func end() {
         state.update { $0.isEnded = true }
@@ -52,12 +57,16 @@ public final class Collector: Sendable {
         var nextSample = monotonicNanoseconds()
         while true {
             // Nil: it is time for a sample.
-            let asked = state.wait(until: nextSample) { state -> (answers: [Answer], isEnd: Bool)? in
-                guard state.isEnded || !state.waiting.isEmpty else { return nil }
-                defer { state.waiting = [] }
-                return (state.waiting, state.isEnded)
+            let asked = state.wait(until: nextSample) { state -> (answers: [Answer], history: History?, isEnd: Bool)? in
+                guard state.isEnded || !state.waiting.isEmpty || state.history != nil else { return nil }
+                defer { (state.waiting, state.history) = ([], nil) }
+                return (state.waiting, state.history, state.isEnded)
             }
             if asked?.isEnd == true { return }
+            if let history = asked?.history {
+                found.history = history
+                nextSample = monotonicNanoseconds()
+            }
             let now = monotonicNanoseconds()
             if asked == nil || readAt == 0 || now - readAt > maxAge {
                 found.host = HostSnapshot.read(directories, store: &store)

@@ -20,6 +20,9 @@ struct QuireExporter: ParsableCommand {
             Any other address than loopback needs a token, which is sent as 'Authorization: Bearer TOKEN'. There is no TLS: \
             put a proxy in front where the network is not trusted.
 
+            SIGHUP reads the configuration and the token's file again: http-token-file, http-host, http-timeout and history-interval \
+            change at once. If something is wrong, one line says so, and all stays.
+
             Example: curl http://127.0.0.1:9750/metrics
 
             Exit status: 0 after SIGTERM or SIGINT, 1 on a failure (one line on stderr says why), 64 on wrong usage.
@@ -77,11 +80,11 @@ struct QuireExporter: ParsableCommand {
         ProcessCalls.ignoreBrokenPipes()
         ProcessCalls.raiseFileLimit()
         // Before any thread.
-        let signals = try SignalDescriptor([SIGTERM, SIGINT])
-        let settings = try settings()
+        let signals = try SignalDescriptor([SIGTERM, SIGINT, SIGHUP])
+        var settings = try settings()
         let http = settings.value(Keys.Exporter.http)
-        let token = try readToken(httpTokenFile ?? settings[Keys.Exporter.httpTokenFile])
-        let address = try tcpAddress(http, token)
+        let tcp = try values(settings)
+        let address = try tcpAddress(http, tcp.gate.token)
         let socketPath = try unixPath(httpSocket ?? settings[Keys.Exporter.httpSocket])
         guard address != nil || socketPath != nil else {
             throw QuireError(.invalid, "there is nothing to listen on: --http and --http-socket are both off")
@@ -91,31 +94,58 @@ struct QuireExporter: ParsableCommand {
         let collector = try Collector(
             directories, storePath: store ?? settings[Keys.Exporter.store] ?? StoreLink.standardPath(),
             history: History(intervalMilliseconds: settings.value(Keys.Exporter.historyInterval)))
-        let server = WebServer(Web(collector), patience: .milliseconds(Int64(settings.value(Keys.Exporter.httpTimeout))))
-        var hosts = Set((settings[Keys.Exporter.httpHost] ?? []).map { $0.lowercased() })
+        let server = WebServer(Web(collector))
+        let tcpRules = WebServer.Rules(tcp), socketRules = WebServer.Rules(onSocket(tcp))
         if let address {
             let bound: SocketAddress?
-            do { bound = try server.listen(on: .tcp(address), gate: Gate(hosts: hosts, token: token)) } catch {
+            do { bound = try server.listen(on: .tcp(address), tcpRules) } catch {
                 throw QuireError(.system, "cannot listen on \(http)", errno: (error as? IOError)?.errnoCode)
             }
             writeStandardError("quire-exporter: listening on http://\(Self.text(bound ?? address))/")
         }
         if let socketPath {
-            hosts.insert("localhost")
             // Who may open the socket may read: its group, beside its owner.
             let socket = try UnixSocket.listen(at: socketPath, backlog: 128)
             guard unsafe chmod(socketPath, 0o660) == 0 else { throw QuireError.system("cannot set the mode of \(socketPath)") }
             // SwiftNIO closes what it is given.
             let raw = try socket.descriptor.duplicate().release()
-            do { _ = try server.listen(on: .unix(raw), gate: Gate(hosts: hosts)) } catch {
+            do { _ = try server.listen(on: .unix(raw), socketRules) } catch {
                 throw QuireError(.system, "cannot listen on \(socketPath)", errno: (error as? IOError)?.errnoCode)
             }
             writeStandardError("quire-exporter: listening on \(socketPath)")
         }
-        _ = waitReadable([signals.descriptor.raw])
+        serving: while true {
+            _ = waitReadable([signals.descriptor.raw])
+            while let event = signals.next() {
+                guard event.number == SIGHUP else { break serving }
+                do throws(QuireError) {
+                    let new = try self.settings()
+                    let values = try self.values(new)
+                    // A port that everybody reaches keeps its token.
+                    if address != nil { _ = try tcpAddress(http, values.gate.token) }
+                    (tcpRules.current, socketRules.current) = (values, onSocket(values))
+                    let interval = new.value(Keys.Exporter.historyInterval)
+                    if interval != settings.value(Keys.Exporter.historyInterval) { collector.setHistory(History(intervalMilliseconds: interval)) }
+                    for change in new.changes(since: settings) { writeStandardError("quire-exporter: \(change.line)") }
+                    settings = new
+                } catch { writeStandardError("quire-exporter: the configuration is not reloaded: \(error)") }
+            }
+        }
         if let socketPath { Files.remove(socketPath) }
         server.end()
         collector.end()
+    }
+
+    /// For the TCP port.
+    private func values(_ settings: Resolution) throws(QuireError) -> WebServer.Rules.Values {
+        let hosts = Set((settings[Keys.Exporter.httpHost] ?? []).map { $0.lowercased() })
+        return WebServer.Rules.Values(
+            gate: Gate(hosts: hosts, token: try readToken(httpTokenFile ?? settings[Keys.Exporter.httpTokenFile])),
+            patience: .milliseconds(Int64(settings.value(Keys.Exporter.httpTimeout))))
+    }
+
+    private func onSocket(_ values: WebServer.Rules.Values) -> WebServer.Rules.Values {
+        WebServer.Rules.Values(gate: Gate(hosts: values.gate.hosts.union(["localhost"])), patience: values.patience)
     }
 
     private func readToken(_ path: String?) throws(QuireError) -> [UInt8]? {

@@ -24,6 +24,21 @@ final class WebServer {
         func leave() { value.withLock { $0 -= 1 } }
     }
 
+    /// What holds at one address. It may change at any time: the next request is the first that it holds for, on open connections, too.
+    final class Rules: Sendable {
+        struct Values: Sendable {
+            var gate: Gate
+            /// For a request to be complete, from the connection or the last answer on; and again for its answer to be made and taken.
+            var patience: TimeAmount
+        }
+        private let values: Mutex<Values>
+        init(_ values: Values) { self.values = Mutex(values) }
+        var current: Values {
+            get { values.withLock { $0 } }
+            set { values.withLock { $0 = newValue } }
+        }
+    }
+
     enum Bounds {
         static let connections = 256
         /// Of one header, its name and value, or of the target.
@@ -36,18 +51,12 @@ final class WebServer {
     private let group = MultiThreadedEventLoopGroup(numberOfThreads: 1)
     private let web: Web
     private let count = Count()
-    /// For a request to be complete, from the connection or the last answer on; and again for its answer to be made and
-    /// taken.
-    private let patience: TimeAmount
 
-    init(_ web: Web, patience: TimeAmount) {
-        self.web = web
-        self.patience = patience
-    }
+    init(_ web: Web) { self.web = web }
 
     /// Where it listens now.
-    func listen(on address: Address, gate: Gate) throws -> SocketAddress? {
-        let web = self.web, count = self.count, patience = self.patience
+    func listen(on address: Address, _ rules: Rules) throws -> SocketAddress? {
+        let web = self.web, count = self.count
         let bootstrap = ServerBootstrap(group: group)
             .serverChannelOption(.backlog, value: 128)
             .serverChannelOption(.socketOption(.so_reuseaddr), value: 1)
@@ -64,7 +73,7 @@ final class WebServer {
                     limits.maxHeaderFieldCount = Bounds.headers
                     try channel.pipeline.syncOperations.configureHTTPServerPipeline(
                         withErrorHandling: false, withEncoderConfiguration: .init(), withDecoderLimitConfiguration: limits)
-                    try channel.pipeline.syncOperations.addHandler(Conversation(web, gate, patience))
+                    try channel.pipeline.syncOperations.addHandler(Conversation(web, rules))
                 }
             }
         let channel =
@@ -102,16 +111,14 @@ private final class Conversation: ChannelInboundHandler {
     typealias OutboundOut = HTTPServerResponsePart
 
     private let web: Web
-    private let gate: Gate
-    private let patience: TimeAmount
+    private let rules: WebServer.Rules
     private var head: HTTPRequestHead?
     private var isEnding = false
     private var deadline: Scheduled<Void>?
 
-    init(_ web: Web, _ gate: Gate, _ patience: TimeAmount) {
+    init(_ web: Web, _ rules: WebServer.Rules) {
         self.web = web
-        self.gate = gate
-        self.patience = patience
+        self.rules = rules
     }
 
     func channelActive(context: ChannelHandlerContext) {
@@ -129,7 +136,7 @@ private final class Conversation: ChannelInboundHandler {
     private func beginWaiting(_ context: ChannelHandlerContext) {
         deadline?.cancel()
         let channel = context.channel
-        deadline = context.eventLoop.scheduleTask(in: patience) { channel.close(promise: nil) }
+        deadline = context.eventLoop.scheduleTask(in: rules.current.patience) { channel.close(promise: nil) }
     }
 
     func channelRead(context: ChannelHandlerContext, data: NIOAny) {
@@ -153,7 +160,7 @@ private final class Conversation: ChannelInboundHandler {
         let loop = context.eventLoop
         let bound = NIOLoopBound((self, context), eventLoop: loop)
         let isHead = head.method == .HEAD, keepAlive = head.isKeepAlive
-        web.answer(request, at: gate) { answer in
+        web.answer(request, at: rules.current.gate) { answer in
             loop.execute {
                 let (conversation, context) = bound.value
                 guard !conversation.isEnding else { return }

@@ -123,8 +123,8 @@ extension Quire.Config {
                 workers, merge-workers, log-level, swap-compression and swap-overcommit change at once; what cannot is said, and waits \
                 for the next start. If the file is broken, nothing changes anywhere.
 
-                Reaches the VMs of the user who asks: root those of libvirt, you those of your 'quire run'. quire-exporter has to be \
-                restarted.
+                Reaches the VMs of the user who asks: root those of libvirt, you those of your 'quire run'. quire-exporter does it at \
+                SIGHUP (systemctl reload quire-exporter).
 
                 Exit status: 0 if everybody who runs has done it, 1 otherwise.
                 """)

@@ -113,6 +113,56 @@ import Testing
         #expect(!exporter.log.contains(token))
     }
 
+    /// SIGHUP: another token and other names hold at once, on a connection that is open, too. What is wrong changes nothing.
+    @Test func reload() throws {
+        let tokens = ["correct-horse-battery-staple", "another-horse-another-staple"]
+        let token = try folder.write("token", tokens[0] + "\n")
+        func configuration(_ more: String) throws -> String {
+            try folder.write("quire.toml", "[exporter]\nhttp-token-file = \"\(token)\"\n\(more)")
+        }
+        let exporter = try exporter(["--config", configuration("http-host = [\"one.example\"]\n")])
+        func status(_ token: String, _ host: String) throws -> Int { try exporter.get("/metrics", ["Authorization: Bearer \(token)"], host: host).status }
+        func reload(_ line: String, _ count: Int = 1) throws {
+            exporter.signal(SIGHUP)
+            guard eventually({ exporter.log.ranges(of: line).count >= count }) else { throw Trouble("no '\(line)' in: \(exporter.log)") }
+        }
+        let open = try exporter.connect()
+        func ask(_ token: String) throws -> String {
+            let request = "GET /metrics HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer \(token)\r\n\r\n"
+            _ = unsafe request.utf8.withContiguousStorageIfAvailable { unsafe Glibc.send(open.raw, $0.baseAddress, $0.count, Int32(MSG_NOSIGNAL)) }
+            var text = ""
+            while !text.contains("\r\n\r\n"), !waitReadable([open.raw], timeoutMilliseconds: 10_000).isEmpty {
+                var chunk = [UInt8](repeating: 0, count: 1 << 20)
+                let n = unsafe Glibc.recv(open.raw, &chunk, chunk.count, 0)
+                guard n > 0 else { break }
+                text += String(decoding: chunk.prefix(n), as: UTF8.self)
+            }
+            return String(text.prefix(12))
+        }
+        #expect(try status(tokens[0], "one.example") == 200 && status(tokens[0], "two.example") == 421 && status(tokens[1], "one.example") == 401)
+        #expect(try ask(tokens[1]) == "HTTP/1.1 401")
+
+        _ = try folder.write("token", tokens[1] + "\n")
+        _ = try configuration("http-host = [\"two.example\"]\nhistory-interval = \"1s\"\nhttp-socket = \"off\"\n")
+        try reload("quire-exporter: exporter.history-interval: \"15s\" -> \"1s\"\n")
+        #expect(exporter.log.contains("quire-exporter: exporter.http-host: [\"one.example\"] -> [\"two.example\"]\n"))
+        #expect(exporter.log.contains(", from the next start on\n"))
+        #expect(try status(tokens[1], "two.example") == 200 && status(tokens[1], "one.example") == 421 && status(tokens[0], "two.example") == 401)
+        #expect(try ask(tokens[1]) == "HTTP/1.1 200")
+        #expect(try exporter.get("/api/v1/history", ["Authorization: Bearer \(tokens[1])"]).body.contains("\"interval_ms\":1000"))
+        #expect(try exporter.getOverSocket("/metrics").status == 200)
+
+        // A token that is none, and a file that is broken: all stays as it is.
+        _ = try folder.write("token", "short\n")
+        try reload("the configuration is not reloaded: \(token) holds no token: ")
+        _ = try folder.write("token", tokens[0] + "\n")
+        _ = try configuration("http-host = 1\n")
+        try reload("the configuration is not reloaded: ", 2)
+        #expect(try status(tokens[1], "two.example") == 200 && status(tokens[0], "two.example") == 401)
+        #expect(!exporter.log.contains(tokens[0]) && !exporter.log.contains(tokens[1]))
+        #expect(exporter.end() == .exited(0))
+    }
+
     @Test func malformedRequests() throws {
         let exporter = try exporter()
         let good = "GET /metrics HTTP/1.1\r\nHost: localhost\r\n"

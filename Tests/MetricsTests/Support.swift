@@ -157,6 +157,7 @@ final class Exporter {
     var pid: Int32 { process.pid }
     var log: String { process.text }
     var isRunning: Bool { process.isRunning }
+    func signal(_ number: Int32) { process.signal(number) }
     func end() -> ProcessEnd { process.end() }
 
     /// A connection to the port.
