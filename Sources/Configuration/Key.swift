@@ -133,7 +133,7 @@ public enum Keys {
             "127.0.0.1:9750", "Address and port to listen on. Any other than loopback needs a token.")
         public static let httpSocket = Key(
             "http-socket", .text("a path that begins with /, or off") { $0 == "off" || $0.hasPrefix("/") },
-            otherwise: "metrics.sock in quired's directory", example: "off", "Unix socket to listen on as well.")
+            otherwise: "metrics.sock in the service's directory", example: "off", "Unix socket to listen on as well.")
         public static let httpTokenFile = Key("http-token-file", .path, otherwise: "no token", example: "/etc/quire/token", isLive: true,
             "A file with a token of 16 bytes or more, which everybody on the TCP port has to send.")
         public static let httpHost = Key(

@@ -97,10 +97,11 @@ public struct RuntimeDirectories: Sendable {
         self.users = users
     }
 
-    /// Those of everybody for root, one's own for others; $QUIRE_RUNTIME_DIR alone where that is set.
+    /// Those of everybody for root and who reads as it does, one's own for others; $QUIRE_RUNTIME_DIR alone where that is set.
     public static func standard() throws(QuireError) -> RuntimeDirectories {
-        let own = try RuntimeDirectory.standard().base
-        let isEverybody = ProcessCalls.isRoot && ProcessCalls.environment("QUIRE_RUNTIME_DIR") == nil
+        let readsEverything = ProcessCalls.readsEverything
+        let own = try RuntimeDirectory.standard(isRoot: readsEverything).base
+        let isEverybody = readsEverything && ProcessCalls.environment("QUIRE_RUNTIME_DIR") == nil
         return RuntimeDirectories([own], users: isEverybody ? "/run/user" : nil)
     }
 

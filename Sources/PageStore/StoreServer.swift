@@ -253,8 +253,8 @@ public final class StoreServer: Sendable {
     }
 
     private static func checkMayObserve(_ connection: Connection) throws(QuireError) {
-        guard connection.uid == 0 || connection.uid == ProcessCalls.ownUID else {
-            throw QuireError(.invalid, "figures of the whole host are for root and quired's own user")
+        guard Observers.include(connection.uid) else {
+            throw QuireError(.invalid, "figures of the whole host are for root, quired's own user and quire-exporter's")
         }
     }
 

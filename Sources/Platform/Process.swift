@@ -133,6 +133,12 @@ public enum ProcessCalls {
     public static var processorCount: Int { max(1, sysconf(Int32(_SC_NPROCESSORS_ONLN))) }
     public static var memoryBytes: Int { max(0, sysconf(Int32(_SC_PHYS_PAGES))) * max(1, sysconf(Int32(_SC_PAGESIZE))) }
     public static var isRoot: Bool { geteuid() == 0 }
+    /// Root, or a service that may read as root does and no more (CAP_DAC_READ_SEARCH): no user's folders are closed to it.
+    public static var readsEverything: Bool {
+        guard !isRoot else { return true }
+        let line = (try? Files.read("/proc/self/status"))?.split(separator: "\n").first { $0.hasPrefix("CapEff:") }
+        return line?.split(separator: "\t").last.flatMap { UInt64($0, radix: 16) }.map { $0 & 1 << 2 != 0 } ?? false
+    }
     public static func isTerminal(_ raw: Int32) -> Bool { isatty(raw) == 1 }
     /// A write to a pipe or socket that nobody reads then fails with EPIPE instead of ending this process.
     public static func ignoreBrokenPipes() { cp_ignore_sigpipe() }

@@ -35,7 +35,7 @@ struct QuireExporter: ParsableCommand {
     @Option(help: ArgumentHelp("Address and port to listen on, such as 127.0.0.1:9750 or [::1]:9750; or 'off' (default: 127.0.0.1:9750).", valueName: "address:port"))
     var http: String?
 
-    @Option(help: ArgumentHelp("Unix socket to listen on as well, or 'off' (default: metrics.sock in quired's directory).", valueName: "path"))
+    @Option(help: ArgumentHelp("Unix socket to listen on as well, or 'off' (default: metrics.sock in $RUNTIME_DIRECTORY, which a service has, or in quired's directory).", valueName: "path"))
     var httpSocket: String?
 
     @Option(help: ArgumentHelp("A file with a token of 16 bytes or more, which everybody on the TCP port has to send.", valueName: "path"))
@@ -57,7 +57,7 @@ struct QuireExporter: ParsableCommand {
     @Option(help: ArgumentHelp("quired's socket (default: as for quire run).", valueName: "path"))
     var store: String?
 
-    @Option(help: ArgumentHelp("Look for VMs in this runtime directory only. Repeatable (default: those of all users for root, your own otherwise).", valueName: "path"))
+    @Option(help: ArgumentHelp("Look for VMs in this runtime directory only. Repeatable (default: those of all users for root and the service, your own otherwise).", valueName: "path"))
     var runtimeDirectory: [String] = []
 
     private func settings() throws(QuireError) -> Resolution {
@@ -181,10 +181,11 @@ struct QuireExporter: ParsableCommand {
         return (ip.contains(":") ? "[\(ip)]" : ip) + ":\(address.port ?? 0)"
     }
 
-    /// Beside quired's socket unless told otherwise.
+    /// Unless told otherwise in the folder that systemd has made for the service, and without one beside quired's socket.
     private func unixPath(_ path: String?) throws(QuireError) -> String? {
         if path == "off" { return nil }
         if let path { return path }
+        if let own = ProcessCalls.environment("RUNTIME_DIRECTORY"), own.hasPrefix("/") { return own + "/metrics.sock" }
         let store = StoreLink.standardPath()
         guard let slash = store.lastIndex(of: "/") else { return nil }
         let folder = String(store[..<slash])

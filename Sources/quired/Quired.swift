@@ -147,9 +147,14 @@ struct Quired: ParsableCommand {
 
     /// With a keeper the socket listens on while this program is started again: who connects then waits, and is served.
     private func listener(_ path: String, _ link: KeeperLink?, _ item: String) throws(QuireError) -> UnixSocket {
-        if let parked = link?.takeParked(item) { return UnixSocket(adopting: parked) }
-        let listener = try UnixSocket.listen(at: path, kind: .messages, backlog: 128)
-        try link?.park(item, [listener.descriptor.raw])
+        let listener: UnixSocket
+        if let parked = link?.takeParked(item) { listener = UnixSocket(adopting: parked) } else {
+            listener = try UnixSocket.listen(at: path, kind: .messages, backlog: 128)
+            try link?.park(item, [listener.descriptor.raw])
+        }
+        // Of root's it is the folder that decides who gets here: beside root quire-exporter, who may look into every folder, and is in
+        // no group that could do more. Everybody is known by his user then.
+        if ProcessCalls.isRoot { try? Files.setAccess(path, mode: 0o666) }
         return listener
     }
     private static let listenerItem = "listener", diskListenerItem = "disk listener"

@@ -70,6 +70,8 @@ import Testing
         let quired = try RunningStore()
         var status = stat()
         #expect(unsafe stat(quired.folder, &status) == 0 && status.st_mode & 0o777 == 0o750)
+        // Beside root those who may enter every folder.
+        if ProcessCalls.isRoot { #expect(unsafe stat(quired.path, &status) == 0 && status.st_mode & 0o777 == 0o666) }
         let second = try ChildProcess.output(of: [
             "sh", "-c", "\(RunningStore.program) --directory \(quired.folder) 2>&1; \(RunningStore.program) --keep --directory \(quired.folder) 2>&1; true",
         ])

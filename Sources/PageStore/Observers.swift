@@ -1,0 +1,17 @@
+import Platform
+
+/// Who may see the figures of the whole host and all of its shared disks: root, our own user and, where we are root's, the user of
+/// quire-exporter's service. That one is nobody otherwise, so that whoever breaks into its HTTP has root's say nowhere.
+enum Observers {
+    private static let exporterName = "quire-exporter"
+
+    /// From the file and not by glibc's lookup, which would load whatever modules this host has for it.
+    private static let exporter: UInt32? = {
+        guard ProcessCalls.isRoot, let users = try? Files.read("/etc/passwd") else { return nil }
+        let fields = users.split(separator: "\n").lazy.map { $0.split(separator: ":", omittingEmptySubsequences: false) }
+            .first { $0.count > 2 && $0[0] == exporterName }
+        return fields.flatMap { UInt32($0[2]) }
+    }()
+
+    static func include(_ uid: UInt32) -> Bool { uid == 0 || uid == ProcessCalls.ownUID || uid == exporter }
+}
