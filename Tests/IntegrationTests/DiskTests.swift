@@ -6,7 +6,32 @@ import Testing
 extension Integration {
     /// A backend that is started by hand, as qemu-config/README.md shows it, and a disk that the backend serves.
     @Suite(.serialized) struct Disk {
-        /// A plain QEMU and its backend. Its end ends both, by number.
+        /// Commands that stand in qemu-config/README.md below a heading, in words: without the program, and without `&` or `…`.
+        private struct Recipe {
+            let backend: [String]
+            let qemu: [String]
+
+            init(_ heading: String) throws {
+                let text = try Self.text()
+                guard let begin = text.firstRange(of: "\n## \(heading)\n") else { throw Trouble("qemu-config/README.md has no '\(heading)'") }
+                let section = text[begin.upperBound...].prefix(upTo: text[begin.upperBound...].firstRange(of: "\n## ")?.lowerBound ?? text.endIndex)
+                let commands = section.split(separator: "\n").filter { $0.hasPrefix("    ") }.joined(separator: "\n").replacing("\\\n", with: " ")
+                    .split(separator: "\n").map { $0.split(separator: " ").map(String.init).filter { !["&", "…"].contains($0) } }
+                backend = Array(commands.first { $0.first == "quire-backend" }?.dropFirst() ?? [])
+                qemu = Array(commands.first { $0.first == "qemu-system-x86_64" }?.dropFirst() ?? [])
+                guard !backend.isEmpty else { throw Trouble("qemu-config/README.md starts no backend below '\(heading)'") }
+            }
+
+            private static func text() throws -> String { try Files.read(Program.top + "/qemu-config/README.md") }
+
+            /// What newer QEMUs have for `reconnect=1`.
+            static func newerReconnect() throws -> (old: String, new: String) {
+                guard let match = try text().firstMatch(of: #/later take `(\S+)` instead of `(\S+)`/#) else { throw Trouble("nothing about reconnect") }
+                return (String(match.2), String(match.1))
+            }
+        }
+
+        /// A plain QEMU and its backend, as the recipes have them. Its end ends both, by number.
         final class ByHand {
             let folder: Folder
             let console: Console
@@ -21,20 +46,22 @@ extension Integration {
             init(_ qemu: QEMU, _ kernel: Kernel, _ ram: RAM, _ more: [String] = []) throws {
                 ProcessCalls.ignoreBrokenPipes()
                 folder = try Folder()
-                let control = folder.path + "/control.sock", file = folder.path + "/file.sock"
+                let file = folder.path + "/data.sock", place = folder.path
                 let image = try folder.sparseFile("image", byteCount: 128 << 20)
-                backendArguments = [
-                    Program.backend, "--device", "control,socket=\(control)",
-                    "--device", "file,socket=\(file),path=\(image),queues=2,serial=data", "--period", Guest.period,
-                    "--status", folder.path + "/status",
-                ] + (ram == .owned ? ["--ram", "size=512M,link=\(folder.path)/ram"] : [])
+                let (old, new) = try Recipe.newerReconnect()
+                /// In this test's folder, in less memory, for this QEMU.
+                func here(_ words: [String]) -> [String] {
+                    words.map {
+                        $0.replacing("/run/web1", with: place).replacing("/srv/data.img", with: image).replacing("1G", with: "512M")
+                            .replacing(old, with: qemu == .ten ? new : old).replacing("share=on", with: ram == .unshared ? "share=off" : "share=on")
+                    }
+                }
+                let recipe = try Recipe(ram == .owned ? "Owned RAM" : "Adopted RAM"), further = try Recipe("Further devices").backend
+                // A disk beside the control disk: all of that recipe, or the disk of it.
+                backendArguments = [Program.backend] + here(ram == .unshared ? further : recipe.backend + further.suffix(2))
+                    + ["--period", Guest.period, "--status", folder.path + "/status"]
                 backend = try Self.start(backendArguments, folder)
                 try waitUntil("the backend to listen") { Files.identity(of: file) != nil }
-                let memory =
-                    ram == .owned
-                    ? "memory-backend-file,id=ram,size=512M,mem-path=\(folder.path)/ram,share=on"
-                    : "memory-backend-memfd,id=ram,size=512M,share=\(ram == .adopted ? "on" : "off")"
-                let reconnect = qemu == .ten ? "reconnect-ms=100" : "reconnect=1"
                 var toGuest = try Pipe(), fromGuest = try Pipe()
                 let stdin = toGuest.takeReader(), stdout = fromGuest.takeWriter()
                 let log = try Descriptor.open(folder.path + "/errors", O_RDWR | O_CREAT | O_APPEND)
@@ -44,12 +71,9 @@ extension Integration {
                 ]
                 options.parentDeathSignal = SIGTERM
                 self.qemu = try ChildProcess(
-                    [qemu.program] + qemu.acceleration(for: kernel)
-                        + ["-m", "512M", "-smp", "2", "-display", "none", "-monitor", "none", "-serial", "stdio"]
-                        + ["-object", memory, "-machine", "memory-backend=ram"]
-                        + ["-chardev", "socket,id=c,path=\(control),\(reconnect)"]
-                        + ["-device", "vhost-user-blk-pci,chardev=c,num-queues=1"]
-                        + ["-chardev", "socket,id=f,path=\(file),\(reconnect)"]
+                    [qemu.program] + qemu.acceleration(for: kernel) + here(recipe.qemu)
+                        + ["-smp", "2", "-display", "none", "-monitor", "none", "-serial", "stdio"]
+                        + here(["-chardev", "socket,id=f,path=\(file),\(old)"])
                         + ["-device", "vhost-user-blk-pci,chardev=f,num-queues=2,id=data"]
                         + Guest.kernelArguments(Machine(kernel: kernel)) + more, options)
                 console = Console(input: toGuest.takeWriter(), output: fromGuest.takeReader())
