@@ -22,11 +22,12 @@ extension Integration {
             try console.sh("quire-load churn 150 2 --threads 2")
         }
 
-        /// Define, enable, start, reset, managed save, restore, detach, stop, disable: the guest never reads a wrong byte, memory
-        /// goes back in every life of it, nothing is left behind, and the definition is what it was.
+        /// Define, enable, start, plug memory, suspend, resume, reboot, managed save, restore, detach, stop, reset, disable: the guest
+        /// never reads a wrong byte, memory of both NUMA nodes and of memory devices goes back in every life of it, nothing is left
+        /// behind, and the definition is what it was.
         @Test func life() throws {
             let host = try LibvirtHost()
-            try host.define("web1")
+            try host.define("web1", nodes: true)
             let before = try host.definition("web1")
             #expect(try host.quire("enable", "--dry-run", "--period", "500ms", "web1").contains("+   <memoryBacking>"))
             #expect(try host.definition("web1") == before)
@@ -43,7 +44,36 @@ extension Integration {
             #expect(try host.quire("enable", "--period", "1s", "web1").contains("powered off and started again"))
             try host.quire("enable", "--period", "500ms", "web1")
 
-            try host.virsh("reset", "web1")
+            #expect(try console.sh("ls -d /sys/devices/system/node/node[01] | wc -l") == "2\n")
+            // More than one node has, with the memory device.
+            try console.sh("\(DIMM.online); quire-load hold 450 0 >/dev/null")
+            try host.wait(for: "recycling of all nodes", console) { host.status("web1").recycledBytes > 400 << 20 }
+            #expect(host.status("web1").ramBytes == 640 << 20)
+            // And more than there was beside the kernel.
+            try host.virsh("attach-device", "web1", host.write("device.xml", LibvirtHost.memoryDevice), "--live")
+            try host.wait(for: "the memory device", console) {
+                let seen = try console.sh("\(DIMM.online); awk '/MemTotal/ { print $2 }' /proc/meminfo").filter(\.isNumber)
+                return host.status("web1").ramBytes == 768 << 20 && host.status("web1").state == .active && Int(seen)! > 660 << 10
+            }
+            try console.sh("quire-load hold 600 0 >/dev/null")
+            try host.wait(for: "recycling of the memory device", console) { host.status("web1").recycledBytes > 590 << 20 }
+
+            let load = try console.start("quire-load churn 300 8 --threads 2")
+            for _ in 0..<2 {
+                try host.virsh("suspend", "web1")
+                try host.wait(for: "the device to stop", console) { host.status("web1").state == .noGuest }
+                let total = host.status("web1").recycledTotalPages
+                try host.virsh("resume", "web1")
+                try host.wait(for: "recycling to go on", console) {
+                    host.status("web1").state == .active && host.status("web1").recycledTotalPages > total
+                }
+            }
+            let (text, status) = try console.finish(load, within: Guest.patience(for: 8))
+            #expect(status == 0 && text.contains("ok "), "\(text)")
+
+            // What the guest does when its power button is pressed: libvirt has it start again, in the same QEMU.
+            try host.virsh("reboot", "web1")
+            _ = try console.start("poweroff -f")
             try console.expectReady()
             try host.wait(for: "the old table to be forgotten", console) { host.status("web1").state == .noGuest }
             try console.sh("insmod /lib/quire/quire.ko")
@@ -66,7 +96,9 @@ extension Integration {
             try host.virsh("destroy", "web1")
 
             // And once more from the definition.
-            console = try host.boot("web1")
+            console = try host.start("web1")
+            try host.virsh("reset", "web1")
+            try host.expectReady("web1", console)
             #expect(host.runtime.isRunning("web1"))
             try host.virsh("destroy", "web1")
             try host.wait(for: "the backend to be gone") { Files.list(host.runtime.base) == [] }
@@ -162,22 +194,35 @@ extension Integration {
             try target.wait(for: "pages to be merged anew", console) { isMerged(target) }
             #expect(try console.sh("md5sum /tmp/a /tmp/b /tmp/z") == sums)
             try recycles(target, "web1", console)
-            try target.virsh("destroy", "web1")
 
-            for (option, value, said) in [("--swap", "64M", "its swap disk would not come with it"), ("--disk", "scratch", "its shared disk 'scratch' would")] {
-                try target.startStore(["--shared-disk", "scratch,size=1M"])
-                try target.quire("enable", option, value, "web1")
-                try target.virsh("start", "--paused", "web1")
-                let refusal = try target.failure(["migrate"] + here + [source.uri] + over)
-                #expect(refusal.contains(said), "\(refusal)")
-                #expect(try target.virsh("domstate", "web1").hasPrefix("paused"))
-                #expect(Files.list(source.runtime.base) == [])
-                #expect(try source.virsh("list", "--all", "--name").allSatisfy(\.isWhitespace))
-                try target.virsh("destroy", "web1")
-                try target.quire("enable", "--no-swap", "web1")
-            }
+            // Back, where Quire is not installed: after `detach` and `disable` it is a domain like any other.
+            try source.sh("mkdir /run/away && mv /etc/libvirt/hooks/qemu.d/quire /run/programs /run/away/")
+            try target.quire("detach", "web1")
             try target.quire("disable", "web1")
             #expect(try target.definition("web1") == before)
+            try target.virsh(["migrate"] + here + [source.uri] + over)
+            console = try source.console("web1")
+            #expect(try console.sh("md5sum /tmp/a /tmp/b /tmp/z") == sums)
+            try console.sh("quire-load churn 60 2 --threads 2")
+            #expect(Files.list(target.runtime.base) == [] && Files.list(source.runtime.base) == [])
+            #expect(try source.definition("web1") == before)
+            try source.virsh("destroy", "web1")
+            try source.sh("mv /run/away/quire /etc/libvirt/hooks/qemu.d/ && mv /run/away/programs /run/")
+
+            for (option, value, said) in [("--swap", "64M", "its swap disk would not come with it"), ("--disk", "scratch", "its shared disk 'scratch' would")] {
+                try source.startStore(["--shared-disk", "scratch,size=1M"])
+                try source.quire("enable", option, value, "web1")
+                try source.virsh("start", "--paused", "web1")
+                let refusal = try source.failure(["migrate"] + here + [target.uri] + over)
+                #expect(refusal.contains(said), "\(refusal)")
+                #expect(try source.virsh("domstate", "web1").hasPrefix("paused"))
+                #expect(Files.list(target.runtime.base) == [])
+                #expect(try target.virsh("list", "--all", "--name").allSatisfy(\.isWhitespace))
+                try source.virsh("destroy", "web1")
+                try source.quire("enable", "--no-swap", "web1")
+            }
+            try source.quire("disable", "web1")
+            #expect(try source.definition("web1") == before)
         }
 
         /// What a guest has swapped is not in a saved image. So its disk answers with errors after a restore, never with other
@@ -399,6 +444,11 @@ extension Integration {
             for (find, replace, said) in [
                 ("</currentMemory>", "</currentMemory><memoryBacking><hugepages/></memoryBacking>", "huge pages"),
                 ("</currentMemory>", "</currentMemory><memoryBacking><locked/></memoryBacking>", "locked"),
+                ("</currentMemory>", "</currentMemory><memoryBacking><nosharepages/></memoryBacking>", "not to be shared"),
+                ("</currentMemory>", "</currentMemory><memoryBacking><allocation mode='immediate'/></memoryBacking>", "at its start"),
+                ("</currentMemory>", "</currentMemory><memoryBacking><source type='file'/></memoryBacking>", "of source type 'file'"),
+                ("</vcpu>", "</vcpu><cputune><vcpusched vcpus='0' scheduler='fifo' priority='1'/></cputune>", "real time (<vcpusched>)"),
+                ("</devices>", "</devices><qemu:commandline xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><qemu:arg value='-object'/><qemu:arg value='memory-backend-memfd,id=own,size=1M'/></qemu:commandline>", "memory-backend"),
                 ("</devices>", "<hostdev mode='subsystem' type='pci' managed='yes'><source><address domain='0' bus='0' slot='9' function='0'/></source></hostdev></devices>", "VFIO"),
             ] {
                 try host.virsh("define", host.write("other.xml", before.replacing(find, with: replace)))
@@ -407,6 +457,13 @@ extension Integration {
                 #expect(try host.definition("web1") == defined)
             }
             try host.virsh("define", host.write("other.xml", before))
+            // Encrypted memory: QEMU's driver takes it only where the processor has it, so it is the XML of libvirt's test driver.
+            let encrypted = try host.write("encrypted.xml", before
+                .replacing("</devices>", with: "</devices><launchSecurity type='sev'><cbitpos>47</cbitpos><reducedPhysBits>1</reducedPhysBits><policy>0x3</policy></launchSecurity>")
+                .replacing(#/<domain type='[a-z]*'/#, with: "<domain type='test'").replacing("arch='x86_64'", with: "arch='i686'"))
+            let normalized = try host.sh("virsh -q -c test:///default 'define \(encrypted); dumpxml web1' | sed -n '/<domain/,$p' | sed \"s/type='test'/type='qemu'/; s/i686/x86_64/\"")
+            #expect(normalized.contains("launchSecurity"))
+            #expect(try shell("/run/programs/quire libvirt enable --xml < \(host.write("normalized.xml", normalized))").contains("(<launchSecurity>)"))
 
             // A disk that is not there when QEMU starts holds it up for ever: so the hook says no instead.
             try host.quire("enable", "web1")
@@ -441,7 +498,7 @@ extension Integration {
             #expect(try host.definition("web1") != before)
         }
 
-        /// The example of qemu-config is what `enable` makes, and it boots.
+        /// The example of qemu-config is what `enable` makes, and it boots, as a transient domain.
         @Test func example() throws {
             let host = try LibvirtHost()
             let text = try Files.read(Program.top + "/qemu-config/domain.xml")
@@ -457,12 +514,21 @@ extension Integration {
                 .replacing("</type>\n", with: "</type>\(LibvirtHost.boot)\n")
                 .replacing("<serial type='pty'/>", with: LibvirtHost.console("web1"))
                 .replacing("type='kvm'", with: QEMU.hasKVM ? "type='kvm'" : "type='qemu'")
-            try host.virsh("define", host.write("example.xml", here))
-            let console = try host.boot("web1")
+            // As an orchestrator does it: nothing is ever defined.
+            let without = try host.write("without.xml", Domain(here).disabled().text), made = host.folder.path + "/made.xml"
+            try host.sh("/run/programs/quire libvirt enable --xml <\(without) >\(made)")
+            #expect(try Files.read(made) == here)
+            try host.virsh("create", made)
+            let console = try host.console("web1")
+            try host.expectReady("web1", console)
             try console.sh("insmod /lib/quire/quire.ko")
             try host.wait(for: "an active guest that is merged", console) {
                 host.status("web1").state == .active && host.status("web1").merging.state == .active
             }
+            try recycles(host, "web1", console)
+            try host.virsh("destroy", "web1")
+            try host.wait(for: "the backend to be gone") { Files.list(host.runtime.base) == [] }
+            #expect(try host.virsh("list", "--all", "--name").allSatisfy(\.isWhitespace))
         }
     }
 }

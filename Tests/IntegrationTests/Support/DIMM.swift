@@ -4,6 +4,9 @@ import Platform
 struct DIMM {
     /// The guest's memory blocks that are not it.
     fileprivate let otherBlocks: Set<String>
+
+    /// Has a guest take what was plugged into use: movable, so that it can be taken away again.
+    static let online = "for m in /sys/devices/system/memory/memory*/state; do grep -q offline $m && echo online_movable > $m; done; true"
 }
 
 extension Guest {
@@ -13,7 +16,7 @@ extension Guest {
         Set(try sh("cd \(Self.blocks); echo memory[0-9]*").split(whereSeparator: \.isWhitespace).map(String.init))
     }
 
-    /// Plugs one, and has the guest take its memory into use: movable, so that it can be taken away again.
+    /// Plugs one, and has the guest take its memory into use.
     func plugDIMM() throws -> DIMM {
         let before = try memoryBlocks()
         try qmp.command(
@@ -24,7 +27,7 @@ extension Guest {
             ])
         try qmp.command("device_add", ["driver": .string("pc-dimm"), "id": .string("dimm"), "memdev": .string("more")])
         try wait(for: "the guest to see the DIMM") { try memoryBlocks().count == before.count + 4 }
-        try sh("cd \(Self.blocks); for m in memory*/state; do grep -q offline $m && echo online_movable > $m; done; true")
+        try sh(DIMM.online)
         return DIMM(otherBlocks: before)
     }
 

@@ -154,8 +154,11 @@ final class LibvirtHost {
         return folder.path + "/" + name
     }
 
-    /// A guest of the tests as a domain of libvirt.
-    func define(_ name: String, memory: Int = 512, disk: String = "") throws {
+    /// A guest of the tests as a domain of libvirt. With `nodes` its memory is that of two NUMA nodes and of a memory device, which is
+    /// on top of it, and there is room for another one.
+    func define(_ name: String, memory: Int = 512, disk: String = "", nodes: Bool = false) throws {
+        let half = "memory='\(memory / 2)' unit='MiB'"
+        let cells = "<cpu><numa><cell id='0' cpus='0' \(half)/><cell id='1' cpus='1' \(half)/></numa></cpu>"
         let xml = """
             <domain type='\(QEMU.hasKVM ? "kvm" : "qemu")'>
               <name>\(name)</name>
@@ -163,12 +166,14 @@ final class LibvirtHost {
               <metadata>
                 <x:thing xmlns:x='urn:x'><x:a/> text </x:thing>
               </metadata>
-              <memory unit='MiB'>\(memory)</memory>
+              \(nodes ? "<maxMemory slots='2' unit='MiB'>2048</maxMemory>" : "")
+              <memory unit='MiB'>\(nodes ? memory + Self.deviceMebibytes : memory)</memory>
               <vcpu>2</vcpu>
+              \(nodes ? cells : "")
               <os><type arch='x86_64' machine='q35'>hvm</type>\(Self.boot)</os>
               <features><acpi/><apic/></features>
               <devices>
-                \(disk)\(Self.console(name))
+                \(disk)\(nodes ? Self.memoryDevice : "")\(Self.console(name))
                 <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
                 <memballoon model='none'/>
               </devices>
@@ -177,6 +182,9 @@ final class LibvirtHost {
         try virsh("define", write("\(name).xml", xml))
     }
 
+    /// What Linux takes at once on x86.
+    static let deviceMebibytes = 128
+    static let memoryDevice = "<memory model='dimm'><target><size unit='MiB'>\(deviceMebibytes)</size><node>1</node></target></memory>"
     static let boot =
         "<kernel>/run/guest/vmlinux</kernel><initrd>/run/guest/initramfs</initrd><cmdline>console=ttyS0 cryptomgr.notests panic=1 quiet</cmdline>"
     static func console(_ name: String) -> String {
