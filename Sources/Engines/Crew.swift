@@ -28,7 +28,7 @@ final class Crew: Sendable {
         try setHelpers(helpers)
     }
 
-    /// So many from now on; also while there is work. Returns when those that are too many have ended.
+    /// So many from now on. Returns when those that are too many have ended, which they do when they are inside no work.
     func setHelpers(_ count: Int) throws(QuireError) {
         try threads.withLock { (threads) throws(QuireError) in
             monitor.update { $0.helpers = count }

@@ -171,8 +171,11 @@ public final class DedupEngine: Sendable {
     public func setWorkers(_ count: Int) throws(QuireError) {
         let old = configuration
         let new = try Configuration(periodMilliseconds: old.periodMilliseconds, workers: count, tracksWrites: old.tracksWrites)
-        try crew.setHelpers(count - 1)
-        exchange { $0.configuration = new }
+        // Outside of a pass, which could take longer than the asker waits.
+        try exchange { (control) throws(QuireError) in
+            try crew.setHelpers(count - 1)
+            control.configuration = new
+        }
     }
 
     /// Begins to bring every merged page back, and merges nothing any more until `resume`: also after a restart of this process.
@@ -207,15 +210,19 @@ public final class DedupEngine: Sendable {
         }
     }
 
-    private func exchange(_ body: (inout Control) -> Void) {
+    private func exchange<E: Error>(_ body: (inout Control) throws(E) -> Void) throws(E) {
         interruptions.add(1, ordering: .acquiringAndReleasing)
+        defer {
+            interruptions.subtract(1, ordering: .acquiringAndReleasing)
+            control.update { _ in }
+        }
+        var result: Result<Void, E> = .success(())
         _ = control.wait { control -> Void? in
             if control.isBusy { return nil }
-            body(&control)
+            do throws(E) { try body(&control) } catch { result = .failure(error) }
             return ()
         }
-        interruptions.subtract(1, ordering: .acquiringAndReleasing)
-        control.update { _ in }
+        try result.get()
     }
 
     public var snapshot: Statistics {

@@ -264,8 +264,11 @@ public final class RecycleEngine: Sendable {
     /// Threads that recycle, from now on.
     public func setWorkers(_ count: Int) throws(QuireError) {
         let new = try Configuration(periodMilliseconds: configuration.periodMilliseconds, workers: count)
-        try crew.setHelpers(count - 1)
-        exchange { $0.configuration = new }
+        // Outside of a pass, which could take longer than the asker waits.
+        try exchange { (control) throws(QuireError) in
+            try crew.setHelpers(count - 1)
+            control.configuration = new
+        }
     }
 
     /// Changes control while the coordinator is not inside a pass.
