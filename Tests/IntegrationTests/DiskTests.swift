@@ -179,7 +179,11 @@ extension Integration {
                     #expect(status == 0, "\(text)")
                 }
                 // A module whose backend has lost everything registers again.
-                try waitUntil("the new backend to hear of the table") { guest.status?.state == .active }
+                func told() -> String {
+                    let module = try? guest.sh("cat /sys/kernel/debug/quire/state; dmesg | tail -n 5")
+                    return "\(guest.status.map { "\($0.state) \($0.reason)" } ?? "no status"); the module: \(module ?? "says nothing")"
+                }
+                try waitUntil("the new backend to hear of the table", state: told) { guest.status?.state == .active }
                 _ = try guest.sh("rmmod quire; ! dmesg | grep -E 'I/O error|BUG|WARNING|stall|blocked for'")
             }
         }
