@@ -58,9 +58,15 @@ public final class DedupEngine: Sendable {
         public static let dirtyLogging = Pause(rawValue: 1)
         /// Nobody would replace this process.
         public static let unsupervised = Pause(rawValue: 2)
+        /// The guest may run guests of its own: the kernel writes its pages then, unseen.
+        public static let nested = Pause(rawValue: 4)
 
         var reason: String {
-            contains(.dirtyLogging) ? "paused: the guest's memory is being logged for migration" : "paused: the supervisor is gone"
+            if contains(.dirtyLogging) { return "paused: the guest's memory is being logged for migration" }
+            if contains(.nested) {
+                return "paused: KVM lets the guest run guests of its own, and writes its pages unseen then: to merge, give it a CPU without (vmx=off, on AMD svm=off)"
+            }
+            return "paused: the supervisor is gone"
         }
     }
 

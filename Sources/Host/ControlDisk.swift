@@ -54,6 +54,7 @@ public final class ControlDisk: BlockStorage, DeviceLifecycle {
         engine.setPaused(.unnoticed, start.isUnnoticed)
         let isLocked = start.frontEnd.map { ProcessCalls.lockedBytes(of: $0) >= start.memory.byteCount } ?? false
         engine.setPaused(.locked, isLocked)
+        dedup?.setPaused(.nested, start.frontEnd.map { NestedGuests.mayRun(process: $0) } ?? false)
         let rings = start.rings.flatMap(\.ranges)
         engine.start(memory: start.memory, rings: rings, nonce: start.nonce, connection: start.connection)
         if !isLocked { dedup?.setMemory(start.memory) }

@@ -136,7 +136,7 @@ public struct QEMUCommandLine: Sendable, Equatable {
         "no-kvm-pit-reinjection", "igd-passthru", "prom-env-help",
     ]
 
-    private struct Option {
+    struct Option {
         let name: String
         /// Where its argument stands in argv; nil if it has none.
         let at: Int?
@@ -224,7 +224,7 @@ public struct QEMUCommandLine: Sendable, Equatable {
     private static func roundUp(_ value: UInt64, to unit: UInt64) -> UInt64 { (value + unit - 1) / unit * unit }
 
     /// Options and their arguments. What does not start with `-` is a disk image, as for QEMU.
-    private static func options(_ arguments: [String]) -> [Option] {
+    static func options(_ arguments: [String]) -> [Option] {
         var options: [Option] = []
         var index = 1
         while index < arguments.count {

@@ -117,7 +117,9 @@ public struct Domain: Sendable {
 
     /// What closes the pin gate, so that equal pages are not merged while it is there; pages that the guest has freed still go
     /// back. One line each, with what to do.
-    public var limits: [String] {
+    public var limits: [String] { limits(.host) }
+
+    package func limits(_ nested: NestedGuests) -> [String] {
         var found: [String] = []
         func limit(_ what: String, _ advice: String) {
             found.append("\(what): equal pages are not merged, freed pages still go back; \(advice)")
@@ -160,6 +162,14 @@ public struct Domain: Sendable {
         for video in devices("video") {
             if video.first("driver")?["name"] == "vhostuser" { limit("it has a vhost-user GPU", "that back end has guest memory mapped") }
             if video.first("model")?["blob"] == "on" { limit("its virtio GPU has blob='on'", "the kernel pins what it shows (udmabuf); to merge them: blob='off'") }
+        }
+        if root["type"] == "kvm", let cpu = root.first("cpu") {
+            var features: [String: Bool] = [:]
+            for feature in cpu.all("feature") { features[feature["name"] ?? ""] = !["disable", "forbid"].contains(feature["policy"] ?? "") }
+            // What libvirt makes of host-model has what the host has, too.
+            if nested.mayRun(isHostCPU: ["host-passthrough", "host-model", "maximum"].contains(cpu["mode"] ?? ""), features: features) {
+                limit("KVM lets it run guests of its own, and writes its pages unseen then", "to merge them: <feature policy='disable' name='\(nested.vmx ? "vmx" : "svm")'/> in <cpu>")
+            }
         }
         if isEmulated && processorCount == 1 {
             found.append("it is emulated with one CPU: nothing is recycled, because its atomic operations are none for other processes")

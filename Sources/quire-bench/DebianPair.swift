@@ -64,7 +64,7 @@ struct DebianPair {
 
     private func options(_ isQuire: Bool) -> GuestMachine.Options {
         var options = GuestMachine.Options(
-            accelerator: programs.hasKVM ? ["-accel", "kvm", "-cpu", "host"] : ["-accel", "tcg,thread=multi"])
+            accelerator: programs.hasKVM ? ["-accel", "kvm", "-cpu", "host,vmx=off,svm=off"] : ["-accel", "tcg,thread=multi"])
         options.mebibytes = mebibytes
         if isQuire {
             // Nothing to recycle without the module: pages that the guest freed are merged here as they are there.

@@ -46,7 +46,7 @@ struct Recycle: ParsableCommand {
         defer { Files.removeDirectory(runtime) }
         ProcessCalls.ignoreBrokenPipes()
 
-        let accelerator = programs.hasKVM ? ["-accel", "kvm", "-cpu", "host", "-smp", "2"] : ["-accel", "tcg,thread=multi", "-smp", "2"]
+        let accelerator = programs.hasKVM ? ["-accel", "kvm", "-cpu", "host,vmx=off,svm=off", "-smp", "2"] : ["-accel", "tcg,thread=multi", "-smp", "2"]
         var report = Report(
             benchmark: "recycle",
             machine: Machine.describe(qemu: programs.qemuVersion, accelerator: programs.hasKVM ? "KVM; TCG for instructions" : "TCG"),

@@ -112,7 +112,7 @@ struct TmemCapacity {
 
     func run(into report: inout Report) throws {
         var options = GuestMachine.Options(
-            accelerator: programs.hasKVM ? ["-accel", "kvm", "-cpu", "host"] : ["-accel", "tcg,thread=multi"])
+            accelerator: programs.hasKVM ? ["-accel", "kvm", "-cpu", "host,vmx=off,svm=off"] : ["-accel", "tcg,thread=multi"])
         options.mebibytes = mebibytes
         let tmem = try Tmem(Tmem.makeFile(name: "bench"))
         let pool = try tmem.createPool(.init(kind: .persistent, scope: .shared, name: "guests", client: "bench"))

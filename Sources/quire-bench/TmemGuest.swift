@@ -30,7 +30,7 @@ struct TmemGuest {
         try file.truncate(to: 1 << 30)
         let runtime = try Recycle.makeRuntimeDirectory()
         defer { Files.removeDirectory(runtime) }
-        let accelerator = programs.hasKVM ? ["-accel", "kvm", "-cpu", "host"] : ["-accel", "tcg,thread=multi"]
+        let accelerator = programs.hasKVM ? ["-accel", "kvm", "-cpu", "host,vmx=off,svm=off"] : ["-accel", "tcg,thread=multi"]
         var options = GuestMachine.Options(accelerator: accelerator + ["-smp", "2"])
         options.mebibytes = Self.mebibytes
         options.period = "10s"

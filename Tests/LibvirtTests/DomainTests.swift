@@ -292,6 +292,23 @@ import Testing
         #expect(try Domain(Domain(Self.domain()).enabled(Self.request)).limits.isEmpty)
     }
 
+    /// One that may run guests of its own: only where this host's KVM lets it.
+    @Test func guestsOfGuests() throws {
+        func limits(_ cpu: String, _ host: NestedGuests = NestedGuests(vmx: true, svm: false), type: String = "kvm") throws -> [String] {
+            try Domain(Self.domain("<cpu \(cpu)</cpu>", type: type)).limits(host).filter { $0.contains("guests of its own") }
+        }
+        for cpu in [
+            "mode='host-passthrough'>", "mode='host-model'>", "mode='maximum'><feature policy='disable' name='svm'/>",
+            "mode='custom'><model>Broadwell</model><feature policy='require' name='vmx'/>",
+        ] { #expect(try limits(cpu).count == 1, "\(cpu)") }
+        #expect(try limits("mode='host-passthrough'>")[0].contains("<feature policy='disable' name='vmx'/>"))
+        for cpu in ["mode='host-passthrough'><feature policy='disable' name='vmx'/>", "mode='custom'><model>Broadwell</model>"] {
+            #expect(try limits(cpu).isEmpty, "\(cpu)")
+        }
+        #expect(try limits("mode='host-passthrough'>", NestedGuests(vmx: false, svm: false)).isEmpty)
+        #expect(try limits("mode='maximum'>", type: "qemu").isEmpty)
+    }
+
     @Test func differences() {
         #expect(lineDifference("a\nb\nc", "a\nx\nc") == "  a\n- b\n+ x\n  c")
         #expect(lineDifference("a\nb", "a\nb") == "")

@@ -63,7 +63,7 @@ enum QEMU: CustomStringConvertible {
     /// goes on with the breakpoint that stood at a tracepoint's branch while it was patched, and takes it again and again, in
     /// `__alloc_pages`. Switching the tracepoint in a guest that never saw quire.ko does the same (QEMU 7.2).
     func acceleration(for kernel: Kernel, patchingCode: Bool = false) -> [String] {
-        if Self.hasKVM { return ["-accel", "kvm", "-cpu", "host"] }
+        if Self.hasKVM { return ["-accel", "kvm", "-cpu", "host,vmx=off,svm=off"] }
         if patchingCode { return ["-accel", "tcg,thread=single", "-cpu", "qemu64,-cx16"] }
         // 6.12 crashes in the emulated cmpxchg16b of 7.2, and is unstable on its multi-threaded emulation (GUEST.md).
         if kernel == .v6_12 && self == .distribution { return ["-accel", "tcg,thread=single", "-cpu", "qemu64,-cx16"] }
