@@ -409,15 +409,14 @@ private typealias Kind = DriverDisk.Kind
         let features = frontEnd.defaultFeatures | (eventIndex ? FrontEnd.eventIndex : 0)
         try frontEnd.start(ram, [ring], features: features)
         #expect(try disk.run(Kind.flush).status == 0)
-        // The device notifies of it after it can be seen in the ring.
-        #expect(!waitReadable([ring.call.descriptor.raw], timeoutMilliseconds: 20_000).isEmpty)
-        ring.call.drain()
         // No interrupts wanted: until 5 more are done, or not at all.
         if eventIndex { ram.store16(ring.available + 4 + 2 * 16, 5) } else { ram.store16(ring.available, 1) }
         for count in 2...5 {
             disk.submit(Kind.flush)
             ring.kick.signal()
             #expect(eventually { Int(ring.usedIndex) == count })
+            // The driver may see a request done before the device notifies of it. It has by the time the next one is done.
+            if count == 2 { ring.call.drain() }
         }
         #expect(waitReadable([ring.call.descriptor.raw], timeoutMilliseconds: 50).isEmpty)
         if !eventIndex { ram.store16(ring.available, 0) }
