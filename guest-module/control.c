@@ -320,7 +320,8 @@ static unsigned int period_now(void)
 }
 
 static void watch_run(struct work_struct *work);
-static DECLARE_DEFERRABLE_WORK(watch, watch_run);
+/* Not deferrable: a guest with nothing to do is the one whose backend may have been replaced without its noticing. */
+static DECLARE_DELAYED_WORK(watch, watch_run);
 
 static void watch_run(struct work_struct *work)
 {

@@ -33,6 +33,7 @@
 #include <linux/cpuhotplug.h>
 #include <linux/cpu.h>
 #include <linux/cpumask.h>
+#include <linux/delay.h>
 #include <linux/memory.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
@@ -252,6 +253,14 @@ static struct notifier_block memory_notifier = { .notifier_call = on_memory };
 
 /* ---- suspend, hibernation, shutdown, panic ---- */
 
+/* Tells the host to leave the table alone. False: it may use it now, or later. */
+static bool host_is_off(void)
+{
+	int error = quire_control_set(false, UNREGISTER_PATIENCE);
+
+	return !error || (error != -ETIMEDOUT && !quire_control_host_may_use_table());
+}
+
 static int on_pm(struct notifier_block *block, unsigned long event, void *data)
 {
 	switch (event) {
@@ -259,7 +268,7 @@ static int on_pm(struct notifier_block *block, unsigned long event, void *data)
 	case PM_SUSPEND_PREPARE:
 	case PM_RESTORE_PREPARE:
 		hold_for(HOLD_PM);
-		if (quire_control_set(false, UNREGISTER_PATIENCE) == -ETIMEDOUT) {
+		if (!host_is_off()) {
 			pr_err("the control disk doesn't answer: no suspend now\n");
 			quire_control_set(true, 0);
 			release_from(HOLD_PM);
@@ -281,15 +290,16 @@ static struct notifier_block pm_notifier = { .notifier_call = on_pm };
 static int on_shutdown(struct notifier_block *block, unsigned long action, void *command)
 {
 	bool kexec = action == SYS_RESTART && command && !strcmp(command, "kexec reboot");
-	int error;
 
 	hold_for(HOLD_SHUTDOWN);
-	do {
-		error = quire_control_set(false, UNREGISTER_PATIENCE);
-		if (error == -ETIMEDOUT)
-			pr_emerg("the control disk doesn't answer%s\n",
-				 kexec ? ": kexec waits for it, or the host would write into the next kernel" : "");
-	} while (kexec && error == -ETIMEDOUT);
+	while (!host_is_off()) {
+		pr_emerg("the control disk doesn't answer%s\n",
+			 kexec ? ": kexec waits for it, or the host would write into the next kernel" : "");
+		if (!kexec)
+			break;
+		/* Any other error than a time-out is there at once. */
+		msleep(100);
+	}
 	/* Should the host still have it, it must not find a table there when it looks again. */
 	mutex_lock(&gate);
 	memset(quire_table->header->magic, 0, sizeof(quire_table->header->magic));

@@ -53,6 +53,7 @@ public final class DirtyTracker: Sendable {
     @inline(__always)
     public func markDirty(guestAddress: UInt64, byteCount: UInt64) {
         guard active.load(ordering: .acquiring) else { return }
-        state.withLock { $0.log }?.markDirty(guestAddress: guestAddress, byteCount: byteCount)
+        // Under the lock: a log that was exchanged meanwhile is read by nobody any more.
+        state.withLock { $0.log?.markDirty(guestAddress: guestAddress, byteCount: byteCount) }
     }
 }
