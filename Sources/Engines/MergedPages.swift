@@ -53,6 +53,8 @@ public final class MergedPages: GuestPages {
     public let map: PageMap
     public let unmergeable = UnmergeableSet()
     private let link = Monitor(Link())
+    /// See `distrustMap`.
+    private let isMapWrong = Atomic<Bool>(false)
 
     private struct Link {
         var memory: ProcessMemory?
@@ -62,7 +64,19 @@ public final class MergedPages: GuestPages {
     public init(map: PageMap) { self.map = map }
 
     /// The agent is there (again). `memory` is that of the process whose mappings the page map describes.
-    public func attach(_ memory: ProcessMemory) { link.update { $0.memory = memory } }
+    public func attach(_ memory: ProcessMemory) {
+        isMapWrong.store(false, ordering: .releasing)
+        link.update { $0.memory = memory }
+    }
+
+    /// Where the front end's pages are is not what our page map says: an access would miss the bytes of those that are merged. Each
+    /// fails from now on, until an agent finds the map right.
+    public func distrustMap() { isMapWrong.store(true, ordering: .releasing) }
+
+    private func checkMap() throws(QuireError) {
+        guard isMapWrong.load(ordering: .relaxed) else { return }
+        throw QuireError(.closed, "the page map does not describe this QEMU's memory: start the VM anew, with a page map of its own")
+    }
 
     /// QEMU has ended, or it is another one. What is merged cannot be reached any more. When only the agent's
     /// connection has ended its memory is as good as before.
@@ -113,7 +127,10 @@ public final class MergedPages: GuestPages {
     // MARK: - Access
 
     public var lockPages: UInt64 { PageMap.lockPages }
-    public func beginAccess(_ gfns: Range<GFN>) throws(QuireError) { try map.beginIO(gfns) }
+    public func beginAccess(_ gfns: Range<GFN>) throws(QuireError) {
+        try checkMap()
+        try map.beginIO(gfns)
+    }
     public func endAccess(_ gfns: Range<GFN>) { map.endIO(gfns) }
     public func alike(_ gfns: Range<GFN>) throws(QuireError) -> (count: Int, isMerged: Bool) { try map.alike(gfns) }
 
@@ -124,7 +141,8 @@ public final class MergedPages: GuestPages {
     public func frontEnd() throws(QuireError) -> ProcessMemory {
         if let memory = link.read({ $0.memory }) { return memory }
         if let memory = link.wait(until: monotonicNanoseconds() + Self.patience, { $0.memory }) { return memory }
-        throw QuireError(.closed, "the bytes of a merged page are in QEMU, and the agent there is not connected")
+        // It comes back, late on a busy host: whoever serves a request asks again.
+        throw QuireError(.retry, "the bytes of a merged page are in QEMU, and the agent there is not connected")
     }
 
     // MARK: - Pages that stay private
@@ -140,6 +158,7 @@ public final class MergedPages: GuestPages {
     ///    taken over from (`PageMap.takeOver`); a window that was open then is waited for by 3.
     /// 3. With the range lock held none is merged; if one is, the agent brings it back, and all are looked at again.
     public func keepPrivate(_ gfns: [Range<GFN>]) throws(QuireError) -> PageHold {
+        try checkMap()
         let deadline = monotonicNanoseconds() + Self.holdNanoseconds
         unmergeable.insert(gfns)
         let hold = PageHold { [unmergeable] in unmergeable.remove(gfns) }

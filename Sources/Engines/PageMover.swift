@@ -63,7 +63,8 @@ public protocol PageMover: AnyObject, Sendable {
     /// certain by `deadline` (CLOCK_MONOTONIC, nanoseconds).
     func settle(until deadline: UInt64) throws(QuireError)
 
-    /// Brings every merged page of these back into the memory file; throws if that is not done by `deadline`.
+    /// Brings every merged page of these back into the memory file; throws if that is not done by `deadline`. For pages that the
+    /// guest uses as a ring or a table, and so has no device transfer to.
     func bringBack(_ gfns: [Range<GFN>], until deadline: UInt64) throws(QuireError)
 }
 

@@ -89,6 +89,8 @@ public final class RecycleEngine: Sendable {
         /// QEMU emulates one CPU at a time, and then the guest's compare-exchange is a load and a store: a claim that falls
         /// in between is overlooked.
         public static let notAtomic = Pause(rawValue: 16)
+        /// A device was told where all of guest RAM is, and writes to the pages that were there then.
+        public static let assigned = Pause(rawValue: 32)
 
         var reason: String {
             if contains(.dirtyLogging) { return "paused: the guest's memory is being logged for migration" }
@@ -96,7 +98,8 @@ public final class RecycleEngine: Sendable {
                 return "paused: QEMU emulates one CPU at a time, so the guest's atomic operations are none for the host: use "
                     + "KVM, or -accel tcg,thread=multi with at least -smp 2"
             }
-            if contains(.locked) { return "paused: QEMU has locked its memory, start it without mem-lock=on" }
+            if contains(.locked) { return "paused: QEMU has its memory locked or pinned, start it without mem-lock=on and VFIO devices" }
+            if contains(.assigned) { return "paused: a device that may write to all of the guest's memory is in use (VFIO, vDPA, RDMA, libblkio)" }
             if contains(.unsupervised) { return "paused: the supervisor is gone" }
             return "paused: QEMU has lost track of its control disk (cured in QEMU 9.1), start the VM anew to recycle again"
         }
@@ -139,6 +142,10 @@ public final class RecycleEngine: Sendable {
         /// The coordinator is inside a pass; `table` must stay.
         var isBusy = false
         var isEnding = false
+        /// What may have come about since: asked before each pass.
+        var look: (@Sendable (GuestMemory) -> Pause)?
+        /// What it said last.
+        var found: Pause = []
         /// A registration or resumption that the coordinator has not seen yet.
         var isFresh = false
         var headerAddress: UInt64 = 0
@@ -170,6 +177,8 @@ public final class RecycleEngine: Sendable {
             $0?.join()
             $0 = nil
         }
+        // It may know us.
+        control.update { $0.look = nil }
         crew.end()
     }
 
@@ -246,6 +255,9 @@ public final class RecycleEngine: Sendable {
     /// Who claims from now on, where he can. Nil: this process.
     public func setRecycler(_ recycler: (any PageRecycler)?) { control.update { $0.recycler = recycler } }
 
+    /// `look` finds reasons that nobody tells. It is called before each pass, by the engine's own thread.
+    public func setLook(_ look: @escaping @Sendable (GuestMemory) -> Pause) { control.update { $0.look = look } }
+
     public func setPaused(_ reason: Pause, _ paused: Bool) {
         exchange { control in
             if paused { control.pause.insert(reason) } else { control.pause.remove(reason) }
@@ -305,7 +317,8 @@ public final class RecycleEngine: Sendable {
             guard let table = control.table else {
                 return (.idle, control.start == nil ? "no guest is running" : "no guest module has registered", 0, nil)
             }
-            if !control.pause.isEmpty { return (.paused, control.pause.reason, table.headerAddress, table.waits) }
+            let pause = control.pause.union(control.found)
+            if !pause.isEmpty { return (.paused, pause.reason, table.headerAddress, table.waits) }
             return (.active, "", table.headerAddress, table.waits)
         }
         var result = statistics.withLock { $0 }
@@ -404,7 +417,8 @@ public final class RecycleEngine: Sendable {
                 nextTick = max(nextTick + tick, now + tick / 2)
                 table.publish(
                     epoch: PageMark.epoch(ofTick: ticks), ticks: ticks, periodMilliseconds: configuration.periodMilliseconds)
-                if ticks >= nextPass {
+                let found = ticks >= nextPass ? look(table.memory) : []
+                if ticks >= nextPass, found.isEmpty {
                     do throws(QuireError) {
                         let oldest = try pass(table, agent, ticks: ticks, &state)
                         nextPass = ticks + UInt64(max(1, configuration.dueAge - oldest))
@@ -421,6 +435,12 @@ public final class RecycleEngine: Sendable {
                 control.isEnding || control.isFresh || control.table == nil || !control.pause.isEmpty ? () : nil
             }
         }
+    }
+
+    private func look(_ memory: GuestMemory) -> Pause {
+        let found = control.read { $0.look }?(memory) ?? []
+        control.update { $0.found = found }
+        return found
     }
 
     /// What is kept from one pass to the next, for one table.

@@ -176,6 +176,11 @@ public final class AgentLink: PageMerger, PageRecycler {
         }
     }
 
+    /// Whether a device may write to all of guest RAM; nil if no agent says.
+    public var isAssigned: Bool? {
+        monitor.read { $0.phase == .attached || $0.phase == .attaching ? $0.gate?.isAssigned : nil }
+    }
+
     public var mappings: (used: UInt64, limit: UInt64) { monitor.read { ($0.mappings, $0.mappingLimit) } }
 
     /// Waits until the agent is attached; false if it is not by `deadline`.
@@ -353,11 +358,17 @@ public final class AgentLink: PageMerger, PageRecycler {
 
     public func bringBack(_ gfns: [Range<GFN>], until deadline: UInt64) throws(QuireError) {
         var left = gfns
+        var operation = AgentOperation.foldHeld
         while true {
             guard monitor.wait(until: deadline, { $0.phase == .attached ? () : nil }) != nil else {
                 throw QuireError(.closed, "pages of the guest are merged, and the agent in QEMU is not attached")
             }
-            let outcomes = try fold(left, until: deadline)
+            let outcomes = try run(operation, left.map(Self.run), until: deadline)
+            // An agent that QEMU has loaded long ago knows no better than to ask its gate.
+            if operation == .foldHeld, outcomes.contains(where: { $0.reason == .invalid }) {
+                operation = .fold
+                continue
+            }
             var next: [Range<GFN>] = []
             for (range, outcome) in zip(left, outcomes) {
                 switch outcome.reason {
@@ -480,6 +491,7 @@ public final class AgentLink: PageMerger, PageRecycler {
         let regions = monitor.read { $0.phase == .attaching ? $0.attaching : nil }
         guard let regions else { throw QuireError(.invalid, "an answer to no attach") }
         guard ready.status == QUIRE_AGENT_OK else {
+            if ready.status == QUIRE_AGENT_OTHER_MAP { pages.distrustMap() }
             // Guest RAM may not be mapped yet, or not any more.
             let isPassing = ready.status == QUIRE_AGENT_NOT_MAPPED
             monitor.update {

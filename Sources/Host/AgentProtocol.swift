@@ -8,12 +8,14 @@ import Platform
 
 /// What the agent can do with pages of guest memory.
 public enum AgentOperation: UInt32, Sendable, CaseIterable {
-    case merge = 1, zero, fold, foldDiverged, reset, recycle, recycleAgain
+    case merge = 1, zero, fold, foldDiverged, reset, recycle, recycleAgain, foldHeld
 }
 
-/// The pin gate, as the agent sees it: while it is closed nothing is merged or folded.
+/// The pin gate, as the agent sees it: while it is closed nothing is merged or folded, but for pages that become a ring or a table.
 public struct AgentGate: Sendable, Equatable {
     public let isClosed: Bool
+    /// A device may write to all of guest RAM, free or not: nothing is recycled either, and a page that is merged stays so.
+    public let isAssigned: Bool
     /// Why, in one line.
     public let reason: String
 }
@@ -99,6 +101,7 @@ enum AgentMessage {
             self = .gate(
                 AgentGate(
                     isClosed: reader.u32(Self.offset(\quire_agent_gate.closed)) != 0,
+                    isAssigned: reader.u32(Self.offset(\quire_agent_gate.assigned)) != 0,
                     reason: reader.text(Self.offset(\quire_agent_gate.text))))
         default:
             throw QuireError(.invalid, "message \(reader.u32(0)), which no agent sends")

@@ -20,6 +20,7 @@ public final class ControlDisk: BlockStorage, DeviceLifecycle {
     private struct State {
         var nonce: UInt64 = 0
         var memory: GuestMemory?
+        var frontEnd: Int32?
         /// The last request was refused, for this reason.
         var refusal: String?
     }
@@ -45,14 +46,28 @@ public final class ControlDisk: BlockStorage, DeviceLifecycle {
 
     // MARK: - The device's life
 
+    /// Whether QEMU holds so much in place that it can only be the guest's memory: all of it, or what a device needs of it that is only
+    /// being plugged.
+    static func isLocked(_ memory: GuestMemory, by frontEnd: Int32?) -> Bool {
+        frontEnd.map { ProcessCalls.lockedBytes(of: $0) >= memory.byteCount / 16 } ?? false
+    }
+
+    /// The reasons against a pass over guest memory that come without being told. An agent knows; without one the kernel's count of
+    /// pages says it, a moment late.
+    func look(_ memory: GuestMemory, _ link: AgentLink?) -> RecycleEngine.Pause {
+        if let isAssigned = link?.isAssigned { return isAssigned ? .assigned : [] }
+        return Self.isLocked(memory, by: state.read { $0.frontEnd }) ? .locked : []
+    }
+
     public func deviceStarted(_ start: DeviceStart) {
         state.update {
             $0.memory = start.memory
             $0.nonce = start.nonce
+            $0.frontEnd = start.frontEnd
             $0.refusal = nil
         }
         engine.setPaused(.unnoticed, start.isUnnoticed)
-        let isLocked = start.frontEnd.map { ProcessCalls.lockedBytes(of: $0) >= start.memory.byteCount } ?? false
+        let isLocked = Self.isLocked(start.memory, by: start.frontEnd)
         engine.setPaused(.locked, isLocked)
         dedup?.setPaused(.nested, start.frontEnd.map { NestedGuests.mayRun(process: $0) } ?? false)
         let rings = start.rings.flatMap(\.ranges)
@@ -61,7 +76,7 @@ public final class ControlDisk: BlockStorage, DeviceLifecycle {
         let resumed = engine.snapshot.phase == .idle ? "" : ", the guest's table is registered already"
         let size = "\(start.memory.byteCount >> 20) MiB of guest RAM in \(start.memory.regions.count) regions"
         logger.info("device started: \(size)\(resumed)")
-        if isLocked { logger.error("QEMU has locked its memory: nothing of it is recycled, start it without mem-lock=on") }
+        if isLocked { logger.error("QEMU has its memory locked or pinned: nothing of it is recycled, start it without mem-lock=on and VFIO devices") }
         for region in start.memory.regions where region.kind != .shmem {
             let address = "0x" + String(region.guestAddress, radix: 16)
             logger.warning("memory region at \(address) is not a memory file: nothing of it is recycled")
@@ -136,8 +151,13 @@ public final class ControlDisk: BlockStorage, DeviceLifecycle {
             try carryOut(request)
             state.update { $0.refusal = nil }
         } catch {
-            state.update { $0.refusal = "\(error)" }
-            logger.error("\(error)")
+            let text = "\(error)"
+            // A guest that asks again and again is told every time; the log need not be.
+            let isNew = state.update { state in
+                defer { state.refusal = text }
+                return state.refusal != text
+            }
+            if isNew { logger.error("\(text)") }
             throw error
         }
     }

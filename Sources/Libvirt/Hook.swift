@@ -10,7 +10,7 @@ import Platform
 /// | prepare begin | the VM's backend is started; it listens when the hook returns. A failure here stops the start   |
 /// | restore begin | before *prepare*: a guest shall come from a saved image. Its swap disk waits for what was on it; its shared disks have to be those it knows |
 /// | migrate begin | before *prepare*, on the host that the guest comes to: refused with a swap or shared disk, which would stay behind |
-/// | start begin   | QEMU's user is known now: its group may connect                                                  |
+/// | start begin   | QEMU's user is known now: its group may connect. So is what networks have handed out: no VFIO device |
 /// | started begin | what its shared disks have is noted in the domain, by another process (`Hypervisor.rememberDisks`) |
 /// | release end   | QEMU has gone: the backend is ended                                                               |
 ///
@@ -46,6 +46,7 @@ public struct Hook: Sendable {
             }
         case ("prepare", "begin"): try start(domain, mark)
         case ("start", "begin"):
+            if let obstacle = domain.obstacles.first { throw QuireError(.unsupported, "\(domain.name): \(obstacle)") }
             guard let group = domain.qemuGroup, ProcessCalls.isRoot else { return }
             try directory.admit(group: group, to: mark.name)
         // A start does not fail for want of that: a restore would.

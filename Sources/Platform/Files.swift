@@ -44,9 +44,15 @@ extension Descriptor {
     /// 32-bit words at a byte offset; what lies beyond the end of the file reads as 0.
     public borrowing func readWords(at offset: UInt64, into words: inout [UInt32]) throws(QuireError) {
         let size = words.count * 4
-        let n = unsafe words.withUnsafeMutableBytes { unsafe pread(raw, $0.baseAddress!, size, off_t(offset)) }
-        guard n >= 0 else { throw .system("cannot read a file") }
-        for index in (n / 4)..<words.count { words[index] = 0 }
+        var done = 0
+        // A read comes short, too, where a page cannot be had: only one of nothing is the end.
+        while done < size {
+            let n = unsafe words.withUnsafeMutableBytes { unsafe pread(raw, $0.baseAddress! + done, size - done, off_t(offset) + off_t(done)) }
+            guard n >= 0 else { throw .system("cannot read a file") }
+            if n == 0 { break }
+            done += n
+        }
+        for index in (done / 4)..<words.count { words[index] = 0 }
     }
 
     /// All of them or an error; then it is unknown which of them were written.

@@ -82,11 +82,12 @@ public enum ProcessCalls {
 
     public static func isAlive(_ pid: pid_t) -> Bool { pid > 0 && (kill(pid, 0) == 0 || cp_errno() == EPERM) }
 
-    /// What a process has locked in memory (mlock), in bytes; 0 if that cannot be seen.
+    /// What a process has locked in memory, in bytes (mlock, VFIO), and what is pinned for it (iommufd, vDPA); 0 if that cannot be seen.
     public static func lockedBytes(of pid: pid_t) -> UInt64 {
         let lines = (try? Files.read("/proc/\(pid)/status", limit: 16384))?.split(separator: "\n") ?? []
-        let line = lines.first { $0.hasPrefix("VmLck:") }
-        return (line?.split(whereSeparator: \.isWhitespace).dropFirst().first).flatMap { UInt64($0) }.map { $0 * 1024 } ?? 0
+        return lines.filter { $0.hasPrefix("VmLck:") || $0.hasPrefix("VmPin:") }.reduce(0) { sum, line in
+            sum + 1024 * (line.split(whereSeparator: \.isWhitespace).dropFirst().first.flatMap { UInt64($0) } ?? 0)
+        }
     }
 
     /// Whether a process has mapped `file` at `address` for itself alone (MAP_PRIVATE), so that what it writes there is in

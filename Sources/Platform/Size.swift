@@ -43,6 +43,9 @@ public enum Size {
         return decimal(value, digits: 0) + letter
     }
 
+    /// The same, a second. Any number: what comes from elsewhere may be none that a rate can be.
+    public static func rate(_ bytesPerSecond: Double) -> String { text(UInt64(min(max(0, bytesPerSecond), 0x1p60))) + "/s" }
+
     /// For a message: exact, in the largest unit that divides it.
     public static func exact(_ bytes: UInt64) -> String {
         for (letter, shift) in [("T", 40), ("G", 30), ("M", 20), ("K", 10)] as [(String, UInt64)]
@@ -50,10 +53,10 @@ public enum Size {
         return "\(bytes) bytes"
     }
 
-    /// `value` with `digits` digits after the point (0 to 3), rounded.
+    /// `value` with `digits` digits after the point (0 to 3), rounded; what is too large for a figure is as large as one can be.
     public static func decimal(_ value: Double, digits: Int) -> String {
         let scale = [1.0, 10, 100, 1000][digits]
-        let scaled = UInt64((max(0, value) * scale).rounded())
+        let scaled = UInt64(min(max(0, value) * scale, 0x1p63).rounded())
         if digits == 0 { return "\(scaled)" }
         let fraction = String(scaled % UInt64(scale))
         return "\(scaled / UInt64(scale))." + String(repeating: "0", count: digits - fraction.count) + fraction

@@ -48,7 +48,7 @@ void agent_unlock(const sigset_t *old);
 struct connection {
 	int socket;
 	bool attached;
-	bool told, told_closed; /* what the backend knows of the gate */
+	bool told, told_closed, told_assigned; /* what the backend knows of the gate */
 	char told_text[256];
 };
 void connection_begin(struct connection *, int socket);
@@ -94,6 +94,8 @@ const struct ram *ram_of_gfns(uint64_t gfn, uint64_t pages);
 const struct ram *ram_of_addresses(const struct ram_table *, uintptr_t address, size_t bytes, uint64_t *gfn,
 				   uint64_t *pages);
 bool ram_is_file(uint64_t device, uint64_t inode);
+/* The file of guest RAM, as long as QEMU maps it; else NULL. */
+struct ram_file *ram_mapped_file(uint64_t device, uint64_t inode);
 bool ram_is_sealed(int fd);    /* against shrinking: a mapping of it never raises SIGBUS */
 /* Whether a file of guest RAM that is, or was, attached is mapped in a part of the range. */
 bool ram_is_mapped(uintptr_t address, size_t bytes);
@@ -101,6 +103,12 @@ bool ram_is_mapped(uintptr_t address, size_t bytes);
 void ram_unmapped(uintptr_t address, size_t bytes);
 /* Whether another file, of which a part isn't unmapped yet, has pages among these in this table or one before. */
 bool ram_has_other(const struct ram *);
+/* The region that the page is in, or was in last; NULL if it never was in one. With the window lock. */
+const struct ram *ram_last(uint64_t gfn);
+/* The first page, from this one on, that is in the file or ever was; UINT64_MAX: none. With the window lock. */
+uint64_t ram_next(const struct ram_file *, uint64_t gfn);
+/* Whether any page is merged, of this table or one before. */
+bool ram_has_merged(void);
 size_t ram_count_mappings(void);
 
 /* The page map. NULL until the first attach. */
@@ -109,6 +117,7 @@ bool map_attach(int file, char *text, enum quire_agent_status *); /* takes file 
 bool map_covers(uint64_t gfn, uint64_t pages);
 /* Whether any of these pages is merged: for a QEMU that has merged nothing yet, an old map. */
 bool map_has_merged(uint64_t gfn, uint64_t pages);
+uint64_t map_count_unmerged(uint64_t gfn, uint64_t pages); /* those before the first that is merged */
 struct quire_lock *map_lock(uint64_t gfn);
 uint32_t map_generation(void);
 
@@ -137,6 +146,11 @@ long window_map_back(const struct ram *, uint64_t gfn, uint64_t pages);
  * Any thread that holds no range lock. 0 or a negative errno.
  */
 long window_reset(uint64_t gfn, uint64_t pages);
+/*
+ * Brings back every merged page of a file of guest RAM, for a call of QEMU's own; takes some seconds at most. The gate must
+ * keep merges away. Any thread that holds no range lock. 0 or a negative errno; what was done by then stays done.
+ */
+long window_bring_back(uint64_t device, uint64_t inode);
 
 static inline bool step(enum quire_agent_step which, const struct quire_agent_place *place)
 { return !quire_agent_test_step || quire_agent_test_step(which, place); }
@@ -194,7 +208,7 @@ bool budget_drop_ballast(void); /* true: there are some mappings to be had now. 
 
 /* ---- gate.c */
 enum gate_reason {
-	GATE_DIRECT = 1,           /* an O_DIRECT descriptor is open; alone it doesn't close the gate */
+	GATE_DIRECT = 1,           /* a descriptor past the page cache is open; alone it doesn't close the gate */
 	GATE_NATIVE_AIO = 2,       /* io_submit was called; nor does this */
 	GATE_URING = 4,            /* transfers by io_uring; nor does this */
 	GATE_DEVICE = 8,           /* a device that pins memory */
@@ -204,16 +218,25 @@ enum gate_reason {
 	GATE_STARTING = 128,       /* calls that began before the regions were known haven't returned */
 	GATE_UNKNOWN = 256,        /* more than we can keep in mind */
 	GATE_USERFAULT = 512,      /* QEMU uses userfaultfd on guest RAM itself */
+	GATE_ASSIGNED = 1024,      /* a device may write to all of guest RAM, to what is free, too. With GATE_DEVICE */
+	GATE_STRICT = 2048,        /* the host overcommits no memory: a mapping that is refused may be gone */
+	/* Somebody was told of all of guest RAM at once, and no page may get another place: not even one that is free, or a ring. */
+	GATE_ALL_OF_RAM = GATE_ASSIGNED | GATE_FIXED_BUFFERS,
 };
 /* From interposers, before the first transfer can begin: when it returns, no window is open that did not know. */
-void gate_suspect(enum gate_reason);
-bool gate_suspects(enum gate_reason);
+void gate_suspect(unsigned reasons);
+bool gate_suspects(unsigned reasons); /* any of them */
 void gate_suspect_descriptor(int fd); /* one that came from elsewhere */
 void gate_look_again(void);    /* something was closed: a reason may be gone */
-void gate_passed(int socket, int fd);
+bool gate_is_direct(int fd);   /* transfers through it may go past the page cache */
+/* QEMU is about to pass the file on. False: it must not, for it is guest RAM, and pages that are merged can't be brought back. */
+bool gate_passed(int socket, int fd);
 void gate_refresh(bool force); /* the agent's thread: looks at every descriptor; unless forced once a second at most */
 void gate_allow_peers(const uint32_t *pids, unsigned count);
 bool gate_closed(void);        /* certain while the window lock is held */
+/* For whoever brings pages back for QEMU, with the window lock: what closes the gate forbids even that; it does for a moment. */
+bool gate_pins(void);
+bool gate_starts(void);
 void gate_text(char text[256]);
 
 /* ---- interpose.c */

@@ -3,8 +3,8 @@
  * interpose.c - the calls of QEMU that the agent must know of, in the thread that makes them.
  *
  *   may pin guest RAM          pread and its like: hold the range lock while the call runs
- *   may begin what pins        open, fcntl, ioctl, io_submit, io_uring, syscall; descriptors that arrive: the pin gate
- *   gives guest RAM away       sendmsg: the pin gate
+ *   may begin what pins        open, dup, fcntl, ioctl, io_submit, io_uring, syscall; descriptors that arrive: the pin gate
+ *   gives guest RAM away       sendmsg: the pin gate; merged pages are brought back first, or the call fails (gate.c)
  *   discards guest RAM         fallocate, madvise: merged pages are mapped back first, or the call would discard
  *                              nothing (a hole in a memfd that isn't mapped here), or fail
  *   unmaps guest RAM           munmap: no window there ever again
@@ -97,7 +97,7 @@ static void add_buffer(struct held *held, uintptr_t address, size_t bytes)
 /*
  * A call that may pin is counted in the table that it looked at, so that the agent can tell when all of those that
  * didn't know of a region are over. That is every call on guest RAM, and every one on an O_DIRECT file: its buffer may
- * be guest RAM that is attached later.
+ * be guest RAM that is attached later. And every one without a file, which discards.
  */
 static void hold(struct held *held, int fd, const struct iovec *parts, int count)
 {
@@ -114,7 +114,7 @@ static void hold(struct held *held, int fd, const struct iovec *parts, int count
 	}
 	if (held->table->count)
 		for (int i = 0; i < count; i++) add_buffer(held, (uintptr_t)parts[i].iov_base, parts[i].iov_len);
-	if (held->count == 0 && !(sys3(SYS_fcntl, fd, F_GETFL, 0) & O_DIRECT)) {
+	if (held->count == 0 && fd >= 0 && !gate_is_direct(fd)) {
 		atomic_fetch_sub(&held->table->calls, 1);
 		held->table = NULL;
 	}
@@ -173,7 +173,7 @@ INTERPOSE_PARTS2(pwritev64v2, off64_t)
 /* These block for ever on a socket or an eventfd: they hold nothing unless the file is one that can pin. */
 static bool is_direct(int fd)
 {
-	return gate_suspects(GATE_DIRECT) && agent_is_here() && sys3(SYS_fcntl, fd, F_GETFL, 0) & O_DIRECT;
+	return gate_suspects(GATE_DIRECT) && agent_is_here() && gate_is_direct(fd);
 }
 
 SLOT(read);
@@ -273,7 +273,19 @@ EXPORT int close(int fd)
 	return result;
 }
 
-/* O_DIRECT by F_SETFL: a suspicion before, because the descriptor is in use. */
+/* Whoever looks at every descriptor from the lowest on sees neither, if the one is closed that it has yet to come to. */
+#define INTERPOSE_DUP(name, parameters, arguments)                                                              \
+	SLOT(name);                                                                                             \
+	EXPORT int name parameters { return opened(REAL(name)arguments); }
+
+INTERPOSE_DUP(dup, (int fd), (fd))
+INTERPOSE_DUP(dup2, (int fd, int to), (fd, to))
+INTERPOSE_DUP(dup3, (int fd, int to, int flags), (fd, to, flags))
+
+/*
+ * O_DIRECT by F_SETFL: a suspicion before, because the descriptor is in use; and after, because the agent may have looked at it
+ * in between.
+ */
 static long argument_of_fcntl(int fd, int command, long argument)
 {
 	if (command == F_SETFL && argument & O_DIRECT && agent_is_here()) {
@@ -292,7 +304,9 @@ static long argument_of_fcntl(int fd, int command, long argument)
 		long argument = argument_of_fcntl(fd, command, va_arg(list, long));                             \
 		va_end(list);                                                                                   \
 		int result = REAL(name)(fd, command, argument);                                                 \
-		if (command == F_SETFL) gate_look_again();                                                      \
+		if (command == F_DUPFD || command == F_DUPFD_CLOEXEC) return opened(result);                    \
+		if (command == F_SETFL && argument & O_DIRECT) opened(fd);                                      \
+		else if (command == F_SETFL) gate_look_again();                                                 \
 		return result;                                                                                  \
 	}
 
@@ -320,7 +334,13 @@ EXPORT ssize_t recvmsg(int socket, struct msghdr *message, int flags)
 SLOT(sendmsg);
 EXPORT ssize_t sendmsg(int socket, const struct msghdr *message, int flags)
 {
-	if (message->msg_controllen && agent_is_here()) EACH_DESCRIPTOR(message, fd, gate_passed(socket, fd));
+	bool safe = true;
+	if (message->msg_controllen && agent_is_here()) EACH_DESCRIPTOR(message, fd, safe = safe && gate_passed(socket, fd));
+	if (!safe) {
+		/* The device does not start. */
+		errno = EBUSY;
+		return -1;
+	}
 	return REAL(sendmsg)(socket, message, flags);
 }
 
@@ -649,8 +669,8 @@ void interpose_resolve(void)
 		ENTRY(pread), ENTRY(pread64), ENTRY(pwrite), ENTRY(pwrite64), ENTRY(preadv), ENTRY(preadv64), ENTRY(pwritev),
 		ENTRY(pwritev64), ENTRY(preadv2), ENTRY(preadv64v2), ENTRY(pwritev2), ENTRY(pwritev64v2), ENTRY(read),
 		ENTRY(write), ENTRY(readv), ENTRY(writev), ENTRY(open), ENTRY(open64), ENTRY(openat), ENTRY(openat64),
-		ENTRY(__open_2), ENTRY(__open64_2), ENTRY(__openat_2), ENTRY(__openat64_2), ENTRY(close), ENTRY(fcntl),
-		ENTRY(fcntl64), ENTRY(recvmsg), ENTRY(sendmsg), ENTRY(io_submit), ENTRY(io_uring_submit),
+		ENTRY(__open_2), ENTRY(__open64_2), ENTRY(__openat_2), ENTRY(__openat64_2), ENTRY(close), ENTRY(dup),
+		ENTRY(dup2), ENTRY(dup3), ENTRY(fcntl), ENTRY(fcntl64), ENTRY(recvmsg), ENTRY(sendmsg), ENTRY(io_submit), ENTRY(io_uring_submit),
 		ENTRY(io_uring_submit_and_wait), ENTRY(io_uring_submit_and_wait_timeout), ENTRY(syscall), ENTRY(ioctl),
 		ENTRY(madvise), ENTRY(fallocate), ENTRY(fallocate64), ENTRY(munmap),
 	};

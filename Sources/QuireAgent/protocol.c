@@ -101,14 +101,15 @@ void connection_begin(struct connection *connection, int socket)
 
 bool connection_tell_gate(struct connection *connection)
 {
-	struct quire_agent_gate gate = { .closed = gate_closed() };
+	struct quire_agent_gate gate = { .closed = gate_closed(), .assigned = gate_suspects(GATE_ALL_OF_RAM) };
 	if (!connection->attached) return true;
 	gate_text((char *)gate.text);
-	if (connection->told && connection->told_closed == gate.closed
+	if (connection->told && connection->told_closed == gate.closed && connection->told_assigned == gate.assigned
 	    && !memcmp(connection->told_text, gate.text, sizeof gate.text))
 		return true;
 	connection->told = true;
 	connection->told_closed = gate.closed;
+	connection->told_assigned = gate.assigned;
 	memcpy(connection->told_text, gate.text, sizeof gate.text);
 	return send_message(connection->socket, &gate, sizeof gate, QUIRE_AGENT_GATE, NULL, 0);
 }

@@ -8,7 +8,8 @@
  *
  * Regions (guest frame numbers on ranges of such files) may change with every attach, as the guest's memory map does.
  * They stand in a table that is replaced, never changed, because threads of QEMU read it without a lock at any time;
- * the few tables of a QEMU's life are kept.
+ * the few tables of a QEMU's life are kept. How they follow each other changes with the window lock held: a guest may go
+ * to and fro between two maps as often as it likes, and the table that is there already comes to the front again.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -172,13 +173,40 @@ bool ram_is_mapped(uintptr_t address, size_t bytes)
 	return false;
 }
 
-/* Whose page this is, or was last. */
-static const struct ram_file *owner(uint64_t gfn)
+struct ram_file *ram_mapped_file(uint64_t device, uint64_t inode)
+{
+	for (unsigned i = 0; i < atomic_load(&file_count); i++)
+		if (files[i].device == device && files[i].inode == inode && !files[i].unmapped) return &files[i];
+	return NULL;
+}
+
+const struct ram *ram_last(uint64_t gfn)
 {
 	for (const struct ram_table *table = atomic_load(&ram_now); table; table = table->before)
 		for (unsigned i = 0; i < table->count; i++)
-			if (gfn - table->regions[i].gfn < table->regions[i].pages) return table->regions[i].file;
+			if (gfn - table->regions[i].gfn < table->regions[i].pages) return &table->regions[i];
 	return NULL;
+}
+
+uint64_t ram_next(const struct ram_file *file, uint64_t gfn)
+{
+	uint64_t next = UINT64_MAX;
+	for (const struct ram_table *table = atomic_load(&ram_now); table; table = table->before)
+		for (unsigned i = 0; i < table->count; i++) {
+			const struct ram *ram = &table->regions[i];
+			if (ram->file != file || ram->gfn + ram->pages <= gfn) continue;
+			uint64_t first = ram->gfn > gfn ? ram->gfn : gfn;
+			if (first < next) next = first;
+		}
+	return next;
+}
+
+bool ram_has_merged(void)
+{
+	for (const struct ram_table *table = atomic_load(&ram_now); table; table = table->before)
+		for (unsigned i = 0; i < table->count; i++)
+			if (map_has_merged(table->regions[i].gfn, table->regions[i].pages)) return true;
+	return false;
 }
 
 /* Of the region, what lies in the range. */
@@ -190,7 +218,7 @@ static void forget_merged(const struct ram *ram, uintptr_t begin, uintptr_t end)
 	if (begin >= end || !map_has_merged(ram->gfn, ram->pages)) return;
 	for (uint64_t gfn = ram->gfn + (begin - first) / PAGE; gfn < ram->gfn + (end - first + PAGE - 1) / PAGE; gfn++)
 		/* Where the region was gone before, other memory may have come. */
-		if (map_merged(map_load(gfn)) && owner(gfn) == ram->file) map_store(gfn, QUIRE_MAP_PRIVATE);
+		if (map_merged(map_load(gfn)) && ram_last(gfn)->file == ram->file) map_store(gfn, QUIRE_MAP_PRIVATE);
 }
 
 /*
@@ -246,16 +274,36 @@ bool ram_place(struct ram *ram, char *text)
 	return true;
 }
 
+/* Takes the table that says the same out of those before `now`, if there is one. */
+static struct ram_table *take_same(struct ram_table *now, const struct ram_table *as)
+{
+	for (struct ram_table **at = &now->before; *at; at = &(*at)->before) {
+		struct ram_table *same = *at;
+		if (same->count != as->count || memcmp(same->regions, as->regions, sizeof as->regions)) continue;
+		*at = same->before;
+		return same;
+	}
+	return NULL;
+}
+
 bool ram_publish(const struct ram_table *table)
 {
-	struct ram_table *last = atomic_load(&ram_now);
-	if (last->count == table->count && !memcmp(last->regions, table->regions, sizeof table->regions)) return true;
-	struct ram_table *next = calloc(1, sizeof *next);
-	if (!next) return false;
-	next->count = table->count;
-	memcpy(next->regions, table->regions, sizeof next->regions);
-	next->before = last;
+	struct ram_table *now = atomic_load(&ram_now); /* nobody else changes it */
+	if (now->count == table->count && !memcmp(now->regions, table->regions, sizeof table->regions)) return true;
+	struct ram_table *new = calloc(1, sizeof *new);
+	if (!new) return false;
+	sigset_t old;
+	agent_lock(&old);
+	struct ram_table *next = take_same(now, table);
+	if (!next) {
+		next = new;
+		next->count = table->count;
+		memcpy(next->regions, table->regions, sizeof next->regions);
+	}
+	next->before = now;
 	atomic_store(&ram_now, next);
+	agent_unlock(&old);
+	if (next != new) free(new);
 	return true;
 }
 
@@ -307,8 +355,11 @@ bool map_attach(int fd, char *text, enum quire_agent_status *status)
 			close(fd);
 			return true;
 		}
-		*status = QUIRE_AGENT_OTHER_MAP;
-		snprintf(text, 256, "this is not the page map that QEMU's memory is described in so far: start the VM anew");
+		/* Where no page is merged any more its bytes are where another map says, too: it is only that there can't be two. */
+		bool merged = ram_has_merged();
+		if (merged) *status = QUIRE_AGENT_OTHER_MAP;
+		snprintf(text, 256, "this is not the page map that QEMU's memory is described in so far%s: start the VM anew",
+			 merged ? "" : ", so nothing is merged any more");
 	} else if (!ram_is_sealed(fd)) {
 		snprintf(text, 256, "the page map isn't sealed against shrinking");
 	} else {
@@ -341,16 +392,19 @@ uint32_t map_generation(void)
 	return __atomic_load_n(&((struct quire_map_header *)map_base)->generation, __ATOMIC_SEQ_CST);
 }
 
-bool map_has_merged(uint64_t gfn, uint64_t pages)
+uint64_t map_count_unmerged(uint64_t gfn, uint64_t pages)
 {
 	/* Entries that the file has no memory for are 0; reading them through the mapping would give them some. */
-	off_t at = (off_t)(sizeof(struct quire_map_header) + gfn * sizeof(uint64_t));
-	off_t end = at + (off_t)(pages * sizeof(uint64_t));
+	off_t begin = (off_t)(sizeof(struct quire_map_header) + gfn * sizeof(uint64_t)), at = begin;
+	off_t end = begin + (off_t)(pages * sizeof(uint64_t));
 	while (at < end && (at = lseek(map_file, at, SEEK_DATA)) >= 0 && at < end) {
 		off_t hole = lseek(map_file, at, SEEK_HOLE);
 		if (hole <= at || hole > end) hole = end;
 		for (; at < hole; at += (off_t)sizeof(uint64_t))
-			if (map_merged(atomic_load((_Atomic uint64_t *)(map_base + at)))) return true;
+			if (map_merged(atomic_load((_Atomic uint64_t *)(map_base + at))))
+				return (uint64_t)(at - begin) / sizeof(uint64_t);
 	}
-	return false;
+	return pages;
 }
+
+bool map_has_merged(uint64_t gfn, uint64_t pages) { return map_count_unmerged(gfn, pages) < pages; }

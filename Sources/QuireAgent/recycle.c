@@ -20,7 +20,10 @@
  *
  * Locks. The window lock keeps every other thread of QEMU's from changing mappings. The range lock is needed where the
  * entry of a merged page changes; a page that isn't merged is in the memfd before and after, so I/O in the neighbourhood
- * doesn't keep it from being recycled. The pin gate is of no concern: what a device may still write to is not free.
+ * doesn't keep it from being recycled. Of the pin gate's reasons nearly all are of no concern: what a device was told to write to
+ * is not free. But one that was told of all memory at once (VFIO; io_uring's buffers) knows the pages by what they were then, and
+ * would write to those when the guest has them in use again: while there is one, nothing is recycled, and nothing that it filled
+ * is punched again.
  *
  * Stale marks. The table is only as good as the kernel that wrote it, and QEMU must not begin another one's life while
  * this goes on. The backend sees to that as long as it lives: it waits for the result. For the case that it doesn't, the
@@ -46,13 +49,6 @@ struct recycling {
 };
 
 static unsigned claim_now = QUIRE_CLAIM_MAX_PAGES; /* how much was claimed at once lately without taking too long */
-
-static int64_t clock_ns(void)
-{
-	struct timespec t;
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1000000000ll + t.tv_nsec;
-}
 
 static bool wanted(const struct recycling *r, unsigned state)
 {
@@ -131,8 +127,8 @@ static struct quire_agent_outcome next_turn(const struct recycling *r, const str
 	const struct ram *ram = ram_of_gfns(run->gfn, run->page_count);
 	_Atomic uint8_t *states = find_states(run->slot, run->page_count);
 	if (!ram || ram->file->unmapped || !states) return refuse(0, QUIRE_AGENT_INVALID, 0);
-	/* Another backend is there, or QEMU has use for its own for what happens in memory: postcopy, a snapshot. */
-	if (!lock_serves_backend() || gate_suspects(GATE_USERFAULT)) return refuse(0, QUIRE_AGENT_BUSY, 0);
+	/* Another backend is there; or QEMU has use for its own for what happens in memory: postcopy, a snapshot; or a device has. */
+	if (!lock_serves_backend() || gate_suspects(GATE_USERFAULT | GATE_ALL_OF_RAM)) return refuse(0, QUIRE_AGENT_BUSY, 0);
 
 	*at = begin;
 	int64_t began = clock_ns(), then = began;

@@ -49,6 +49,13 @@
  * It waits for the I/O, which no thread of QEMU's has to help to its end, but not for ever: the counts of a dead backend
  * stay until it has a successor.
  *
+ * It folds pages itself, too, all that are merged of a file, before that goes to somebody who sees nothing else (gate.c). The
+ * thread that does so may hold QEMU's own locks. So it waits for such I/O only, and for one window of the agent's at a time: those
+ * are system calls, whoever opens them. After some seconds it gives up.
+ *
+ * A page that becomes a ring or a table is in no transfer, so most of what closes the gate is nothing to it: FOLD_HELD is refused only
+ * where somebody was told of all of guest RAM.
+ *
  * Deaths. The page map is written after the mapping and before anyone can write through it, while `busy` keeps the
  * backend's I/O away. So whoever holds the range lock finds: an entry says PRIVATE only while the memfd has the page's
  * bytes, and ZERO or SHARED only while QEMU's mapping has them. The backend may die at any time: it has no part in a
@@ -234,10 +241,10 @@ static uint64_t entry_step(uint64_t entry)
 static void whole_run(const struct ram *ram, uint64_t *gfn, uint64_t *pages)
 {
 	uint64_t first = *gfn, last = *gfn + *pages - 1, end = ram->gfn + ram->pages - 1;
-	while (first > ram->gfn && map_merged(map_load(first - 1))
+	while (first > ram->gfn && map_merged(map_load(first - 1)) && ram_last(first - 1) == ram
 	       && map_load(first) == map_load(first - 1) + entry_step(map_load(first - 1)))
 		first--;
-	while (last < end && map_merged(map_load(last + 1))
+	while (last < end && map_merged(map_load(last + 1)) && ram_last(last + 1) == ram
 	       && map_load(last + 1) == map_load(last) + entry_step(map_load(last)))
 		last++;
 	*gfn = first;
@@ -245,12 +252,13 @@ static void whole_run(const struct ram *ram, uint64_t *gfn, uint64_t *pages)
 }
 
 /* Folds pages that are all merged. Takes the range lock. */
-static struct quire_agent_outcome fold_window(const struct ram *ram, uint64_t gfn, uint64_t pages)
+static struct quire_agent_outcome fold_window(const struct ram *ram, uint64_t gfn, uint64_t pages,
+					      bool try_open(uint64_t, uint64_t))
 {
 	struct quire_agent_outcome result = { .done = 0 };
 	uint64_t first = gfn, count = pages;
 	for (bool whole = false;; whole = true) {
-		if (!lock_open_window(first, count)) {
+		if (!try_open(first, count)) {
 			result.reason = QUIRE_AGENT_BUSY;
 			return result;
 		}
@@ -267,7 +275,8 @@ static struct quire_agent_outcome fold_window(const struct ram *ram, uint64_t gf
 			result.detail = (uint32_t)-error;
 			return result;
 		}
-		whole_run(ram, &first, &count);
+		/* Its neighbours may be in a transfer, where a page that becomes a ring is in none. */
+		if (!gate_pins() && !gate_starts()) whole_run(ram, &first, &count);
 	}
 }
 
@@ -349,7 +358,7 @@ static struct quire_agent_outcome fold_some(const struct ram *ram, uint64_t gfn,
 		merged = (found.end - found.begin) / PAGE;
 	}
 	if (merged > WINDOW_PAGES) merged = WINDOW_PAGES;
-	struct quire_agent_outcome result = fold_window(ram, gfn + skip, merged);
+	struct quire_agent_outcome result = fold_window(ram, gfn + skip, merged, lock_open_window);
 	result.done += (uint32_t)skip;
 	return result;
 }
@@ -395,6 +404,57 @@ long window_reset(uint64_t gfn, uint64_t pages)
 	return error;
 }
 
+/*
+ * The next turn of bringing a file back, from the page *gfn on, which moves behind what was dealt with. With the window lock.
+ * Regions of long ago count, too: their pages may be merged yet. But a page that came into another region since is there.
+ */
+static long bring_back_some(const struct ram_file *file, uint64_t *gfn)
+{
+	const struct ram *ram = ram_last(*gfn);
+	uint64_t left = ram->gfn + ram->pages - *gfn, most = left < QUIRE_AGENT_MAX_PAGES ? left : QUIRE_AGENT_MAX_PAGES;
+	uint64_t unmerged = map_count_unmerged(*gfn, most);
+	if (unmerged || ram->file != file) {
+		*gfn += unmerged ? unmerged : 1;
+		return 0;
+	}
+	uint64_t n = 1;
+	while (n < left && n < WINDOW_PAGES && map_merged(map_load(*gfn + n)) && ram_last(*gfn + n) == ram) n++;
+	if (gate_pins()) return -EBUSY;
+	if (gate_starts()) return -EAGAIN;
+	struct quire_agent_outcome outcome = fold_window(ram, *gfn, n, lock_open_own_window);
+	*gfn += outcome.done;
+	return outcome.reason == QUIRE_AGENT_DONE ? 0 : outcome.reason == QUIRE_AGENT_BUSY ? -EAGAIN : -(long)outcome.detail;
+}
+
+/* The host copies some GiB a second. Who holds a page for longer than the second of these is stuck, or was a dead backend. */
+#define BRING_BACK_NS      10000000000ll
+#define BRING_BACK_BUSY_NS 2000000000ll
+#define BRING_BACK_NAP_US  200
+
+long window_bring_back(uint64_t device, uint64_t inode)
+{
+	int64_t began = clock_ns(), moved = began;
+	long error = 0;
+	for (uint64_t gfn = 0, before = 0; !error; before = gfn) {
+		sigset_t old;
+		agent_lock(&old);
+		/* Looked up each time: QEMU may unmap it meanwhile, and then nothing of it is merged. */
+		const struct ram_file *file = ram_mapped_file(device, inode);
+		gfn = file ? ram_next(file, gfn) : UINT64_MAX;
+		if (gfn != UINT64_MAX) error = bring_back_some(file, &gfn);
+		agent_unlock(&old);
+		if (gfn == UINT64_MAX) break;
+		int64_t now = clock_ns();
+		if (gfn != before) moved = now;
+		if (error == -EAGAIN) {
+			error = now - moved > BRING_BACK_BUSY_NS ? -EBUSY : 0;
+			sys_nap(BRING_BACK_NAP_US);
+		}
+		if (!error && now - began > BRING_BACK_NS) error = -EBUSY;
+	}
+	return error;
+}
+
 /* A reset needs no permission but mappings: if there are none left, the whole run is folded, and then it needs none. */
 static struct quire_agent_outcome reset_some(const struct ram *ram, uint64_t gfn, uint64_t pages)
 {
@@ -406,7 +466,7 @@ static struct quire_agent_outcome reset_some(const struct ram *ram, uint64_t gfn
 	if (error == -ENOMEM && !gate_closed()) {
 		uint64_t first = gfn, count = 1;
 		whole_run(ram, &first, &count);
-		struct quire_agent_outcome folded = fold_window(ram, first, count);
+		struct quire_agent_outcome folded = fold_window(ram, first, count, lock_open_window);
 		if (folded.reason != QUIRE_AGENT_DONE) return refuse(0, folded.reason, folded.detail);
 		n = first + count - gfn < pages ? first + count - gfn : pages;
 		error = 0;
@@ -442,8 +502,11 @@ static struct quire_agent_outcome next_window(enum quire_agent_operation operati
 	/* Looked up each time: what the region is in may have been unmapped since. */
 	const struct ram *ram = ram_of_gfns(run->gfn, run->page_count);
 	if (!ram || atomic_load(&ram->file->unmapped)) return refuse(0, QUIRE_AGENT_INVALID, 0);
+	bool closed = operation == QUIRE_AGENT_FOLD_HELD ? gate_suspects(GATE_USERFAULT | GATE_ALL_OF_RAM)
+		      : operation == QUIRE_AGENT_RESET	 ? gate_suspects(GATE_ALL_OF_RAM)
+							 : gate_closed();
+	if (closed) return refuse(0, QUIRE_AGENT_GATE_CLOSED, 0);
 	if (operation == QUIRE_AGENT_RESET) return reset_some(ram, gfn, pages);
-	if (gate_closed()) return refuse(0, QUIRE_AGENT_GATE_CLOSED, 0);
 
 	struct source from = { .store = -1, .entry = QUIRE_MAP_ZERO };
 	uint64_t window = pages < WINDOW_PAGES ? pages : WINDOW_PAGES;
@@ -458,6 +521,7 @@ static struct quire_agent_outcome next_window(enum quire_agent_operation operati
 	case QUIRE_AGENT_ZERO:
 		return merge_window(ram, gfn, window, &from, done == 0);
 	case QUIRE_AGENT_FOLD:
+	case QUIRE_AGENT_FOLD_HELD:
 	case QUIRE_AGENT_FOLD_DIVERGED:
 		return fold_some(ram, gfn, pages, operation == QUIRE_AGENT_FOLD_DIVERGED);
 	default:

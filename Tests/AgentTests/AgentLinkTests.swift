@@ -10,7 +10,7 @@ import TestSupport
 import Testing
 
 /// The back end's end of the link, against the agent itself.
-@Suite(.serialized, .enabled(if: Rig.mayUseUserfaultfd)) struct AgentLinkTests {
+@Suite(.serialized, .needsMerging) struct AgentLinkTests {
     /// A stand-in for QEMU that connects to a link; guest RAM as a device sees it.
     final class Linked {
         let rig: Rig
@@ -143,6 +143,65 @@ import Testing
         #expect(try linked.link.zero([linked.gfns(3, 9), linked.gfns(20)]).map(\.reason) == [.unmergeable, .done])
         hold = nil
         #expect(try linked.merge(2, 2, value: 5).done == 2)
+    }
+
+    /// The gate has closed over merged pages, and the next kernel of the guest puts a ring there: its page is in no transfer. Unless
+    /// all of guest RAM is.
+    @Test(arguments: [false, true]) func ringsStartUnderAClosedGate(_ isAllInUse: Bool) throws {
+        let linked = try Linked()
+        #expect(linked.isAttached)
+        let rig = linked.rig
+        for page in 0..<8 { _ = try rig.tell("fill \(page) 5") }
+        #expect(try linked.merge(0, 8, value: 5).done == 8)
+        if isAllInUse { _ = try rig.tell("uring_buffers") } else {
+            #expect(try rig.tell("direct \(rig.folder)/patterns") ?? -1 >= 0)
+            _ = try rig.tell("io_submit")
+        }
+        #expect(try linked.link.fold([linked.gfns(0, 8)])[0] == MoveOutcome(done: 0, reason: .gateClosed))
+        let address = rig.gfn(2) * 4096
+        if isAllInUse {
+            #expect(throws: QuireError.self) { _ = try linked.memory.keepPrivate([address..<address + 4096]) }
+            #expect(rig.map.state(of: rig.gfn(2))?.isMerged == true)
+        } else {
+            let hold = try linked.memory.keepPrivate([address..<address + 4096])
+            #expect(hold != nil && rig.map.state(of: rig.gfn(2)) == .private && rig.byte(2) == 5)
+            for page in [1, 3] { #expect(rig.map.state(of: rig.gfn(page))?.isMerged == true) }
+        }
+        #expect(try rig.tell("is 2 5") == 1)
+    }
+
+    /// A back end whose page map does not say what is merged: it reads nothing rather than what is wrong. Where nothing is merged the
+    /// bytes are where its map says.
+    @Test(arguments: [true, false]) func anotherPageMap(_ isMerged: Bool) throws {
+        let linked = try Linked()
+        #expect(linked.isAttached)
+        let rig = linked.rig
+        for page in 0..<8 { _ = try rig.tell("fill \(page) 5") }
+        if isMerged { #expect(try linked.merge(0, 8, value: 5).done == 8) }
+        linked.link.end()
+
+        let pages = MergedPages(map: try PageMap(PageMap.makeFile(pageCount: Rig.firstGFN + UInt64(rig.pages))))
+        let said = Linked.Said()
+        let peer = AgentLink.Peer(pid: rig.pid, uid: geteuid())
+        let link = try AgentLink(
+            path: rig.folder + "/link", pages: pages,
+            logger: Logger(label: "link") { _ in Linked.Handler(sink: { line in said.lines.withLock { $0.append(line) } }) }
+        ) { peer }
+        defer { link.end() }
+        let memory = try Linked.memory(rig, linked.userAddress, pages)
+        link.setMemory(memory)
+        #expect(eventually { said.lines.withLock { $0.contains { $0.contains("not the page map") } } })
+        let address = rig.gfn(2) * 4096
+        let buffer = try memory.buffer(address, count: 4096)
+        if isMerged {
+            let failure = #expect(throws: QuireError.self) { try buffer.copyOut() }
+            #expect(failure?.code == .closed)
+            #expect(throws: QuireError.self) { _ = try memory.keepPrivate([address..<address + 4096]) }
+        } else {
+            #expect(try buffer.copyOut() == [UInt8](repeating: 5, count: 4096))
+            #expect(try memory.keepPrivate([address..<address + 4096]) != nil)
+        }
+        #expect(try rig.tell("is 2 5") == 1)
     }
 
     /// A ring starts while a merge of its pages is under way: it waits, and then has them for itself.

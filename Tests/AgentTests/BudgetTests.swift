@@ -5,7 +5,7 @@ import Platform
 import Testing
 
 /// Mappings: what merging spends, when it stops, and that taking it back needs none.
-@Suite(.serialized, .enabled(if: Rig.mayUseUserfaultfd)) struct BudgetTests {
+@Suite(.serialized, .needsMerging) struct BudgetTests {
     /// A merged run in the middle of others, QEMU at vm.max_map_count: every page can still be brought back.
     @Test func takingBackAtTheLimit() throws {
         // At its default: a host may have raised it.

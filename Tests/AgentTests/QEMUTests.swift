@@ -8,7 +8,7 @@ import Testing
 /// libquire-agent.so, as it is shipped, in a real QEMU: that it starts there and nowhere else, finds guest RAM, and
 /// sees the calls of QEMU through the symbols that QEMU is linked to. No guest runs; what one would see is the
 /// stand-in's matter.
-@Suite(.serialized, .enabled(if: Rig.mayUseUserfaultfd)) struct QEMUTests {
+@Suite(.serialized, .needsMerging) struct QEMUTests {
     private static let agent: String = {
         var path = Substring(#filePath)
         for _ in 0..<3 { path = path[..<(path.lastIndex(of: "/") ?? path.startIndex)] }

@@ -9,7 +9,7 @@ import Synchronization
 import Testing
 
 /// Claim, punch and release inside the front end.
-@Suite(.serialized, .enabled(if: Rig.mayUseUserfaultfd)) struct RecycleTests {
+@Suite(.serialized, .needsMerging) struct RecycleTests {
     private static let factor = ProcessCalls.environment("QUIRE_TEST_FACTOR").flatMap { Double($0) } ?? 1
 
     private func rig(_ options: [String] = []) throws -> Rig {
@@ -140,41 +140,6 @@ import Testing
         var recycled = 0, merged = 0
         let verdict = try stress(60, ["leave=\(step.rawValue)", "hang=5"], recycled: &recycled, merged: &merged)
         #expect(verdict == "lost" || (step == .exchange && verdict == "hang"))
-    }
-
-    // MARK: - What it costs
-
-    /// Every second page, the worst case, against the bare system call. The machine may be busy: the bar is generous here,
-    /// and what was measured is printed.
-    @Test func costOfAPage() throws {
-        let rig = try rig()
-        let count = 2000
-        var ratios: [Double] = []
-        var clock = clockid_t()
-        try #require(clock_getcpuclockid(rig.pid, &clock) == 0)
-        func spent(_ clock: clockid_t) -> Double {
-            var time = timespec()
-            clock_gettime(clock, &time)
-            return Double(time.tv_sec) * 1e9 + Double(time.tv_nsec)
-        }
-        func touch() throws {
-            for page in 0..<2 * count { _ = try rig.tell("fill \(page) 5") }
-        }
-        for round in 0..<6 {
-            try touch()
-            let begun = spent(CLOCK_THREAD_CPUTIME_ID)
-            for page in 0..<count { try Memfd.punch(rig.ram.raw, offset: UInt64(2 * page * Rig.page), byteCount: 4096) }
-            let bare = spent(CLOCK_THREAD_CPUTIME_ID) - begun
-            try touch()
-            for page in 0..<count { rig.setMark(2 * page, 1) }
-            let before = spent(clock)
-            #expect(try rig.recycle(0, 2 * count).done == UInt32(count))
-            let whole = spent(clock) - before
-            if round > 0 { ratios.append(whole / bare) }
-        }
-        ratios.sort()
-        print("agent: a recycled page costs \(ratios) times the bare punch")
-        #expect(ratios[ratios.count / 2] < 2)
     }
 
     // MARK: - A backend that dies

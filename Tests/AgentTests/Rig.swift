@@ -5,6 +5,12 @@ import Glibc
 import Host
 import Platform
 import TestSupport
+import Testing
+
+/// Nothing here works where the kernel does not let us merge.
+extension Trait where Self == ConditionTrait {
+    static var needsMerging: Self { .enabled(if: whyNothingIsMerged == nil, "\(whyNothingIsMerged ?? "")") }
+}
 
 /// The steps of a window. As `enum quire_agent_step`, which this test doesn't link.
 enum Step: Int, CaseIterable {
@@ -39,9 +45,6 @@ final class Rig {
     private let input: Descriptor
     private let output: Descriptor
     var connection: Connection!
-
-    /// Nothing here works without.
-    static let mayUseUserfaultfd = geteuid() == 0 || Files.isWritable("/dev/userfaultfd")
 
     static let program = products + "agent-standin"
 

@@ -7,7 +7,7 @@ import Testing
 /// With a delay inside the windows: one of a microsecond hides every mistake.
 ///
 /// The controls leave a step out, or the interposer, and must fail: they show that the test would notice.
-@Suite(.serialized, .enabled(if: Rig.mayUseUserfaultfd)) struct StressTests {
+@Suite(.serialized, .needsMerging) struct StressTests {
     /// As for the other tests: `make soak` sets it.
     private static let factor = ProcessCalls.environment("QUIRE_TEST_FACTOR").flatMap { Double($0) } ?? 1
 
@@ -70,7 +70,7 @@ import Testing
                     }
                     try Memfd.punch(rig.ram.raw, offset: UInt64(page * Rig.page), byteCount: UInt64(Rig.page))
                     rig.recycled(page)
-                case .recycle, .recycleAgain: break
+                case .recycle, .recycleAgain, .foldHeld: break
                 }
                 if outcome.reason == .differs { count.differed += 1 }
                 if outcome.reason == .busy { count.busy += 1 }

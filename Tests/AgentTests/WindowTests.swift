@@ -5,7 +5,7 @@ import Platform
 import Testing
 
 /// What one command does, and what becomes of it when the backend dies in the middle.
-@Suite(.serialized, .enabled(if: Rig.mayUseUserfaultfd)) struct WindowTests {
+@Suite(.serialized, .needsMerging) struct WindowTests {
     /// Pages 0..<64 hold value 5, the rest zeros.
     private func rig() throws -> Rig {
         let rig = try Rig()

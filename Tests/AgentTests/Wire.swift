@@ -2,7 +2,7 @@ import CQuireLayout
 import Platform
 
 /// The agent's protocol, on the backend's side: part 4 of `quire_layout.h`.
-enum Operation: UInt32 { case merge = 1, zero, fold, foldDiverged, reset, recycle, recycleAgain }
+enum Operation: UInt32 { case merge = 1, zero, fold, foldDiverged, reset, recycle, recycleAgain, foldHeld }
 
 /// What RECYCLE says besides its runs.
 struct Order {
@@ -56,6 +56,7 @@ struct Ready {
 
 struct Gate: Equatable {
     var closed: Bool
+    var isAssigned = false
     var text: String
 }
 
@@ -105,7 +106,7 @@ final class Connection {
             var passed = UnixSocket.PassedDescriptors()
             guard let bytes = try Self.packet(socket, &passed) else { return nil }
             if bytes.u32(0) == QUIRE_AGENT_GATE.rawValue {
-                gate = Gate(closed: bytes.u32(8) != 0, text: bytes.text(16))
+                gate = Gate(closed: bytes.u32(8) != 0, isAssigned: bytes.u32(12) != 0, text: bytes.text(16))
             }
             if bytes.u32(0) == type { return bytes }
         }

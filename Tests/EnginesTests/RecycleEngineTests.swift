@@ -428,6 +428,26 @@ private final class Bench {
         #expect(bench.engine.snapshot.phase == .active && guest.epoch != epoch)
     }
 
+    /// What nobody tells is looked for before each pass: a device that takes all of memory is plugged, and goes.
+    @Test func whatIsFoundPauses() throws {
+        let guest = try ModelGuest(pages: 2048)
+        let bench = try Bench(period: 10)
+        let found = Mutex(RecycleEngine.Pause())
+        bench.engine.setLook { _ in found.withLock { $0 } }
+        try bench.run(guest)
+        guest.free(200)
+        #expect(eventually { guest.state(200) == ModelGuest.recycled })
+        found.withLock { $0 = .assigned }
+        #expect(eventually { bench.engine.snapshot.phase == .paused })
+        #expect(bench.engine.snapshot.reason.contains("VFIO"))
+        for gfn in guest.usable { guest.fill(gfn); guest.freeLongAgo(gfn) }
+        usleep(100_000)
+        #expect(guest.usable.allSatisfy { guest.state($0) != ModelGuest.recycled && guest.page($0)[0] == 0x5a })
+        found.withLock { $0 = [] }
+        #expect(eventually { guest.usable.allSatisfy { guest.state($0) == ModelGuest.recycled } })
+        #expect(bench.engine.snapshot.phase == .active && bench.engine.snapshot.reason.isEmpty)
+    }
+
     @Test func epochsWrapAndGoOnWhereTheyWere() throws {
         let guest = try ModelGuest(pages: 2048)
         let bench = try Bench(period: 10)

@@ -35,6 +35,18 @@ import Testing
         #expect(refused.said == "web1: it is enabled for Quire, and there is no /nowhere/bin/quire: install it, or take out with virsh edit what it added\n")
     }
 
+    /// A network hands out VFIO devices when the domain starts: *prepare* cannot see it, *start* can. The control: another interface.
+    @Test func interfacesThatTurnOutToBeDevices() throws {
+        func start(_ interface: String) throws -> (status: ProcessEnd, said: String) {
+            try sh("sed 's,</devices>,<interface type=\"\(interface)\"/>&,' \(Self.configurations)/domain.xml | \(products)quire libvirt hook web1 start begin -")
+        }
+        let refused = try start("hostdev")
+        #expect(refused.status == .exited(1), "\(refused)")
+        #expect(refused.said.contains("it has an interface of type hostdev, which pins all guest memory (VFIO): detach it"), "\(refused)")
+        let taken = try start("bridge")
+        #expect(taken.status == .exited(0) && taken.said.isEmpty, "\(taken)")
+    }
+
     /// Half of a domain's XML is no success.
     @Test func fullDisk() throws {
         let disable = "\(products)quire libvirt disable --xml <\(Self.configurations)/domain.xml"

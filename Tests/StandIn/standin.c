@@ -9,7 +9,7 @@
  *   agent-standin SOCKET [key=value]...
  *     fd 3  guest RAM, a memfd; mapped from its first page on
  *     fd 4  struct shared
- *     fd 5  a socket, for passing descriptors (only for `receive` and `pass`)
+ *     fd 5  a socket, for passing descriptors (only for `receive` and `pass`): to the test, which is the backend
  *     pages=N kinds=LETTERS write=N (one in N rounds writes) free=1 (pages are freed, for RESET) table=1 (their states
  *     are in the last page of guest RAM, for RECYCLE; not for m) delay=US (at each place in a window) leave=STEP (leaves that step out) punch_early=1 hang=SECONDS file=PATH (on a disk: for
  *     O_DIRECT) start=0
@@ -22,6 +22,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
+#include <linux/fuse.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -29,10 +30,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -338,7 +343,7 @@ static int pass(int socket, int fd)
 	return (int)sendmsg(socket, &m, 0);
 }
 
-static int receive(void)
+static int receive(int socket)
 {
 	union {
 		struct cmsghdr header;
@@ -348,8 +353,111 @@ static int receive(void)
 	int fd = -1;
 	struct iovec part = { &byte, 1 };
 	struct msghdr m = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control };
-	if (recvmsg(5, &m, 0) > 0 && m.msg_controllen) memcpy(&fd, CMSG_DATA(&control.header), sizeof fd);
+	if (recvmsg(socket, &m, 0) > 0 && m.msg_controllen) memcpy(&fd, CMSG_DATA(&control.header), sizeof fd);
 	return fd;
+}
+
+static int failing(long result) { return result < 0 ? -errno : (int)result; }
+
+/* Somebody who is no backend: takes guest RAM, and looks at once at what is there. */
+struct stranger {
+	int end;
+	long page;
+	int seen;
+};
+
+static void *be_stranger(void *pointer)
+{
+	struct stranger *me = pointer;
+	unsigned char byte;
+	int fd = receive(me->end);
+	me->seen = fd >= 0 && pread(fd, &byte, 1, me->page * (off_t)PAGE) == 1 ? byte : -EIO;
+	return NULL;
+}
+
+/* The first byte of the page, as the stranger finds it. The connection stays. */
+static int pass_to_stranger(long page)
+{
+	int ends[2];
+	pthread_t thread;
+	if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends)) return -errno;
+	struct stranger stranger = { .end = ends[1], .page = page };
+	pthread_create(&thread, NULL, be_stranger, &stranger);
+	int result = failing(pass(ends[0], 3));
+	if (result < 0) shutdown(ends[0], SHUT_RDWR);
+	pthread_join(thread, NULL);
+	return result < 0 ? result : stranger.seen;
+}
+
+/* To one whose listener is dead, as when it was told to daemonize, or when libvirt has listened for it. */
+static int orphan = -1;
+static int pass_to_orphan(void)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	socklen_t size = sizeof address;
+	int listener = socket(AF_UNIX, SOCK_STREAM, 0), end = socket(AF_UNIX, SOCK_STREAM, 0);
+	if (bind(listener, (struct sockaddr *)&address, sizeof address.sun_family)) return -errno;
+	pid_t child = fork();
+	if (child == 0) _exit(listen(listener, 1) != 0);
+	if (child < 0 || waitpid(child, NULL, 0) != child) return -errno;
+	if (getsockname(listener, (struct sockaddr *)&address, &size)) return -errno;
+	if (connect(end, (struct sockaddr *)&address, size)) return -errno;
+	orphan = accept(listener, NULL, NULL);
+	return orphan < 0 ? -errno : failing(pass(end, 3));
+}
+
+/* Room for so many descriptors more; negative: for as many as at first. */
+static int limit_descriptors(long more)
+{
+	static rlim_t first;
+	struct rlimit limit;
+	int next = dup(0); /* the lowest that is free */
+	syscall(SYS_close, next);
+	if (getrlimit(RLIMIT_NOFILE, &limit)) return -errno;
+	if (!first) first = limit.rlim_cur;
+	limit.rlim_cur = more < 0 ? first : (rlim_t)(next + more);
+	return failing(setrlimit(RLIMIT_NOFILE, &limit));
+}
+
+/* A file system of one empty file, which is never in the page cache. */
+static void serve_fuse(int fuse)
+{
+	static char request[1 << 17];
+	while (read(fuse, request, sizeof request) > 0) {
+		struct fuse_in_header *in = (struct fuse_in_header *)request;
+		struct fuse_out_header out = { .unique = in->unique };
+		struct fuse_init_out init = { .major = FUSE_KERNEL_VERSION, .minor = 31, .max_write = PAGE };
+		struct fuse_attr_out attributes = { .attr = { .ino = 1, .mode = S_IFREG | 0644, .nlink = 1 } };
+		struct fuse_open_out opened = { .open_flags = FOPEN_DIRECT_IO };
+		struct iovec parts[2] = { { &out, sizeof out }, { NULL, 0 } };
+		switch (in->opcode) {
+		case FUSE_INIT: parts[1] = (struct iovec){ &init, sizeof init }; break;
+		case FUSE_GETATTR: parts[1] = (struct iovec){ &attributes, sizeof attributes }; break;
+		case FUSE_OPEN: parts[1] = (struct iovec){ &opened, sizeof opened }; break;
+		case FUSE_RELEASE: break;
+		default: out.error = -ENOSYS;
+		}
+		out.len = (uint32_t)(sizeof out + parts[1].iov_len);
+		if (writev(fuse, parts, 2) < 0) break;
+	}
+}
+
+/* Opens that file, mounted on another. */
+static int open_fuse(const char *place)
+{
+	char options[64];
+	int fuse = open("/dev/fuse", O_RDWR | O_CLOEXEC);
+	close(open(place, O_WRONLY | O_CREAT, 0600));
+	snprintf(options, sizeof options, "fd=%d,rootmode=%o,user_id=0,group_id=0", fuse, S_IFREG);
+	if (mount("quire", place, "fuse", 0, options)) return -errno;
+	pid_t server = fork();
+	if (server == 0) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		serve_fuse(fuse);
+		_exit(0);
+	}
+	close(fuse);
+	return failing(open(place, O_RDONLY));
 }
 
 /* All the mappings that there are: every other page of a reservation, until it fails. */
@@ -363,8 +471,6 @@ static int spend_mappings(bool one_more)
 	if (one_more) mmap(NULL, PAGE, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	return count;
 }
-
-static int failing(long result) { return result < 0 ? -errno : (int)result; }
 
 /* Answers with a number: a result, or a negative errno. */
 static int obey(const char *line)
@@ -397,12 +503,14 @@ static int obey(const char *line)
 	if (IS("close")) return failing(close((int)a));
 	if (IS("setfl")) return failing(fcntl((int)a, F_SETFL, b ? O_DIRECT : 0));
 	if (IS("pass")) return failing(pass(5, 3));
-	if (IS("pass_away")) {
-		int ends[2]; /* to this process itself: not the backend */
-		return socketpair(AF_UNIX, SOCK_STREAM, 0, ends) ? -errno : failing(pass(ends[0], 3));
-	}
+	if (IS("stranger")) return pass_to_stranger(a);
+	if (IS("orphan")) return pass_to_orphan();
+	if (IS("hang_up")) return failing(close(orphan));
+	if (IS("dup")) return failing(dup((int)a));
+	if (IS("limit")) return limit_descriptors(a);
+	if (IS("fuse")) return open_fuse(text);
 	if (IS("spend")) return spend_mappings(a);
-	if (IS("receive")) return receive();
+	if (IS("receive")) return receive(5);
 	/* Their arguments are nonsense: what counts is that they were tried. */
 	if (IS("io_submit")) { syscall(SYS_io_submit, 0, 0, 0); return 0; }
 	if (IS("uring_enter")) { syscall(SYS_io_uring_enter, -1, 1, 0, 0, 0, 0); return 0; }

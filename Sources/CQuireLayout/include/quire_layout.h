@@ -421,7 +421,7 @@ enum quire_agent_status {
 	QUIRE_AGENT_NO_USERFAULTFD = 2,  /* the kernel doesn't give us one */
 	QUIRE_AGENT_OLD_KERNEL = 3,      /* it gives one that can't do what windows need */
 	QUIRE_AGENT_NOT_MAPPED = 4,      /* a region isn't QEMU's memory, or not in the way that we need */
-	QUIRE_AGENT_OTHER_MAP = 5,       /* not the page map that QEMU's mappings were described in so far */
+	QUIRE_AGENT_OTHER_MAP = 5,       /* not the page map that QEMU's mappings are described in: bytes are not where it says */
 	QUIRE_AGENT_REFUSED = 6,         /* anything else: the text says what */
 };
 
@@ -442,6 +442,8 @@ enum quire_agent_operation {
 	QUIRE_AGENT_RESET = 5,       /* the guest has freed them: map the memfd again, whatever it holds */
 	QUIRE_AGENT_RECYCLE = 6,     /* claim, punch and release what the guest has marked free, and long enough ago */
 	QUIRE_AGENT_RECYCLE_AGAIN = 7, /* the same for what is RECYCLED: somebody has filled it */
+	QUIRE_AGENT_FOLD_HELD = 8,   /* as FOLD, for pages that the guest uses as a ring or a table: only what has all of guest RAM
+				      *   forbids it. An agent from before says INVALID */
 };
 
 /*
@@ -510,8 +512,8 @@ struct quire_agent_result {
 
 struct quire_agent_gate {
 	struct quire_agent_head head;
-	quire_u32 closed;            /*  8 1: nothing is merged or folded */
-	quire_u32 reserved;          /* 12 0 */
+	quire_u32 closed;            /*  8 1: nothing is merged or folded, but for FOLD_HELD */
+	quire_u32 assigned;          /* 12 1: a device may write to all of guest RAM, so nothing is recycled or reset either */
 	quire_u8  text[256];         /* 16 why, one line for a person, zero-padded */
 };
 

@@ -46,7 +46,7 @@ struct quire_agent_place {
 };
 
 /*
- * For tests: called at every step of every window, on the agent's thread; it may take its time. False leaves the step
+ * For tests: called at every step of every window, on the thread that opens it; it may take its time. False leaves the step
  * out, which is how a test shows that it would notice. NULL, as in QEMU, where nobody can set it: every step is taken.
  */
 extern bool (*quire_agent_test_step)(enum quire_agent_step, const struct quire_agent_place *);
