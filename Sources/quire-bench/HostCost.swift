@@ -11,6 +11,9 @@ import Platform
 /// the ratios of neighbours. The engine claims at most 64 pages at once, so it punches a run of 512 in 8 pieces; A punches
 /// it in one.
 ///
+/// The same where the agent in that process claims and punches, as it does under `quire run`: B is then the CPU time of both, the
+/// engine that looks for what is due and the agent that it tells.
+///
 /// The ratio is of CPU time, which others on a shared machine disturb less than they disturb the clock; that of the clock
 /// is in the table, too.
 struct HostCost {
@@ -18,20 +21,25 @@ struct HostCost {
 
     let pageCount: Int
     let repetitions: Int
+    /// Nil: the engine claims.
+    var agentOf: Programs?
 
-    static var bars: [Bar] { lengths.map { bar($0, nil) } }
-    private static func bar(_ length: Int, _ value: Double?) -> Bar {
-        Bar("host cost of a recycled page in runs of \(length), over the bare punch", value, atMost: 1.2, "times")
+    static func bars(agent: Bool) -> [Bar] { lengths.map { bar($0, agent, nil) } }
+    private static func bar(_ length: Int, _ agent: Bool, _ value: Double?) -> Bar {
+        Bar("host cost of a page recycled \(agent ? "by the agent " : "")in runs of \(length), over the bare punch", value, atMost: 1.2, "times")
     }
 
     /// Returns what share of guest RAM the page map takes after everything that can be recycled was.
     func run(into report: inout Report) throws -> Double {
         _ = Cycles.counter
-        report.machine.append(("cycles", .text(Cycles.name)))
-        if !Cycles.isCounted { report.machine.append(("tsc_ghz", .number(Cycles.tscPerNanosecond))) }
-        let rig = try Rig(memfds: 1, pageCount: pageCount, workers: 1)
+        let byAgent = agentOf != nil
+        if !byAgent {
+            report.machine.append(("cycles", .text(Cycles.name)))
+            if !Cycles.isCounted { report.machine.append(("tsc_ghz", .number(Cycles.tscPerNanosecond))) }
+        }
+        let rig = if let agentOf { try Rig(pageCount: pageCount, agentOf: agentOf) } else { try Rig(memfds: 1, pageCount: pageCount, workers: 1) }
         var table = Table(
-            title: "host cost of a recycled page: \(pageCount / 256) MiB of guest RAM, touched by another process; \(repetitions) pairs",
+            title: "host cost of a page recycled by the \(byAgent ? "agent" : "engine"): \(pageCount / 256) MiB of guest RAM, touched by another process; \(repetitions) pairs",
             columns: ["run", "pages", "punch us", "Quire us", "punch cycles", "Quire cycles", "ratio", "ratios seen", "by the clock"])
         var results: [JSON] = []
         for length in Self.lengths {
@@ -39,7 +47,7 @@ struct HostCost {
             let pages = runs.reduce(0) { $0 + $1.count }
             var bare: [Cost] = [], quire: [Cost] = []
             for repetition in 0...repetitions {
-                progress("host cost: runs of \(length), pair \(repetition) of \(repetitions)")
+                progress("host cost\(byAgent ? ", agent" : ""): runs of \(length), pair \(repetition) of \(repetitions)")
                 try rig.touch()
                 let a = try rig.punch(runs).each(of: pages)
                 try rig.touch()
@@ -66,12 +74,12 @@ struct HostCost {
                 "clock_ratio": .number(clock), "cycles_aim": aim.map { .number($0) } ?? .null,
                 "cycles_aim_reached": aim.map { .bool(cycles <= $0) } ?? .null,
             ])
-            report.add(Self.bar(length, ratio))
+            report.add(Self.bar(length, byAgent, ratio))
         }
         table.note("us, cycles and ratio: a page, CPU time of the working thread, medians. Cycles are \(Cycles.name).")
         table.note("A run of 512 is 8 punches of Quire's, which claims 64 pages at most, and one of the peer's.")
         table.note("Aims: PPR's 6500 cycles for a single page, under 2000 in runs of 16 and more.")
-        report.add("host_cost", .array(results), table: table)
+        report.add(byAgent ? "host_cost_agent" : "host_cost", .array(results), table: table)
         // At its largest the page map has an entry for every page.
         progress("host cost: everything recycled")
         try rig.touch()

@@ -37,6 +37,19 @@ final class Store {
     var figures: StoreFigures { get throws { try StoreClient.figures(path: path) } }
 }
 
+extension AgentLink {
+    /// Returns when the agent is attached and nothing is in its way.
+    func attach(_ memory: GuestMemory) throws {
+        setMemory(memory)
+        let deadline = monotonicNanoseconds() + 20_000_000_000
+        guard waitUntilAttached(deadline) else { throw QuireError(.system, "the agent does not attach: \(status.trouble)") }
+        while let obstacle {
+            guard monotonicNanoseconds() < deadline else { throw QuireError(.busy, "the agent can do nothing: \(obstacle)") }
+            usleep(1000)
+        }
+    }
+}
+
 /// Everything of ours that merges, at work on the RAM of a stand-in: the engine and its links in this process, as they
 /// are in a backend, quired, and the agent in the stand-in.
 final class MergeRig {
@@ -74,13 +87,7 @@ final class MergeRig {
         engine = try DedupEngine(
             DedupEngine.Configuration(periodMilliseconds: periodMilliseconds, tracksWrites: tracksWrites), pages: pages,
             merger: link, store: storeLink)
-        link.setMemory(memory)
-        let deadline = monotonicNanoseconds() + 20_000_000_000
-        guard link.waitUntilAttached(deadline) else { throw QuireError(.system, "the agent does not attach: \(link.status.trouble)") }
-        while link.obstacle != nil {
-            guard monotonicNanoseconds() < deadline else { throw QuireError(.busy, "nothing can be merged: \(link.obstacle!)") }
-            usleep(1000)
-        }
+        try link.attach(memory)
     }
 
     deinit {

@@ -23,11 +23,11 @@ struct QuireBench: ParsableCommand {
 struct Recycle: ParsableCommand {
     static let configuration = CommandConfiguration(
         abstract: "The recycle engine and the guest module.",
-        discussion: "Parts: host, threads, idle, fragmented, hooks. The bars on metadata come with host, fragmented and hooks.")
+        discussion: "Parts: host, agent, threads, idle, fragmented, hooks. The bars on metadata come with host, fragmented and hooks.")
 
     @OptionGroup var options: PartOptions
 
-    static let parts = ["host", "threads", "idle", "fragmented", "hooks"]
+    static let parts = ["host", "agent", "threads", "idle", "fragmented", "hooks"]
 
     func validate() throws {
         try options.check(Self.parts)
@@ -45,6 +45,8 @@ struct Recycle: ParsableCommand {
         }
         defer { Files.removeDirectory(runtime) }
         ProcessCalls.ignoreBrokenPipes()
+        var agentPrograms = programs
+        agentPrograms.runtime = runtime
 
         let accelerator = programs.hasKVM ? ["-accel", "kvm", "-cpu", "host,vmx=off,svm=off", "-smp", "2"] : ["-accel", "tcg,thread=multi", "-smp", "2"]
         var report = Report(
@@ -58,8 +60,12 @@ struct Recycle: ParsableCommand {
         var guestShares: [(String, Double)] = []
         var hostShares: [(String, Double)] = []
         let pages = (options.quick ? 512 : 1024) * 256
-        part("host", bars: HostCost.bars) {
+        part("host", bars: HostCost.bars(agent: false)) {
             hostShares.append(("all recycled, without a guest", try HostCost(pageCount: pages, repetitions: options.quick ? 3 : 7).run(into: &$0)))
+        }
+        part("agent", bars: HostCost.bars(agent: true)) {
+            let cost = HostCost(pageCount: pages / 2, repetitions: options.quick ? 3 : 7, agentOf: agentPrograms)
+            hostShares.append(("all recycled by the agent", try cost.run(into: &$0)))
         }
         part("threads", bars: []) { try Threads(pageCount: pages, repetitions: options.quick ? 2 : 3).run(into: &$0) }
         part("idle", bars: IdleCPU.bars) { try IdleCPU(windows: options.quick ? 1 : 4, programs: programs).run(into: &$0) }
@@ -87,7 +93,7 @@ struct Recycle: ParsableCommand {
     /// At once, also where stdout is a pipe or a file.
     @Sendable static func show(_ text: String) {
         print(text)
-        unsafe fflush(nil)
+        fflush(nil)
     }
 
     private func metadata(_ guest: [(String, Double)], _ host: [(String, Double)], _ report: inout Report) {

@@ -2,10 +2,12 @@ import Bench
 import Engines
 import Glibc
 import GuestMemory
+import Host
+import Logging
 import Platform
 
 /// A guest for the engine, without a guest: memory files, a process that has them mapped as QEMU has, a state table, and
-/// the engine itself.
+/// the engine itself. The engine claims and punches; or that process has the agent, which does, as under `quire run`.
 final class Rig {
     /// Pages below this hold the table and are never marked.
     static let firstUsable = GuestTable.statesPerPage
@@ -15,7 +17,8 @@ final class Rig {
     private let table: GuestTable
     private let engine: RecycleEngine
     private let map: PageMap
-    private let toucher: Toucher
+    private let toucher: Toucher?
+    private let agent: Agent?
     private var passes: UInt64 = 0
     private var marked: [Range<Int>] = []
 
@@ -36,6 +39,48 @@ final class Rig {
         engine = try RecycleEngine(RecycleEngine.Configuration(periodMilliseconds: 10_000, workers: workers), map: map)
         engine.start(memory: memory, rings: [], nonce: 1)
         toucher = try Toucher(memory.regions.map { $0.descriptor.raw })
+        agent = nil
+    }
+
+    private final class Agent {
+        let standIn: StandIn
+        let link: AgentLink
+        /// In place of the control disk's connection.
+        let connection: Descriptor
+
+        init(_ pageCount: Int, _ pages: MergedPages, _ programs: Programs) throws {
+            let socket = programs.runtime + "/agent-\(monotonicNanoseconds())"
+            var logger = Logger(label: "bench") { StreamLogHandler.standardError(label: $0) }
+            logger.logLevel = .warning
+            let standIn = try StandIn(pageCount, agent: socket, programs)
+            self.standIn = standIn
+            let pid = standIn.pid
+            link = try AgentLink(path: socket, pages: pages, logger: logger) { AgentLink.Peer(pid: pid, uid: geteuid()) }
+            var pipe = try Pipe()
+            connection = pipe.takeReader()
+        }
+        deinit { link.end() }
+    }
+
+    init(pageCount: Int, agentOf programs: Programs) throws {
+        self.pageCount = pageCount
+        map = try PageMap(PageMap.makeFile(pageCount: UInt64(pageCount)))
+        map.takeOver(pid: getpid())
+        let pages = MergedPages(map: map)
+        let agent = try Agent(pageCount, pages, programs)
+        memory = try GuestMemory(
+            [
+                MemoryRegion(
+                    guestAddress: 0, byteCount: UInt64(pageCount) * pageBytes, userAddress: agent.standIn.address, fileOffset: 0,
+                    descriptor: agent.standIn.file!.duplicate(), owner: .us)
+            ], log: DirtyTracker(), pages: pages)
+        table = GuestTable(in: memory, pageCount: pageCount)
+        engine = try RecycleEngine(RecycleEngine.Configuration(periodMilliseconds: 10_000, workers: 1), map: map)
+        engine.setRecycler(agent.link)
+        self.agent = agent
+        toucher = nil
+        try agent.link.attach(memory)
+        engine.start(memory: memory, rings: [], nonce: 1, connection: agent.connection.raw)
     }
 
     deinit { engine.end() }
@@ -49,7 +94,17 @@ final class Rig {
     }
 
     /// The other process writes to every page.
-    func touch() throws { try toucher.touch() }
+    func touch() throws {
+        try toucher?.touch()
+        guard let agent else { return }
+        // Not the table, which it would overwrite.
+        let first = Int(table.end / pageBytes)
+        for page in 0..<first { memory.regions[0].mapping.add64(page * Int(pageBytes) + 2048, 0) }
+        try agent.standIn.fill(first..<pageCount)
+    }
+
+    /// What the agent has used of the CPU: nobody else is at work in its process meanwhile.
+    private var agentNanoseconds: UInt64 { agent.map { cpuNanoseconds(of: $0.standIn.pid) } ?? 0 }
 
     /// A: the bare system call.
     func punch(_ runs: [Range<Int>]) throws -> Cost {
@@ -73,14 +128,15 @@ final class Rig {
     func recycle(_ runs: [Range<Int>]) throws -> Cost {
         try mark(runs)
         let cycles = Cycles.isCounted ? Cycles.count() : 0
-        let wall = monotonicNanoseconds(), cpu = processCPUNanoseconds(), own = threadCPUNanoseconds()
+        let wall = monotonicNanoseconds(), cpu = processCPUNanoseconds(), own = threadCPUNanoseconds(), others = agentNanoseconds
         try begin()
         awaitPass()
         let ownSpent = threadCPUNanoseconds() - own
-        let spent = processCPUNanoseconds() - cpu - ownSpent
+        let spent = processCPUNanoseconds() - cpu - ownSpent + (agentNanoseconds - others)
         let cost = Cost(
             wall: Double(monotonicNanoseconds() - wall), cpu: Double(spent),
-            cycles: Cycles.isCounted
+            // The counters are this process's.
+            cycles: Cycles.isCounted && agent == nil
                 ? Double(Cycles.count() - cycles) - Double(ownSpent) * Cycles.tscPerNanosecond
                 : Double(spent) * Cycles.tscPerNanosecond)
         try finish()

@@ -37,7 +37,7 @@ struct TmemChurn {
                 let words = Int(random.next() % 150) + step * 250 / steps
                 var bytes: [UInt8] = []
                 bytes.reserveCapacity(4096)
-                for _ in 0..<words { withUnsafeBytes(of: random.next()) { unsafe bytes.append(contentsOf: $0) } }
+                for _ in 0..<words { unsafe withUnsafeBytes(of: random.next()) { unsafe bytes.append(contentsOf: $0) } }
                 bytes += [UInt8](repeating: 0, count: 4096 - bytes.count)
                 page.fill(0, bytes)
                 try page.put(0, to: pool, index)
@@ -81,7 +81,7 @@ struct TmemRestart {
             for index in 0..<pages {
                 var bytes: [UInt8] = []
                 bytes.reserveCapacity(4096)
-                for _ in 0..<120 { withUnsafeBytes(of: random.next()) { unsafe bytes.append(contentsOf: $0) } }
+                for _ in 0..<120 { unsafe withUnsafeBytes(of: random.next()) { unsafe bytes.append(contentsOf: $0) } }
                 set.fill(0, bytes + [UInt8](repeating: 0, count: 4096 - bytes.count))
                 try set.put(0, to: pool, index)
             }
