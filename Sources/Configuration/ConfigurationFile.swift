@@ -35,14 +35,14 @@ public struct ConfigurationFile: Sendable {
 
     private static let limit = 1 << 20
 
-    /// $PREFIX/etc/quire/quire.toml of what is installed in $PREFIX/bin; /etc/quire/quire.toml for /usr, and for a program that is
-    /// where it was built.
+    /// $PREFIX/etc/quire/quire.toml of what is installed in $PREFIX/bin; /etc/quire/quire.toml for the host's own prefixes, as `make
+    /// install` has it, and for a program that is where it was built.
     public static let standardPath = standardPath(program: Files.target(ofLink: "/proc/self/exe") ?? "")
 
     package static func standardPath(program: String) -> String {
         let folders = program.split(separator: "/").dropLast()
         let prefix = folders.last == "bin" ? folders.dropLast().map { "/" + $0 }.joined() : ""
-        return (prefix == "/usr" ? "" : prefix) + "/etc/quire/quire.toml"
+        return (["/usr", "/usr/local"].contains(prefix) ? "" : prefix) + "/etc/quire/quire.toml"
     }
 
     /// Whatever is wrong in it is in `findings`. Throws if it cannot be read or must not be believed.

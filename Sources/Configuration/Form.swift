@@ -225,11 +225,14 @@ public struct DiskSetting: Sendable, Equatable {
                 guard pair[1] == "any" || UInt64(pair[1], radix: 16) != nil else { return nil }
                 content = pair[1]
             } else {
-                guard let bytes = Size.parse(pair[1]), bytes % 4096 == 0, (1 << 20...1 << 43).contains(bytes) else { return nil }
+                guard let bytes = Size.parse(pair[1]), bytes % 4096 == 0, (1 << 20...Self.mostBytes).contains(bytes) else { return nil }
                 byteCount = bytes
             }
         }
     }
+
+    /// What a store is sure to hold (`Tmem.mostBytes`).
+    private static let mostBytes: UInt64 = 1023 << 30
 
     var written: String {
         RawValue.quoted(name + (byteCount.map { ",size=" + Self.text($0) } ?? "") + (group.isEmpty ? "" : ",group=\(group)")

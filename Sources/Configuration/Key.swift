@@ -72,20 +72,22 @@ public enum Keys {
             "The most memory that shared pages may take. What is shared already stays, also above it.")
         public static let reserve = Key("reserve", .number(0...100_000), 100, isLive: true,
             "Merge nothing more while the host has less memory left than so many percent of what merged pages would need if all guests wrote them at once.")
+        public static let tmemReserve = Key("tmem-reserve", .size(0...1 << 43), HostReserve.usualBytes, isLive: true,
+            "Put nothing more on shared disks while the host has less memory left than this, free swap included: writes are I/O errors then. 0: never.")
         public static let candidates = Key(
-            "candidates", .size(4096...1 << 40), otherwise: "3/4096 of the host's memory", example: 32 << 20,
+            "candidates", .size(4096...1 << 40), otherwise: "3/4096 of the host's memory", example: 32 << 20, isLive: true,
             "Memory for contents that were seen once.")
         public static let group = Key("group", ShareGroup.form.repeated("a list of \"NAME=UID,UID\""), otherwise: "[]",
             example: [ShareGroup(name: "lab", users: [1000, 1001])], isLive: true,
             "Share groups besides the one that each user has, and the users whose VMs may be in them.")
         public static let sharedDisk = Key(
-            "shared-disk", DiskSetting.made.repeated("a list of \"NAME,size=SIZE\" or \"NAME,size=SIZE,group=GROUP\""),
-            otherwise: "[]", example: [DiskSetting("scratch,size=1G,group=lab", keys: ["size", "group"])!],
-            "Disks in memory that VMs of a share group attach; of quired's user's VMs without a group.")
+            "shared-disk", DiskSetting.made.repeated("a list of \"NAME,size=SIZE\" or \"NAME,size=SIZE,group=GROUP\", with sizes from 1M to 1023G"),
+            otherwise: "[]", example: [DiskSetting("scratch,size=1G,group=lab", keys: ["size", "group"])!], isLive: true,
+            "Disks in memory that VMs of a share group attach; of quired's user's VMs without a group. What is there stays as it is.")
         public static let workers = Key(
-            "workers", .number(1...64), otherwise: "one a processor, at most 4", example: 4, "Threads that answer.")
+            "workers", .number(1...64), otherwise: "one a processor, at most 4", example: 4, isLive: true, "Threads that answer.")
         public static let logLevel = Key("log-level", .logLevel, "notice", isLive: true, "How much is logged.")
-        public static let all: [any AnyKey] = [limit, reserve, candidates, group, sharedDisk, workers, logLevel]
+        public static let all: [any AnyKey] = [limit, reserve, tmemReserve, candidates, group, sharedDisk, workers, logLevel]
     }
 
     /// Of a VM.
@@ -100,7 +102,7 @@ public enum Keys {
         public static let mergePeriod = Key("merge-period", .time(times), 10_000, isLive: true,
             "A page is merged with its equals when it was not written for two of these. Less: more is found, more CPU.")
         public static let mergeWorkers = Key("merge-workers", .number(1...16), 1, isLive: true, "Threads that look for equal pages.")
-        public static let writeTracking = Key("write-tracking", .flag, true,
+        public static let writeTracking = Key("write-tracking", .flag, true, isLive: true,
             "Ask the kernel what the guest writes. False reads all of memory instead, as on a kernel before Linux 6.7.")
         public static let group = Key(
             "group", .group, "", "Share equal pages with VMs of this group; without one, with those of the same user.")
@@ -115,6 +117,8 @@ public enum Keys {
             "The host's memory for the swap disk is its size divided by this; when that is full, the guest gets I/O errors.")
         public static let swapCompression = Key("swap-compression", .compression, "lz4", isLive: true,
             "How swapped pages are compressed; what is there already stays as it is.")
+        public static let tmemReserve = Key("tmem-reserve", .size(0...1 << 43), HostReserve.usualBytes, isLive: true,
+            "Put nothing more on the swap disk while the host has less memory left than this, free swap included: writes are I/O errors then. 0: never.")
         public static let swapQueues = Key("swap-queues", .number(1...16), 1, "Queues of the swap disk. For quire run.")
         public static let sharedDisk = Key(
             "shared-disk", DiskSetting.attached.repeated("a list of \"NAME\" or \"NAME,size=SIZE\""), otherwise: "[]",
@@ -122,7 +126,7 @@ public enum Keys {
         public static let logLevel = Key("log-level", .logLevel, "notice", isLive: true, "How much the backend logs.")
         public static let all: [any AnyKey] = [
             period, merge, mergePeriod, workers, mergeWorkers, writeTracking, group, store, swap, swapOvercommit, swapCompression,
-            swapQueues, sharedDisk, logLevel,
+            tmemReserve, swapQueues, sharedDisk, logLevel,
         ]
     }
 
@@ -130,10 +134,10 @@ public enum Keys {
         private static let times: ClosedRange<UInt64> = 100...600_000
         public static let http = Key(
             "http", .text("ADDRESS:PORT, such as 127.0.0.1:9750, or off") { $0 == "off" || $0.contains(":") },
-            "127.0.0.1:9750", "Address and port to listen on. Any other than loopback needs a token.")
+            "127.0.0.1:9750", isLive: true, "Address and port to listen on. Any other than loopback needs a token.")
         public static let httpSocket = Key(
             "http-socket", .text("a path that begins with /, or off") { $0 == "off" || $0.hasPrefix("/") },
-            otherwise: "metrics.sock in the service's directory", example: "off", "Unix socket to listen on as well.")
+            otherwise: "metrics.sock in the service's directory", example: "off", isLive: true, "Unix socket to listen on as well.")
         public static let httpTokenFile = Key("http-token-file", .path, otherwise: "no token", example: "/etc/quire/token", isLive: true,
             "A file with a token of 16 bytes or more, which everybody on the TCP port has to send.")
         public static let httpHost = Key(
@@ -144,11 +148,12 @@ public enum Keys {
         public static let historyInterval = Key("history-interval", .time(times), 15_000, isLive: true,
             "Time between the pictures that are kept, 60 of them; each costs what a scrape does.")
         public static let store = Key(
-            "store", .path, otherwise: "/run/quired/store.sock, or in $XDG_RUNTIME_DIR", example: "/run/quired/store.sock",
+            "store", .path, otherwise: "/run/quired/store.sock, or in $XDG_RUNTIME_DIR", example: "/run/quired/store.sock", isLive: true,
             "quired's socket.")
         public static let runtimeDirectory = Key(
             "runtime-directory", Form<String>.path.repeated("a list of paths that begin with /"),
-            otherwise: "those of all users for root, one's own otherwise", example: ["/run/quire"], "Look for VMs in these only.")
+            otherwise: "those of all users for root, one's own otherwise", example: ["/run/quire"], isLive: true,
+            "Look for VMs in these only.")
         public static let all: [any AnyKey] = [
             http, httpSocket, httpTokenFile, httpHost, httpTimeout, historyInterval, store, runtimeDirectory,
         ]

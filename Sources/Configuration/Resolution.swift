@@ -69,7 +69,9 @@ public struct Resolution: Sendable {
         public let after: String
 
         /// For the log, and for whoever asked for the reload.
-        public var line: String { "\(path): \(before) -> \(after)" + (key.isLive ? "" : ", from the next start on") }
+        public var line: String { line(waits: !key.isLive) }
+        /// `waits`: it holds from the next start on, and not before.
+        public func line(waits: Bool) -> String { "\(path): \(before) -> \(after)" + (waits ? ", from the next start on" : "") }
     }
 
     public func changes(since old: Resolution) -> [Change] {

@@ -31,12 +31,12 @@ public enum Template {
                 lines.append("#\(key.name) = \(key.exampleText)")
             }
         }
-        section("quired", "The page store, which keeps equal pages once.", .quired)
+        section("quired", "The page store, which keeps equal pages once. candidates, shared-disk and workers apply at once with quired --keep, as the service has it.", .quired)
         section("backend", "Every VM.", .backend)
         lines.append("")
         comment("One VM: everything that [backend] knows. The name is that in quire status.")
         lines += ["#[vm.web1]", "#period = \"2s\"", "#merge = false"]
-        section("exporter", "Metrics, API and page. systemctl reload quire-exporter applies what is marked; for the rest it has to be restarted, which costs nothing.", .exporter)
+        section("exporter", "Metrics, API and page: systemctl reload quire-exporter applies it.", .exporter)
         return lines.joined(separator: "\n") + "\n"
     }()
 

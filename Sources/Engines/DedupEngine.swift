@@ -184,6 +184,21 @@ public final class DedupEngine: Sendable {
         }
     }
 
+    /// Whether the kernel is asked what was written, from now on. What is known of pages by then was found the other way, and a write
+    /// between the two looks would be in neither: so nothing is known of them any more, and all of memory is hashed once again.
+    ///
+    /// Nothing has to be told to the agent. It registers guest RAM for write-protect wherever the kernel can do that, asked or not; what
+    /// is protected at this moment the kernel lets the guest write by itself, and a page that it protects is one that it has reported.
+    public func setTracksWrites(_ tracks: Bool) throws(QuireError) {
+        let old = configuration
+        guard old.tracksWrites != tracks else { return }
+        let new = try Configuration(periodMilliseconds: old.periodMilliseconds, workers: old.workers, tracksWrites: tracks)
+        exchange {
+            $0.configuration = new
+            $0.isFresh = true
+        }
+    }
+
     /// Begins to bring every merged page back, and merges nothing any more until `resume`: also after a restart of this process.
     /// What cannot be done is tried again at every period. Returns how many times all was back before.
     @discardableResult public func beginUnmerge() -> Int {
@@ -256,6 +271,8 @@ public final class DedupEngine: Sendable {
 
     /// What is kept from one pass to the next.
     struct PassState {
+        /// Whether what is known of the regions was asked of the kernel, or read; nil: there was no pass yet.
+        private var tracksWrites: Bool?
         var regions: [QuietPages] = []
         /// Pages that the store thinks we map, or did not hear the contrary of.
         var held = GFNSet()
@@ -273,6 +290,13 @@ public final class DedupEngine: Sendable {
         /// Equal pages in shorter ones, for the time when it is.
         var short = GFNSet()
         var huge = HugePages()
+
+        /// Forgets what was found the other way.
+        mutating func begin(tracksWrites: Bool) {
+            if let old = self.tracksWrites, old != tracksWrites { (regions, hashed, huge) = ([], [], HugePages()) }
+            self.tracksWrites = tracksWrites
+        }
+
         /// What the store cannot do; empty if it can.
         var remark = ""
         /// One line; stands until the next pass has come to its end.
@@ -333,7 +357,7 @@ public final class DedupEngine: Sendable {
         statistics.withLock {
             $0.phase = .active
             // A connection that ended in the middle tells its own story.
-            if let failure, failure.code != .closed { $0.reason = "\(failure)" }
+            if let failure, ![.closed, .retry].contains(failure.code) { $0.reason = "\(failure)" }
         }
     }
 
@@ -341,7 +365,9 @@ public final class DedupEngine: Sendable {
 
     private func pass(_ memory: GuestMemory, _ state: inout PassState) throws(QuireError) {
         guard let tables = merger.pageTables else { return }
-        let tracker = configuration.tracksWrites ? merger.writeTracker : nil
+        let tracksWrites = configuration.tracksWrites
+        let tracker = tracksWrites ? merger.writeTracker : nil
+        state.begin(tracksWrites: tracksWrites)
         adopt(memory, &state)
         let hasher = try prepareStore(memory, &state)
         let written =

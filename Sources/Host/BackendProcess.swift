@@ -82,6 +82,7 @@ public final class BackendProcess: Sendable {
                     swap.overcommit = try SwapDisk.checkOvercommit(Double(factor), "--device: overcommit=\(factor)")
                 }
                 if let name = take("compression") { swap.compression = try SwapDisk.compression(name) }
+                if let bytes = take("reserve") { swap.reserve = try SwapDisk.checkReserve(Size.parse(bytes), "--device: reserve=\(bytes)") }
                 let awaits = take("awaits-restore") ?? "off"
                 guard awaits == "on" || awaits == "off" else {
                     throw QuireError(.invalid, "--device: awaits-restore=\(awaits): choose on or off")
@@ -260,6 +261,7 @@ public final class BackendProcess: Sendable {
             dedup = nil
         }
         disk = ControlDisk(engine: engine, dedup: dedup, map: map, logger: logger)
+        engine.setLook { [disk, link] in disk.look($0, link) }
         var swap: SwapDisk?
         var servers: [Server] = []
         for device in options.devices {
@@ -425,6 +427,7 @@ public final class BackendProcess: Sendable {
         if let dedup {
             try dedup.setPeriod(milliseconds: tuning.mergePeriodMilliseconds)
             if let workers = tuning.mergeWorkers { try dedup.setWorkers(workers) }
+            if let tracks = tuning.tracksWrites { try dedup.setTracksWrites(tracks) }
             // Pages come back at their own pace: it is no more than what un-merging a VM takes.
             if let merges = tuning.merges { if merges { dedup.resume() } else { dedup.beginUnmerge() } }
         }

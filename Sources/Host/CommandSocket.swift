@@ -71,13 +71,15 @@ public enum CommandSocket {
             try? connection.sendMessage(Array(answer.utf8))
         }
 
-        public func end() {
+        /// Whoever was asked something by then has answered. `keepsPath`: another process is about to listen there; until it does, whoever
+        /// asks is told to try again.
+        public func end(keepsPath: Bool = false) {
             stop.signal()
             thread.update { started in
                 started?.join()
                 started = nil
             }
-            Files.remove(path)
+            if !keepsPath { Files.remove(path) }
         }
     }
 

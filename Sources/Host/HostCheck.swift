@@ -43,7 +43,7 @@ public struct HostCheck: Sendable {
     public static let mappingLimit = 1_048_576
 
     public func run() -> [Finding] {
-        [userfaultfd(), tracking(), mappings(), kvm(), hugePages(), kernelMerging(), runtime(), backend(), agent(), store(), qemu(), libvirt()]
+        [userfaultfd(), tracking(), mappings(), kvm(), hugePages(), kernelMerging(), runtime(), backend(), agent(), store(), qemu(), libvirt(), confinement()]
     }
 
     public static func json(_ findings: [Finding]) -> String { jsonText(findings) }
@@ -59,6 +59,9 @@ public struct HostCheck: Sendable {
     }
 
     // MARK: The kernel
+
+    /// Of these findings the one that says whether equal pages can be merged for VMs that this process starts.
+    public static func merging() -> Finding { HostCheck(Places(backend: "", agent: nil, store: "")).userfaultfd() }
 
     private func userfaultfd() -> Finding {
         var features: UInt64 = 0
@@ -196,5 +199,37 @@ public struct HostCheck: Sendable {
             return finding("libvirt", .note, "libvirt is installed and its hook is in place, but libvirtd does not run", "systemctl start libvirtd")
         }
         return finding("libvirt", .ok, "libvirt runs, with its hook in place")
+    }
+
+    /// AppArmor's files: of each of libvirt's profiles that this host has, the part that is the host's own has to name Quire.
+    private func confinement() -> Finding {
+        guard read("/sys/module/apparmor/parameters/enabled") == "Y" else { return finding("confinement", .ok, "AppArmor is off") }
+        // Who may not read what is loaded goes by the files. One line a profile, and each domain that runs has one.
+        let loaded = try? Files.read(places.root + "/sys/kernel/security/apparmor/profiles", limit: 1 << 22)
+        if let loaded, !loaded.contains("libvirtd "), !loaded.contains("virtqemud ") {
+            return finding("confinement", .ok, "AppArmor does not confine libvirt")
+        }
+        let folder = "/etc/apparmor.d"
+        let profiles = ["usr.sbin.libvirtd", "usr.sbin.virtqemud", "abstractions/libvirt-qemu"].filter { exists(folder + "/" + $0) }
+        let missing = profiles.filter { !(read(folder + "/local/" + $0) ?? "").contains("quire") }
+        guard !missing.isEmpty else {
+            return finding("confinement", .ok, profiles.isEmpty ? "AppArmor has no profile of libvirt" : "AppArmor's profiles of libvirt name Quire")
+        }
+        let lines = missing.map { profile in
+            let own = "\(folder)/local/\(profile)"
+            // What libvirt makes of the abstraction is loaded with each domain's start.
+            guard profile.hasPrefix("usr.sbin.") else { return "cat \(examples)/apparmor-libvirt-qemu >> \(own)" }
+            return "cat \(examples)/apparmor-libvirtd >> \(own); apparmor_parser -r \(folder)/\(profile)"
+        }
+        return finding(
+            "confinement", .problem, "AppArmor confines libvirt, and does not know Quire: domains that are enabled do not start, or are not merged",
+            lines.joined(separator: "; "))
+    }
+
+    /// Where `make install` and the package put them; in a clone they are in packaging.
+    private var examples: String {
+        let folders = places.backend.split(separator: "/").dropLast()
+        guard folders.last == "bin" else { return "packaging" }
+        return folders.dropLast().map { "/" + $0 }.joined() + "/share/doc/quire/examples"
     }
 }

@@ -9,9 +9,9 @@ import VhostBackend
 ///
 /// While quired is away requests wait; they were not answered, and doing them twice does no harm.
 ///
-/// A guest that arrives with memory of its own (`-incoming`, `-loadvm`) knows the disk as it was: what it has mounted or cached goes
-/// with that content and no other. So it gets I/O errors unless it is said that this content is still here. Whether it arrives is on
-/// the command line of the QEMU that connects, as for the swap disk.
+/// A guest that arrives with memory of its own (`-incoming`, `-loadvm`, `loadvm`) knows the disk as it was: what it has mounted or
+/// cached goes with that content and no other. So it gets I/O errors unless it is said that this content is still here. Whether it
+/// arrives is on the command line of the QEMU that connects, and in the rings, as for the swap disk.
 public final class SharedDisk: BlockStorage, DeviceLifecycle {
     public struct Options: Sendable, Equatable {
         public var name: String
@@ -127,11 +127,12 @@ public final class SharedDisk: BlockStorage, DeviceLifecycle {
     }
 
     public func deviceStarted(_ start: DeviceStart) {
+        let says = start.frontEnd.flatMap { QEMUCommandLine.bringsMemory(process: $0) }
         // Where nobody can tell, what was found before holds.
-        guard let arrives = start.frontEnd.flatMap({ QEMUCommandLine.bringsMemory(process: $0) }) else { return }
+        guard let arrives = start.origin == .elsewhere ? true : says else { return }
         isForeign.store(arrives && !isKnown, ordering: .sequentiallyConsistent)
         if arrives, !isKnown {
-            notice("the guest came from elsewhere and may know the shared disk '\(name)' with another content: every request is an I/O error")
+            notice("the guest came from elsewhere (a snapshot, a migration) and may know the shared disk '\(name)' with another content: every request is an I/O error")
         }
     }
     public func deviceStopping() {}

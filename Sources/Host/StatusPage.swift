@@ -123,6 +123,7 @@ public struct TmemSnapshot: Sendable, Equatable {
         usedBytes = usage.usedBytes
         metadataBytes = usage.metadataBytes
         capBytes = store.cap ?? 0
+        reason = store.hostShortage ?? ""
     }
 }
 

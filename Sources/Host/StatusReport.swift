@@ -110,7 +110,9 @@ public struct StatusReport: Sendable, Equatable, Codable {
             sharingPages = page.sharingPages
             zeroPages = page.zeroPages
             divergedPages = page.divergedPages
-            let merged = sharingPages + zeroPages
+            // Another user may have written the page.
+            let (sum, isTooMuch) = sharingPages.addingReportingOverflow(zeroPages)
+            let merged = isTooMuch ? .max : sum
             savedBytes = (merged - min(merged, divergedPages)) &* 4096
             hashedTotalPages = page.hashedTotalPages
             mergedTotalPages = page.mergedTotalPages
@@ -312,8 +314,8 @@ public struct StatusReport: Sendable, Equatable, Codable {
 
     private var mergeCells: [String] {
         [
-            name, Size.text(merging.sharingPages * 4096), Size.text(merging.zeroPages * 4096),
-            Size.text(merging.divergedPages * 4096), Size.text(merging.hashedTotalPages &* 4096),
+            name, Size.text(merging.sharingPages &* 4096), Size.text(merging.zeroPages &* 4096),
+            Size.text(merging.divergedPages &* 4096), Size.text(merging.hashedTotalPages &* 4096),
             Self.rate(merging.mergedPagesPerSecond), Self.rate(merging.foldedPagesPerSecond),
             "\(merging.mappings)/\(merging.mappingLimit)",
             Size.duration(milliseconds: UInt64(merging.periodMilliseconds)),
@@ -342,7 +344,7 @@ public struct StatusReport: Sendable, Equatable, Codable {
     }
 
     private static func rate(_ pagesPerSecond: Double) -> String {
-        Size.text(UInt64(max(0, pagesPerSecond) * 4096)) + "/s"
+        Size.rate(pagesPerSecond * 4096)
     }
 
     /// The VMs, then what is merged of them, then their pools of transcendent memory and the shared disks, each as lines of aligned
@@ -368,6 +370,7 @@ public struct StatusReport: Sendable, Equatable, Codable {
         for report in reports where !report.tmem.reason.isEmpty {
             notes.append("\(report.name): tmem: \(report.tmem.reason)")
         }
+        for disk in disks where !disk.tmem.reason.isEmpty { notes.append("\(disk.name): \(disk.tmem.reason)") }
         // VMs of one group say the same, give or take the moment at which each has asked.
         if let group = merged.map(\.merging).max(by: { $0.groupSharingPages < $1.groupSharingPages }),
             group.groupSharedPages > 0
@@ -404,7 +407,7 @@ extension StatusReport.Merging {
             let low = 1 << power
             return (power == 0 ? "once" : "\(low) to \(2 * low - 1) times") + " \(count)"
         }
-        return "store: \(Size.text(groupSharedPages * 4096)) for \(Size.text(groupSharingPages * 4096)) of guest memory; "
+        return "store: \(Size.text(groupSharedPages &* 4096)) for \(Size.text(groupSharingPages &* 4096)) of guest memory; "
             + "pages used " + counts.joined(separator: ", ")
     }
 }

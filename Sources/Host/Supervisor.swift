@@ -99,6 +99,7 @@ public struct Supervisor: ~Copyable {
             _ options: SwapDisk.Options?, name: String, socket path: String
         ) throws(QuireError) -> SwapParts? {
             guard let options else { return nil }
+            try options.checkStore()
             let store = try Tmem.makeFile(name: "quire-\(name)-swap")
             let socket = try UnixSocket.listen(at: path)
             return SwapParts(options: options, store: store, socket: socket)
@@ -228,7 +229,9 @@ public struct Supervisor: ~Copyable {
             let first = Int32(6 + ram.raw.count)
             options.passing += [.init(from: swap.socket.descriptor.raw, to: first), .init(from: swap.store.raw, to: first + 1)]
             var disk = swap.options
-            if let tuned = tuning.swap { (disk.compression, disk.overcommit) = (tuned.compression, tuned.overcommit) }
+            if let tuned = tuning.swap {
+                (disk.compression, disk.overcommit, disk.reserve) = (tuned.compression, tuned.overcommit, tuned.reserve ?? disk.reserve)
+            }
             arguments += ["--device", disk.device("fd=\(first)", store: first + 1)]
         case .none: break
         }
@@ -248,7 +251,7 @@ public struct Supervisor: ~Copyable {
                 "--agent-socket", agentSocketPath, "--merge-period", "\(tuning.mergePeriodMilliseconds)ms",
                 "--merge-workers", "\(tuning.mergeWorkers ?? merging.workers)",
             ]
-            if !merging.tracksWrites { arguments.append("--no-write-tracking") }
+            if !(tuning.tracksWrites ?? merging.tracksWrites) { arguments.append("--no-write-tracking") }
             if let store = merging.store { arguments += ["--store", store] }
             if !merging.group.isEmpty { arguments += ["--group", merging.group] }
             if tuning.merges == false { arguments.append("--unmerged") }

@@ -11,16 +11,20 @@ import VhostBackend
 /// What it must guarantee: a page that the guest was told is written is read back, whichever of our processes dies. The
 /// store's file outlives this process in the supervisor; a put is durable when it returns, and before that the guest is told
 /// nothing; requests that a dead process had taken are run again, and putting the same page twice changes nothing. A put
-/// for which there is no room is an I/O error: Linux then keeps the page in memory.
+/// for which there is no room, under the limit or on the host, is an I/O error: Linux then keeps the page in memory.
 ///
 /// And no byte of another life of the guest's: memory and swap belong together. A guest that arrives (`-incoming`,
-/// `-loadvm`) finds no content here that is its own until `quire tmem restore` has brought it; until then every request is
-/// an I/O error. Whether it arrives is on the command line of the QEMU that connects, whatever we were told before: who
-/// tells may expect a guest that then does not come. While the guest runs, content is neither replaced nor saved.
+/// `-loadvm`, `loadvm`) finds no content here that is its own until `quire tmem restore` has brought it; until then every
+/// request is an I/O error. Whether it arrives is on the command line of the QEMU that connects, whatever we were told
+/// before: who tells may expect a guest that then does not come. And it is in the rings, which a guest that arrives has used
+/// before (`DeviceStart.Origin`): that says it of a snapshot that is loaded while QEMU runs, too. What was restored is for the
+/// guest that runs with it first, and not for one that arrives after that. While the guest runs, content is neither replaced
+/// nor saved, and what is not the guest's is not saved at all.
 ///
 /// The content is replaced as a whole. It is in the pool `swap.N`; a restore fills `swap.N+1`, and the last thing it puts
-/// there is a page that no disk has, the mark. So at a start the pool with the highest number that has a mark is the
-/// disk (the first one needs none), and every other is what a death has left of a restore.
+/// there is a page that no disk has, a mark. So at a start the pool with the highest number that has this mark is the
+/// disk (the first one needs none), and every other is what a death has left of a restore. Another mark says that no guest has
+/// run with the content yet.
 public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
     public struct Options: Sendable, Equatable {
         /// Of the disk.
@@ -30,6 +34,8 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
         /// limit but the disk's size.
         public var overcommit: Double?
         public var compression = Tmem.Compression.lz4
+        /// What the host is to have left: below that the guest gets I/O errors. In bytes; 0: nothing.
+        public var reserve = HostReserve.usualBytes
         /// The guest comes from somewhere else: see above. What the QEMU that connects says of itself counts more.
         public var awaitsRestore = false
         public init(byteCount: UInt64) { self.byteCount = byteCount }
@@ -39,6 +45,7 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
             var text = "swap,\(endpoint),size=\(byteCount)b,tmem-fd=\(store),queues=\(queueCount)"
             if let overcommit { text += ",overcommit=\(overcommit)" }
             if compression != .lz4 { text += ",compression=\(Self.name(of: compression))" }
+            if reserve != HostReserve.usualBytes { text += ",reserve=\(reserve)b" }
             if awaitsRestore { text += ",awaits-restore=on" }
             return text
         }
@@ -52,9 +59,17 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
 
         var store: Tmem.Configuration {
             // With 1 the disk's own size is the limit: what is promised is kept, however badly pages compress.
-            guard let overcommit, overcommit > 1 else { return Tmem.Configuration(compression: compression) }
+            guard let overcommit, overcommit > 1 else { return Tmem.Configuration(compression: compression, reserve: reserve) }
             return Tmem.Configuration(
-                compression: compression, cap: UInt64(Double(byteCount) / overcommit), overcommit: overcommit)
+                compression: compression, cap: UInt64(Double(byteCount) / overcommit), overcommit: overcommit, reserve: reserve)
+        }
+
+        /// A new disk must fit into a store, as large as its factor makes it.
+        func checkStore() throws(QuireError) {
+            guard Double(byteCount) / (overcommit ?? 1) > Double(Tmem.mostBytes) else { return }
+            let factor = (byteCount + Tmem.mostBytes - 1) / Tmem.mostBytes
+            throw QuireError(
+                .invalid, "a swap disk of \(Size.exact(byteCount)) is more than a store of \(Size.exact(Tmem.mostBytes)) is sure to hold: make it smaller, or give an over-commit factor of \(factor)")
         }
     }
 
@@ -71,6 +86,10 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
         }
         return factor
     }
+    public static func checkReserve(_ bytes: UInt64?, _ text: String) throws(QuireError) -> UInt64 {
+        guard let bytes, bytes <= maxBytes else { throw QuireError(.invalid, "\(text) is no reserve: give a size up to 8T, such as 256M, or 0") }
+        return bytes
+    }
     /// `lz4`, `zstd` or `zstd:LEVEL`.
     public static func compression(_ text: String) throws(QuireError) -> Tmem.Compression {
         if text == "lz4" { return .lz4 }
@@ -84,20 +103,29 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
     static let poolPrefix = "swap."
     /// The object that disk pages are in; the index is the page's number.
     static let object: UInt64 = 0
-    /// The mark: a page of zeros, which costs nothing.
+    /// The marks: pages of zeros, which cost nothing.
     static let markObject = UInt64.max
+    /// The content was restored, all of it; and no guest has run with it since. Only the second is ever taken away.
+    private static let wholeMark: UInt32 = 0, unclaimedMark: UInt32 = 1
 
     private struct State {
         var pool: TmemPool
         var generation: UInt32
-        /// The guest comes from somewhere else.
+        /// What was restored waits for the guest that it is for.
+        var isUnclaimed: Bool
+        /// The guest comes from somewhere else, as QEMU's command line says.
         var arrives: Bool
+        /// It has come from somewhere else, as its rings say, and found nothing that was for it.
+        var isForeign = false
         /// The guest uses the device.
         var isRunning = false
         /// A save or a restore is going on.
         var isBusy = false
         /// When a page last found no room.
         var failedAt: UInt64?
+
+        /// Pages that are not the guest's.
+        var marks: UInt64 { generation == 1 ? 0 : isUnclaimed ? 2 : 1 }
     }
 
     public let byteCount: UInt64
@@ -125,10 +153,7 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
             guard let generation = Self.generation(of: pool) else {
                 throw QuireError(.invalid, "the store has a pool '\(pool.name)': it is no swap disk's")
             }
-            var page = [UInt8](repeating: 0, count: TmemPool.pageBytes)
-            var span = page.mutableSpan
-            var bytes = unsafe span.mutableBytes
-            let hasMark = try pool.get(Self.markObject, 0, into: &bytes)
+            let hasMark = try Self.has(Self.wholeMark, pool)
             let isWhole = generation == 1 || hasMark
             if isWhole, generation > current?.generation ?? 0 {
                 if let old = current?.pool { others.append(old) }
@@ -138,8 +163,11 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
             }
         }
         for pool in others { pool.destroy() }
+        // A disk that is there is gone on with, whatever its factor has become.
+        if current == nil { try options.checkStore() }
         let (pool, generation) = if let current { current } else { (try Self.makePool(1, in: store, client), 1 as UInt32) }
-        state = Mutex(State(pool: pool, generation: generation, arrives: options.awaitsRestore))
+        let isUnclaimed = try Self.has(Self.unclaimedMark, pool)
+        state = Mutex(State(pool: pool, generation: generation, isUnclaimed: isUnclaimed, arrives: options.awaitsRestore))
         // A disk that has shrunk would have pages beyond its end.
         if try Self.hasPages(pool, from: byteCount / pageBytes) {
             throw QuireError(.invalid, "the store is of a larger swap disk than \(Size.exact(byteCount)): give its size")
@@ -156,6 +184,13 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
         try store.createPool(
             TmemPool.Attributes(
                 kind: .persistent, scope: .private, name: "\(poolPrefix)\(generation)", client: client.isEmpty ? "vm" : client))
+    }
+
+    private static func has(_ mark: UInt32, _ pool: TmemPool) throws(QuireError) -> Bool {
+        var page = [UInt8](repeating: 0, count: TmemPool.pageBytes)
+        var span = page.mutableSpan
+        var bytes = unsafe span.mutableBytes
+        return try pool.get(markObject, mark, into: &bytes)
     }
 
     private static func hasPages(_ pool: TmemPool, from page: UInt64) throws(QuireError) -> Bool {
@@ -175,17 +210,24 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
         let awaits = state.withLock { state in
             state.isRunning = true
             if let arrives { state.arrives = arrives }
+            state.isForeign = start.origin == .elsewhere && !state.isUnclaimed
+            if state.isUnclaimed {
+                // In this order: a death between the two leaves it to the same guest.
+                start.settle()
+                state.pool.flush(Self.markObject, Self.unclaimedMark)
+                state.isUnclaimed = false
+            }
             return isAwaiting(state)
         }
         if awaits {
             logger.error(
-                "the guest came from elsewhere and its swap disk did not: every request is an I/O error (quire tmem restore, while the guest is paused)")
+                "the guest came from elsewhere (a snapshot, a migration) and its swap disk did not: every request is an I/O error (quire tmem restore, while the guest is paused)")
         }
     }
     public func deviceStopping() { state.withLock { $0.isRunning = false } }
     public func loggingChanged(_ enabled: Bool) {}
 
-    private func isAwaiting(_ state: borrowing State) -> Bool { state.arrives && state.generation == 1 }
+    private func isAwaiting(_ state: borrowing State) -> Bool { state.isForeign || state.arrives && state.generation == 1 }
 
     // MARK: - The disk
 
@@ -233,7 +275,8 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
         let now = monotonicNanoseconds()
         let isNews = state.withLock { state in
             defer { state.failedAt = now }
-            return state.failedAt.map { now - $0 > Self.failureSaidFor } ?? true
+            // Another thread may have been here since.
+            return state.failedAt.map { now > $0 + Self.failureSaidFor } ?? true
         }
         if isNews { logger.error("the swap disk has no room, the guest gets I/O errors: \(error)") }
     }
@@ -243,14 +286,15 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
     /// The pool as people know it; what it has of other lives is not among it.
     public var snapshot: TmemSnapshot {
         var snapshot = TmemSnapshot(of: store)
-        let (pool, awaits, failedAt) = state.withLock { ($0.pool, isAwaiting($0), $0.failedAt) }
+        let (pool, marks, awaits, failedAt) = state.withLock { ($0.pool, $0.marks, isAwaiting($0), $0.failedAt) }
         var entry = PoolSnapshot(of: pool)
         entry.name = "swap"
+        entry.pages -= min(marks, entry.pages)
         entry.capacityPages = byteCount / pageBytes
         snapshot.pools = [entry]
         if awaits {
             snapshot.reason = "the swap disk waits for its content (quire tmem restore)"
-        } else if let failedAt, monotonicNanoseconds() - failedAt < Self.failureSaidFor {
+        } else if snapshot.reason.isEmpty, let failedAt, monotonicNanoseconds() - failedAt < Self.failureSaidFor {
             snapshot.reason = "the swap disk had no room for a page: raise its limit (quire tmem cap), or swap less"
         }
         return snapshot
@@ -262,11 +306,18 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
     }
     public func setCap(_ bytes: UInt64?) throws(QuireError) { try store.setCap(bytes) }
 
-    /// Pages that come are compressed like this; and with an over-commit factor it has the limit that follows from that.
-    func tune(_ tuning: Tuning.Swap) throws(QuireError) {
+    /// Pages that come are compressed like this; so much is left to the host; and with an over-commit factor it has the limit that
+    /// follows from that.
+    package func tune(_ tuning: Tuning.Swap) throws(QuireError) {
+        if let reserve = tuning.reserve, reserve != store.reserve {
+            store.setReserve(reserve)
+            // What found no room before may find some now.
+            state.withLock { $0.failedAt = nil }
+        }
         guard let overcommit = tuning.overcommit else { return try store.setCompression(tuning.compression) }
         var options = Options(byteCount: byteCount)
-        (options.compression, options.overcommit) = (tuning.compression, overcommit)
+        (options.compression, options.overcommit, options.reserve) = (tuning.compression, overcommit, store.reserve)
+        try options.checkStore()
         try store.change(to: options.store)
     }
 
@@ -289,7 +340,8 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
     public func save(to sink: DataSink) throws(QuireError) -> UInt64 {
         try begin("save")
         defer { end() }
-        let pool = state.withLock { $0.pool }
+        // A file of what is not the guest's would be taken for the guest's.
+        let pool = try pool()
         var writer = try TmemArchiveWriter(to: sink)
         try writer.begin(
             TmemArchive.Pool(isPersistent: true, isShared: false, capacityPages: byteCount / pageBytes, name: "swap", client: client))
@@ -326,10 +378,13 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
                     throw QuireError(.busy, "the guest was started meanwhile: it keeps the content that it had")
                 }
                 let zeros = [UInt8](repeating: 0, count: TmemPool.pageBytes)
+                try new.put(Self.markObject, Self.unclaimedMark, unsafe zeros.span.bytes)
                 // From here on it is the disk, after a death, too.
-                try new.put(Self.markObject, 0, unsafe zeros.span.bytes)
+                try new.put(Self.markObject, Self.wholeMark, unsafe zeros.span.bytes)
                 state.pool = new
                 state.generation = generation
+                state.isUnclaimed = true
+                state.isForeign = false
             }
             old.destroy()
             return pages

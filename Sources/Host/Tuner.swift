@@ -12,6 +12,7 @@ public struct Tuning: Sendable, Equatable {
     public var merges: Bool?
     public var workers: Int?
     public var mergeWorkers: Int?
+    public var tracksWrites: Bool?
     public var logLevel: String?
     /// Nil: there is no swap disk.
     public var swap: Swap?
@@ -20,9 +21,12 @@ public struct Tuning: Sendable, Equatable {
         public var compression = Tmem.Compression.lz4
         /// 1: none. Nil, of a request: somebody may have set the limit by hand.
         public var overcommit: Double?
-        public init(compression: Tmem.Compression, overcommit: Double?) {
+        /// Bytes that are left to the host. Nil, of a request: as it is.
+        public var reserve: UInt64?
+        public init(compression: Tmem.Compression, overcommit: Double?, reserve: UInt64? = nil) {
             self.compression = compression
             self.overcommit = overcommit
+            self.reserve = reserve
         }
     }
 
@@ -41,10 +45,12 @@ public struct Tuning: Sendable, Equatable {
         if let merges { words.append(merges ? "merge" : "unmerge") }
         if let workers { words.append("workers=\(workers)") }
         if let mergeWorkers { words.append("merge-workers=\(mergeWorkers)") }
+        if let tracksWrites { words.append("write-tracking=\(tracksWrites)") }
         if let logLevel { words.append("log-level=\(logLevel)") }
         if let swap {
             words.append("compression=\(SwapDisk.Options.name(of: swap.compression))")
             if let overcommit = swap.overcommit { words.append("overcommit=\(overcommit)") }
+            if let reserve = swap.reserve { words.append("reserve=\(reserve)") }
         }
         return words.joined(separator: " ")
     }
@@ -65,9 +71,11 @@ public struct Tuning: Sendable, Equatable {
             case ("unmerge", 1): merges = false
             case ("workers", 2): workers = Int(value)
             case ("merge-workers", 2): mergeWorkers = Int(value)
+            case ("write-tracking", 2): tracksWrites = Bool(value)
             case ("log-level", 2): logLevel = Logger.Level(rawValue: value)?.rawValue
             case ("compression", 2): swap = Swap(compression: try SwapDisk.compression(value), overcommit: nil)
             case ("overcommit", 2): swap?.overcommit = try SwapDisk.checkOvercommit(Double(value), "overcommit=\(value)")
+            case ("reserve", 2): swap?.reserve = try SwapDisk.checkReserve(UInt64(value), "reserve=\(value)")
             default: throw nonsense()
             }
         }
@@ -117,8 +125,9 @@ final class Tuner: Sendable {
             merges: configuration.merging?.isOn)
         tuning.workers = configuration.workers
         tuning.mergeWorkers = configuration.merging?.workers
+        tuning.tracksWrites = configuration.merging?.tracksWrites
         tuning.logLevel = configuration.logLevel
-        tuning.swap = configuration.swap.map { Tuning.Swap(compression: $0.compression, overcommit: $0.overcommit ?? 1) }
+        tuning.swap = configuration.swap.map { Tuning.Swap(compression: $0.compression, overcommit: $0.overcommit ?? 1, reserve: $0.reserve) }
         state = Mutex(State(wanted: tuning, told: tuning))
         self.name = name
         self.directory = directory

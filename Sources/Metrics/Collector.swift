@@ -17,9 +17,16 @@ public final class Collector: Sendable {
 
     private struct State {
         var waiting: [Answer] = []
-        /// In place of the one that there is.
-        var history: History?
+        var news = News()
         var isEnded = false
+    }
+
+    /// What is to be in place of what there is.
+    private struct News {
+        var history: History?
+        var directories: RuntimeDirectories?
+        var storePath: String?
+        var isNone: Bool { history == nil && directories == nil && storePath == nil }
     }
 
     private let state: Monitor<State>
@@ -40,7 +47,13 @@ public final class Collector: Sendable {
     public func ask(_ answer: @escaping Answer) { state.update { $0.waiting.append(answer) } }
 
     /// Begins anew with the pictures, at other distances.
-    public func setHistory(_ history: History) { state.update { $0.history = history } }
+    public func setHistory(_ history: History) { state.update { $0.news.history = history } }
+
+    /// Looks for VMs there from now on.
+    public func setDirectories(_ directories: RuntimeDirectories) { state.update { $0.news.directories = directories } }
+
+    /// Asks the quired at this socket from now on.
+    public func setStore(path: String) { state.update { $0.news.storePath = path } }
 
     /// Call it once.
     public func end() {
@@ -49,23 +62,30 @@ public final class Collector: Sendable {
     }
 
     private static func work(
-        _ directories: RuntimeDirectories, _ observer: consuming StoreObserver, _ history: History, _ state: Monitor<State>
+        _ first: RuntimeDirectories, _ observer: consuming StoreObserver, _ history: History, _ state: Monitor<State>
     ) {
+        var directories = first
         var store = observer
         var found = Findings(history: history)
         var readAt: UInt64 = 0
         var nextSample = monotonicNanoseconds()
         while true {
             // Nil: it is time for a sample.
-            let asked = state.wait(until: nextSample) { state -> (answers: [Answer], history: History?, isEnd: Bool)? in
-                guard state.isEnded || !state.waiting.isEmpty || state.history != nil else { return nil }
-                defer { (state.waiting, state.history) = ([], nil) }
-                return (state.waiting, state.history, state.isEnded)
+            let asked = state.wait(until: nextSample) { state -> (answers: [Answer], news: News, isEnd: Bool)? in
+                guard state.isEnded || !state.waiting.isEmpty || !state.news.isNone else { return nil }
+                defer { (state.waiting, state.news) = ([], News()) }
+                return (state.waiting, state.news, state.isEnded)
             }
             if asked?.isEnd == true { return }
-            if let history = asked?.history {
+            if let history = asked?.news.history {
                 found.history = history
                 nextSample = monotonicNanoseconds()
+            }
+            // What was read elsewhere is no answer any more.
+            if let new = asked?.news.directories { (directories, readAt) = (new, 0) }
+            if let path = asked?.news.storePath {
+                store = StoreObserver(path: path)
+                readAt = 0
             }
             let now = monotonicNanoseconds()
             if asked == nil || readAt == 0 || now - readAt > maxAge {

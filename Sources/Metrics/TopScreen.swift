@@ -86,7 +86,7 @@ public struct TopScreen: Sendable {
             Column("RAM", size(\.report.ramBytes)), Column("RESIDENT", size(\.report.residentBytes)),
             Column("RECYCLED", size(\.report.recycledBytes)), Column("MERGED", size(\.report.merging.savedBytes)),
             Column("SAVED", size(\.savedBytes)),
-            Column("RATE") { $0.hasNumbers ? Size.text(UInt64(max(0, $0.savedBytesPerSecond))) + "/s" : "-" },
+            Column("RATE") { $0.hasNumbers ? Size.rate($0.savedBytesPerSecond) : "-" },
             Column("CPU") { Size.decimal(cpu[$0.id] ?? $0.report.cpuPercent, digits: 1) + "%" },
             Column("SAVED, LAST MINUTE", isNumber: false) { spark(minutes[$0.id] ?? []) },
         ]

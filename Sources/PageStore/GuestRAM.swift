@@ -18,6 +18,10 @@ package final class GuestRAM: Sendable {
             guard region.offset % 4096 == 0, region.offset <= UInt64(Int64.max) - region.pages * 4096 else {
                 throw QuireError(.invalid, "a region at offset \(region.offset) is not aligned to pages of 4 KiB")
             }
+            // As long as its file, now: what it is said to have is counted with.
+            guard region.offset + region.pages * 4096 <= (try FileStatus(of: files.raw[region.file]).byteCount) else {
+                throw QuireError(.invalid, "a region of \(region.pages) pages at offset \(region.offset) is more than its file has")
+            }
         }
         let sorted = regions.sorted { $0.gfn < $1.gfn }
         for (lower, upper) in zip(sorted, sorted.dropFirst()) where lower.gfns.upperBound > upper.gfn {

@@ -14,6 +14,9 @@ import Synchronization
 public struct Keeper {
     static let nameBytes = 128
     static let maxDescriptors = 8
+    /// The status of a worker that ends so that another one begins, with a configuration that it cannot take over itself (EX_TEMPFAIL). To
+    /// a keeper of an older release it is one more that has died.
+    public static let replacement: Int32 = 75
 
     private var parked: [String: [Int32]] = [:]
     /// The worker of now has come as far as doing its work.
@@ -31,8 +34,8 @@ public struct Keeper {
     }
 
     /// Runs `command` with `--keeper-fd 3` until it ends by itself with status 0, or SIGTERM or SIGINT comes; SIGHUP is passed
-    /// on to it. Returns the status to exit with. As long as anything is parked it goes on, whatever fails: what it holds is lost with
-    /// it.
+    /// on to it. With any other status it is started again. Returns the status to exit with. As long as anything is parked it goes on,
+    /// whatever fails: what it holds is lost with it.
     public mutating func run(_ command: [String], log: (String) -> Void) throws(QuireError) -> Int32 {
         let signals = try SignalDescriptor([SIGTERM, SIGINT, SIGHUP, SIGCHLD])
         var pause: UInt32 = 0
@@ -43,7 +46,8 @@ public struct Keeper {
                 if isStopping || end == .exited(0) { return stopped() }
                 // It could not even start, and has said why.
                 if case .exited(let status) = end, !hasWorked { return stopped(status) }
-                log("quired \(end), starting it again with \(parked.count) parked items")
+                let why = end == .exited(Self.replacement) ? "has a new configuration" : "\(end)"
+                log("quired \(why), starting it again with \(parked.count) parked items")
             } catch {
                 // The program is being replaced, or there is no memory for another process.
                 guard !parked.isEmpty else { throw error }
@@ -110,10 +114,18 @@ public struct Keeper {
             }
             guard ready.contains(0) else { continue }
             var descriptors = UnixSocket.PassedDescriptors()
-            guard
-                let message = try? socket.receiveMessage(
+            let received: [UInt8]?
+            do {
+                received = try socket.receiveMessage(
                     limit: Self.nameBytes + 1, maxDescriptors: Self.maxDescriptors, into: &descriptors)
-            else { return isStopping }
+            } catch {
+                // Something was to be kept and is not (no room for its descriptors): another worker begins, and asks its list whether
+                // all is there.
+                isUnchecked = true
+                ProcessCalls.signal(pid, SIGKILL)
+                return isStopping
+            }
+            guard let message = received else { return isStopping }
             if message.first == UInt8(ascii: "R") {
                 isReady = true
                 hasWorked = true

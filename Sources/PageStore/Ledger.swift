@@ -87,8 +87,9 @@ struct Ledger: ~Copyable, Sendable {
     /// From now on nothing that stands here holds.
     func end() throws(QuireError) { try descriptor.writeWords(at: UInt64(Self.offset(\.ended)), [1]) }
 
-    /// All gfns that may have entries, in pieces. Costs what is there, not what could be.
-    func forEachPiece<E: Error>(_ body: (UInt64, [Entry]) throws(E) -> Void) throws(E) {
+    /// All gfns that may have entries, in pieces. Costs what is there, not what could be. Throws where one cannot be read (a memory
+    /// error): what it holds must not count as nothing.
+    func forEachPiece(_ body: (UInt64, [Entry]) throws(QuireError) -> Void) throws(QuireError) {
         let end = Self.position(StoreRequest.gfnLimit)
         var position = Self.headerBytes
         while let data = Memfd.nextData(descriptor.raw, from: position, to: end) {
@@ -96,8 +97,7 @@ struct Ledger: ~Copyable, Sendable {
             let last = min(StoreRequest.gfnLimit, (data.upperBound - Self.headerBytes + 3) / 4)
             for start in stride(from: first, to: last, by: Int(Self.pieceGFNs)) {
                 let gfns = start..<min(start + Self.pieceGFNs, last)
-                // Reading a memory file that is ours fails for no reason that could be met.
-                try body(start, (try? read(gfns)) ?? [])
+                try body(start, read(gfns))
             }
             position = data.upperBound
         }
@@ -110,17 +110,21 @@ struct Ledger: ~Copyable, Sendable {
 /// only to learn what the VM does not map any more.
 struct ForeignPageMap: ~Copyable {
     private let descriptor: Descriptor
+    /// Behind them are other things (range locks). A lie harms who tells it: what it maps beyond is given up.
+    private let pageCount: UInt64
     private static let headerBytes = UInt64(MemoryLayout<quire_map_header>.size)
     private static let chunk = 8192
 
     init(_ descriptor: consuming Descriptor) throws(QuireError) {
         try GuestRAM.checkIsSharedMemory(descriptor.raw, "the page map")
-        let head = try descriptor.readBytes(at: 0, count: 12)
+        let head = try descriptor.readBytes(at: 0, count: 24)
         // A map that nobody has written yet is all zeros.
         let blank = head.allSatisfy { $0 == 0 }
-        guard head.count == 12, blank || Array(head[..<8]) == Array(QUIRE_MAP_MAGIC.utf8) else {
+        guard head.count == 24, blank || Array(head[..<8]) == Array(QUIRE_MAP_MAGIC.utf8) else {
             throw QuireError(.invalid, "the page map is none")
         }
+        let told = head[16..<24].reversed().reduce(UInt64(0)) { $0 << 8 | UInt64($1) }
+        pageCount = told == 0 ? StoreRequest.gfnLimit : min(told, StoreRequest.gfnLimit)
         self.descriptor = descriptor
     }
 
@@ -145,7 +149,7 @@ struct ForeignPageMap: ~Copyable {
     /// Pages that the map calls shared, with whatever slot of whatever store. Costs what is there.
     func sharedPages() throws(QuireError) -> UInt64 {
         var count: UInt64 = 0
-        let end = Self.headerBytes + 8 * StoreRequest.gfnLimit
+        let end = Self.headerBytes + 8 * pageCount
         var position = Self.headerBytes
         var words = [UInt32](repeating: 0, count: 2 * Self.chunk)
         while let data = Memfd.nextData(descriptor.raw, from: position, to: end) {

@@ -85,7 +85,11 @@ package final class Machine: Sendable {
     }
 
     /// As the VM says; what it says counts for the host's reserve only.
-    package func noteZeroPages(_ count: UInt32) { zeroPages.store(count, ordering: .relaxed) }
+    /// It has no more of them than it has pages.
+    package func noteZeroPages(_ count: UInt32) {
+        let most = UInt32(clamping: ram.withLock { $0?.pageCount ?? 0 })
+        zeroPages.store(min(count, most), ordering: .relaxed)
+    }
     /// Pages that would need memory of their own if the guest wrote them all.
     var lentPages: UInt64 { UInt64(zeroPages.load(ordering: .relaxed)) + UInt64(figures.merged) }
 
@@ -349,10 +353,10 @@ package final class Machine: Sendable {
     // MARK: - Coming and going
 
     /// After quired was killed: counts every reference that the ledger has. Before anything else.
-    func recount() {
-        state.withLock { state in
+    func recount() throws(QuireError) {
+        try state.withLock { (state) throws(QuireError) in
             var held = 0, merged = 0
-            state.ledger.forEachPiece { (_, entries) in
+            try state.ledger.forEachPiece { (_, entries) in
                 for entry in entries where !entry.isNone {
                     // Our own notes name slots that exist.
                     precondition(share.recount(entry.slot), "a ledger names a slot outside of its store")
@@ -376,7 +380,7 @@ package final class Machine: Sendable {
             guard !state.hasEnded else { throw QuireError(.busy, "the VM '\(name)' has just ended") }
             // The pieces first: they are written while they are looked at.
             var pieces: [Range<UInt64>] = []
-            state.ledger.forEachPiece { (gfn, entries) in
+            try state.ledger.forEachPiece { (gfn, entries) in
                 if entries.contains(where: { !$0.isNone }) { pieces.append(gfn..<gfn + UInt64(entries.count)) }
             }
             for gfns in pieces {
@@ -411,7 +415,8 @@ package final class Machine: Sendable {
             guard !state.hasEnded else { return }
             try state.ledger.end()
             state.hasEnded = true
-            state.ledger.forEachPiece { (_, entries) in
+            // What can't be read stays counted, and is lost until quired counts anew.
+            try? state.ledger.forEachPiece { (_, entries) in
                 share.release(entries.filter { !$0.isNone }.map(\.slot))
             }
             state.held = 0
@@ -424,7 +429,7 @@ package final class Machine: Sendable {
     /// Calls `body` with each slot of the ledger: for counts made independently.
     package func forEachReference(_ body: (UInt64, UInt32) -> Void) {
         state.withLock { state in
-            state.ledger.forEachPiece { (gfn, entries) in
+            try? state.ledger.forEachPiece { (gfn, entries) in
                 for (index, entry) in entries.enumerated() where !entry.isNone { body(gfn + UInt64(index), entry.slot) }
             }
         }

@@ -13,5 +13,8 @@ enum Observers {
         return fields.flatMap { UInt32($0[2]) }
     }()
 
+    /// He looks, and has no VMs.
+    static func isExporter(_ uid: UInt32) -> Bool { uid != 0 && uid == exporter }
+
     static func include(_ uid: UInt32) -> Bool { uid == 0 || uid == ProcessCalls.ownUID || uid == exporter }
 }

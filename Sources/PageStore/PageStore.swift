@@ -126,14 +126,20 @@ public final class PageStore: Sendable {
                     continue
                 }
                 guard let share = byID[ledger.identity.storeID] else {
-                    throw QuireError(.invalid, "the store of VM '\(ledger.identity.name)' was not parked")
+                    logger.error("a VM is forgotten, it goes on with what it maps: the store of '\(ledger.identity.name)' was not parked")
+                    parking.unpark(item.name)
+                    continue
                 }
                 let machine = Machine(ledger: ledger, life: life, share: share, seams: seams)
-                machine.recount()
+                try machine.recount()
                 machines[machine.number] = machine
             } catch {
-                logger.error("a VM is forgotten, it goes on with what it maps: \(error)")
-                parking.unpark(item.name)
+                // What it maps is unknown, and slots that nobody is known to map would be given away: so no store is gone on with.
+                logger.error("a VM's ledger cannot be read: beginning anew, VMs go on with what they map: \(error)")
+                for item in parked where item.name.hasPrefix(Self.sharePrefix) || item.name.hasPrefix(Self.machinePrefix) {
+                    parking.unpark(item.name)
+                }
+                return
             }
         }
         for share in byID.values { share.finishRecount() }
@@ -190,8 +196,9 @@ public final class PageStore: Sendable {
     }
 
     /// Whether VMs can be of this group.
-    package func knows(group name: String) -> Bool {
-        groups.withLock { $0[name] != nil } || name.hasPrefix("owner-") && UInt32(name.dropFirst(6)) != nil
+    package func knows(group name: String) -> Bool { groups.withLock { Self.knows(group: name, among: $0) } }
+    package static func knows(group name: String, among groups: [String: Set<UInt32>]) -> Bool {
+        groups[name] != nil || name.hasPrefix("owner-") && UInt32(name.dropFirst(6)) != nil
     }
 
     /// The group that a user's VM is of, which it has named or not.

@@ -34,7 +34,7 @@ package struct StoreSeams: Sendable {
     /// What the hash of a copied page is taken to be.
     package var copyHash: CopyHash = { (_, ofCopy) in ofCopy() }
     /// What the host has left.
-    package var availableBytes: @Sendable () -> UInt64? = { HostMemory().map { $0.availableBytes + $0.freeSwapBytes } }
+    package var availableBytes: @Sendable () -> UInt64? = { HostMemory()?.leftBytes }
     /// Whether a slot is noted in the ledger before the VM is told of it.
     package var notesInLedger = true
     /// Which share a group's pages go to.

@@ -96,16 +96,36 @@ public final class SharedDisks: Sendable {
 
     private static let prefix = "disk-"
 
-    /// Takes over what an earlier process parked, and makes what is not there yet. `store`: knows the groups.
-    public init(_ wanted: [Disk], store: PageStore, keeper: KeeperLink?, logger: Logger) throws(QuireError) {
+    /// Throws what is wrong in a list of disks. `earlier`: those that there are already. VMs that have one would lose it if it went or
+    /// became another group's, and no disk changes its size.
+    package static func check(_ wanted: [Disk], earlier: [Disk] = [], knows: (_ group: String) -> Bool) throws(QuireError) {
         for (index, disk) in wanted.enumerated() {
             guard !wanted[..<index].contains(where: { $0.name == disk.name }) else {
                 throw QuireError(.invalid, "the shared disk '\(disk.name)' is given twice")
             }
-            guard store.knows(group: disk.group) else {
+            guard knows(disk.group) else {
                 throw QuireError(.invalid, "the shared disk '\(disk.name)' is for the group '\(disk.group)', which there is not: name it with --group")
             }
         }
+        for old in earlier {
+            guard let new = wanted.first(where: { $0.name == old.name }) else {
+                throw QuireError(.invalid, "the shared disk '\(old.name)' is there as long as quired's keeper is: name it again")
+            }
+            guard new.byteCount == old.byteCount else {
+                throw QuireError(.invalid, "the shared disk '\(old.name)' has \(old.byteCount) bytes already: give that size")
+            }
+            guard new.group == old.group else {
+                throw QuireError(.invalid, "the shared disk '\(old.name)' is for the group '\(old.group)' already: give that group")
+            }
+        }
+    }
+
+    /// Takes over what an earlier process parked, and makes what is not there yet. `store`: knows the groups. `reserve`: bytes that the
+    /// host is to have left, whatever is written.
+    public init(
+        _ wanted: [Disk], reserve: UInt64 = HostReserve.usualBytes, store: PageStore, keeper: KeeperLink?, logger: Logger
+    ) throws(QuireError) {
+        try Self.check(wanted) { store.knows(group: $0) }
         var disks: [String: Shared] = [:]
         for disk in wanted {
             let item = Self.prefix + disk.name
@@ -117,7 +137,7 @@ public final class SharedDisks: Sendable {
                     logger.warning("what is on the shared disk '\(disk.name)' dies with this process: start quired with --keep")
                 }
             }
-            disks[disk.name] = try Shared(disk, Tmem(file))
+            disks[disk.name] = try Shared(disk, Tmem(file, .init(reserve: reserve)))
             logger.notice("shared disk '\(disk.name)': \(disk.byteCount >> 20) MiB for group '\(disk.group)'")
         }
         self.disks = disks
@@ -125,6 +145,9 @@ public final class SharedDisks: Sendable {
     }
 
     public var isEmpty: Bool { disks.isEmpty }
+
+    /// From now on.
+    public func setReserve(_ bytes: UInt64) { for shared in disks.values { shared.store.setReserve(bytes) } }
 
     /// Those that a user may see, by name: what his VMs may attach, or all.
     public func visible(to uid: UInt32) -> [Shared] {

@@ -214,6 +214,7 @@ public final class StoreServer: Sendable {
         let known = connection.machine.withLock { $0 }
         switch (request, known) {
         case (.hello(let hello), nil):
+            guard !Observers.isExporter(connection.uid) else { throw QuireError(.unsupported, "quire-exporter has no VMs") }
             // Before descriptors are asked for: another version may pass others.
             try PageStore.checkVersion(hello)
             guard descriptors.count == 2, let map = descriptors.next(), let life = descriptors.next() else {

@@ -4,6 +4,8 @@ public struct HostMemory: Sendable, Equatable {
     /// What programs can have without anybody losing any.
     public let availableBytes: UInt64
     public let freeSwapBytes: UInt64
+    /// What can be taken before somebody is killed for it.
+    public var leftBytes: UInt64 { availableBytes + freeSwapBytes }
 
     /// Nil where the kernel does not tell.
     public init?() {

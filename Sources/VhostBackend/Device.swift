@@ -53,6 +53,8 @@ public struct DeviceStart: Sendable {
     /// Names the guest's use of the device from one reset to the next: the same value after a pause, a reconnect or a
     /// restart of the back end means that the same guest still runs, with the device never reset in between. Never 0.
     public let nonce: UInt64
+    /// How the guest came to the device: the same over pauses, reconnects and restarts of the back end, as the nonce.
+    public let origin: Origin
     /// The front end would not notice the end of this process (a bug of QEMU before 9.1): nobody would finish what we began.
     /// Nothing may be begun that the guest has to wait for.
     public let isUnnoticed: Bool
@@ -62,16 +64,33 @@ public struct DeviceStart: Sendable {
     /// front end goes on without us only when it sees the end of this connection: so a process that must not be overtaken
     /// by that may be given it, too.
     public let connection: Int32?
+    /// To be called when a guest that came from elsewhere has found what belongs to its memory: its origin is `here` from then
+    /// on, for back ends to come, too. Changes nothing for any other.
+    public let settle: @Sendable () -> Void
+
+    /// Where a guest's memory is from, told by how its driver finds the device.
+    public enum Origin: Sendable {
+        /// Nobody can tell: the front end keeps no in-flight region, or one that an earlier release has made.
+        case unknown
+        /// Its driver has begun with the device here.
+        case here
+        /// Its driver was in the middle of using the device at the first start here: the guest has migrated, or a snapshot was
+        /// loaded, and what the device has is of another time than the guest's memory. A driver that begins anew changes nothing
+        /// about that as long as the front end is connected: it does so in a guest that wakes from suspend to RAM, too.
+        case elsewhere
+    }
 
     public init(
-        memory: GuestMemory, rings: [SplitRing.Layout], nonce: UInt64, isUnnoticed: Bool = false, frontEnd: Int32? = nil,
-        connection: Int32? = nil
+        memory: GuestMemory, rings: [SplitRing.Layout], nonce: UInt64, origin: Origin = .unknown, isUnnoticed: Bool = false,
+        frontEnd: Int32? = nil, connection: Int32? = nil, settle: @escaping @Sendable () -> Void = {}
     ) {
         self.memory = memory
         self.rings = rings
         self.nonce = nonce
+        self.origin = origin
         self.isUnnoticed = isUnnoticed
         self.frontEnd = frontEnd
         self.connection = connection
+        self.settle = settle
     }
 }

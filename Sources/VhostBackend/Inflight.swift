@@ -1,16 +1,17 @@
 import Platform
 
 /// The in-flight region (vhost-user.rst, "Inflight I/O tracking", split virtqueue): memory that the front end keeps for
-/// us over a crash of ours. Two things live in it:
+/// us over a crash of ours. Three things live in it:
 ///
 /// - per queue, which requests were taken and not given back, so that a new back end runs them again;
 /// - a *nonce*. QEMU frees the region only when the virtio device is reset, so a region that comes back by
 ///   SET_INFLIGHT_FD proves that the guest that started the device still runs (DESIGN, "Recycle"). A start that asks for
-///   a new region (GET_INFLIGHT_FD) proves the opposite: whatever was known of the guest is void.
+///   a new region (GET_INFLIGHT_FD) proves the opposite: whatever was known of the guest is void;
+/// - the guest's *origin* (`DeviceStart.Origin`), which shows at the first start under the region and at no later one.
 ///
 /// Layout of a queue, as the specification gives it: features u64, version u16, desc_num u16, last_batch_head u16,
 /// used_idx u16; then desc_num entries of 16 bytes: inflight u8, padding 5, next u16, counter u64. Queues are aligned to
-/// 64 bytes. Behind the last one, ours: magic u64, nonce u64.
+/// 64 bytes. Behind the last one, ours: magic u64, nonce u64, origin u64.
 final class InflightRegion: Sendable {
     private static let magic: UInt64 = 0x5445_4c46_4e49_5551  // "QUINFLET", little-endian
     private static let version: UInt16 = 1
@@ -18,10 +19,16 @@ final class InflightRegion: Sendable {
     private static let entryBytes = 16
     private static let lastBatchHeadOffset = 12
     private static let usedIndexOffset = 14
+    private static let tailBytes = 64
+
+    /// What the origin's word says; anything else, an earlier release's zero above all, is an unknown one.
+    private enum Word { static let untold: UInt64 = 1, here: UInt64 = 2, elsewhere: UInt64 = 3 }
 
     let mapping: Mapping
     let description: InflightDescription
     let nonce: UInt64
+    /// Where ours is.
+    private let tail: Int
     /// The file of a region that we made, to be handed to the front end.
     let file: Descriptor?
 
@@ -29,7 +36,7 @@ final class InflightRegion: Sendable {
         (headBytes + entryBytes * Int(size) + 63) / 64 * 64
     }
 
-    private static func byteCount(queues: UInt16, size: UInt16) -> Int { Int(queues) * queueBytes(size) + 64 }
+    private static func byteCount(queues: UInt16, size: UInt16) -> Int { Int(queues) * queueBytes(size) + tailBytes }
 
     /// A new region with a new nonce.
     init(queueCount: UInt16, queueSize: UInt16) throws(QuireError) {
@@ -42,8 +49,10 @@ final class InflightRegion: Sendable {
             mapping.store16(base + 10, queueSize)
         }
         let nonce = UInt64.random(in: 1...UInt64.max)
-        mapping.store64(bytes - 64, Self.magic)
-        mapping.store64(bytes - 56, nonce)
+        tail = bytes - Self.tailBytes
+        mapping.store64(tail, Self.magic)
+        mapping.store64(tail + 8, nonce)
+        mapping.store64(tail + 16, Word.untold)
         description = InflightDescription(
             byteCount: UInt64(bytes), offset: 0, queueCount: queueCount, queueSize: queueSize)
         self.mapping = mapping
@@ -69,9 +78,27 @@ final class InflightRegion: Sendable {
             descriptor, offset: description.offset, byteCount: Int(description.byteCount), owner: .peer(alarm))
         self.description = description
         file = nil
-        let tail = Self.byteCount(queues: description.queueCount, size: description.queueSize)
-        nonce = mapping.load64(tail - 64) == Self.magic ? mapping.load64(tail - 56) : 0
+        tail = Self.byteCount(queues: description.queueCount, size: description.queueSize) - Self.tailBytes
+        nonce = mapping.load64(tail) == Self.magic ? mapping.load64(tail + 8) : 0
     }
+
+    /// Nil until it is noted, before the first start under the region.
+    var origin: DeviceStart.Origin? {
+        guard nonce != 0 else { return .unknown }
+        return switch mapping.load64(tail + 16) {
+        case Word.untold: nil
+        case Word.here: .here
+        case Word.elsewhere: .elsewhere
+        default: .unknown
+        }
+    }
+
+    func note(_ origin: DeviceStart.Origin) {
+        mapping.store64(tail + 16, origin == .elsewhere ? Word.elsewhere : Word.here)
+    }
+
+    /// See `DeviceStart.settle`.
+    func settle() { if origin == .elsewhere { note(.here) } }
 
     /// The part of one queue; nil if the region has no room for it.
     func queue(_ index: Int, size: UInt16) -> InflightQueue? {

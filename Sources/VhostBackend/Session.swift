@@ -70,6 +70,9 @@ public final class Session {
             halt(rings)
             // The next front end starts without logging; whoever paused for this one must hear that it has ended.
             if tracker.isEnabled { device.lifecycle?.loggingChanged(false) }
+            // Whoever keeps the memory keeps a copy of this socket (the alarm's): without this the front end would not see that it
+            // is over, and wait for us with the whole VM. Last, for it lets the front end go on.
+            socket.shutDown()
         }
         do throws(QuireError) {
             while try serveOne() {}
@@ -284,6 +287,8 @@ public final class Session {
             else { throw QuireError(.invalid, "\(wanted.queueCount) queues of \(wanted.queueSize) entries") }
             halt(rings)
             let region = try InflightRegion(queueCount: wanted.queueCount, queueSize: wanted.queueSize)
+            // The driver begins anew, and its guest perhaps not: it may have slept.
+            if inflight?.origin == .elsewhere { region.note(.elsewhere) }
             inflight = region
             return Answer(region.description.encoded, passing: region.file.raw())
         case .setInflightDescriptor:
@@ -468,7 +473,10 @@ public final class Session {
     private func start(_ ring: Vring) throws(QuireError) {
         guard let addresses = ring.addresses, ring.isComplete, !ring.isStarted, !regions.isEmpty else { return }
         // What cannot be started leaves what runs alone.
-        try ring.check(addresses, in: guestMemory())
+        let memory = try guestMemory()
+        try ring.check(addresses, in: memory)
+        // Before anything is answered: who serves the guest after us reads it in the region.
+        if let inflight, inflight.origin == nil { inflight.note(try areInUse(in: memory) ? .elsewhere : .here) }
         if let inflight, inflight.queue(ring.index, size: ring.size) == nil {
             let room = "\(inflight.description.queueCount) of \(inflight.description.queueSize)"
             let cost = "requests in flight are lost if this process dies"
@@ -478,6 +486,21 @@ public final class Session {
             ring.isStarted = true
             isDeviceStarted = true
         }
+    }
+
+    /// Whether the guest's driver has used the rings before that it lets us serve now. It begins with indices of 0 and a used
+    /// ring of zeros (virtio 1.2, section 4.1.5.1.3), and after 65,536 requests the indices are 0 again.
+    private func areInUse(in memory: GuestMemory) throws(QuireError) -> Bool {
+        // QEMU sets up all that the driver has before it enables the first; the others are left over from before.
+        for ring in rings where ring.kick != nil {
+            if ring.base != 0 { return true }
+            guard ring.fits(memory), let addresses = ring.addresses else { continue }
+            let lastEntry = addresses.usedRing + UInt64(4 + 8 * (Int(ring.size) - 1))
+            guard let place = memory.place(ofUser: lastEntry, count: 8) else { continue }
+            let bytes = try memory.buffer(place.guestAddress, count: 8).copyOut()
+            if bytes.contains(where: { $0 != 0 }) { return true }
+        }
+        return false
     }
 
     /// Stops one ring. The others go on, and the device with them.
@@ -544,10 +567,12 @@ public final class Session {
     private func resumeDevice(_ memory: GuestMemory) {
         guard isDeviceStarted, rings.contains(where: \.isRunning) else { return }
         isDeviceRunning = true
+        let region = inflight
         device.lifecycle?.deviceStarted(
             DeviceStart(
-                memory: memory, rings: rings.compactMap(\.layout), nonce: nonce, isUnnoticed: isUnnoticed,
-                frontEnd: (try? socket.peer())?.pid, connection: socket.descriptor.raw))
+                memory: memory, rings: rings.compactMap(\.layout), nonce: nonce, origin: region?.origin ?? .unknown,
+                isUnnoticed: isUnnoticed, frontEnd: (try? socket.peer())?.pid, connection: socket.descriptor.raw,
+                settle: { region?.settle() }))
     }
 
     private var nonce: UInt64 {

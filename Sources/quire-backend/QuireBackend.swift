@@ -14,6 +14,9 @@ struct QuireBackend: ParsableCommand {
         discussion: """
             Serves a vhost-user-blk control disk, through which the guest module registers, and any number of further \
             devices. `quire run` starts it for you; start it yourself for a plain QEMU or from libvirt's hooks.
+
+            Exit status: 0 after SIGTERM, SIGINT or SIGHUP, and when the QEMU that it was started for has gone; 1 on a failure (one \
+            line on stderr says why); 64 on wrong usage.
             """,
         version: ControlDisk.version)
 
@@ -37,7 +40,7 @@ struct QuireBackend: ParsableCommand {
             """
             A device: control,socket=PATH or file,socket=PATH,path=IMAGE[,read-only=on][,queues=N][,serial=S]\
             [,block=512|4096] or swap,socket=PATH,size=SIZE[,tmem-fd=N][,queues=N][,overcommit=FACTOR]\
-            [,compression=lz4|zstd|zstd:LEVEL][,awaits-restore=on]. fd=N instead of socket=PATH takes an inherited socket. Repeatable.
+            [,compression=lz4|zstd|zstd:LEVEL][,reserve=SIZE][,awaits-restore=on]. fd=N instead of socket=PATH takes an inherited socket. Repeatable.
             """, valueName: "type,…"))
     var devices: [String] = []
 
@@ -72,7 +75,7 @@ struct QuireBackend: ParsableCommand {
 
     @Option(
         name: .customLong("agent-socket"),
-        help: ArgumentHelp("Listen here for libquire-agent.so in QEMU, and merge equal pages.", valueName: "path"))
+        help: ArgumentHelp("Listen here for libquire-agent.so in QEMU, and merge equal pages. Needs --page-map-fd.", valueName: "path"))
     var agentSocket: String?
 
     @Option(
@@ -157,6 +160,10 @@ struct QuireBackend: ParsableCommand {
         options.commandPath = commandSocket
         options.startsUnmerged = unmerged
         if let agentSocket {
+            // What is merged is described there alone: without it the next backend would not find a guest's bytes.
+            guard pageMap != nil else {
+                throw QuireError(.invalid, "--agent-socket needs --page-map-fd N, a page map that outlives this process: quire run has one")
+            }
             guard let milliseconds = Size.milliseconds(mergePeriod), let value = UInt32(exactly: milliseconds) else {
                 throw QuireError(.invalid, "--merge-period \(mergePeriod): give a time such as 10s or 500ms")
             }

@@ -20,8 +20,8 @@ struct QuireExporter: ParsableCommand {
             Any other address than loopback needs a token, which is sent as 'Authorization: Bearer TOKEN'. There is no TLS: \
             put a proxy in front where the network is not trusted.
 
-            SIGHUP reads the configuration and the token's file again: http-token-file, http-host, http-timeout and history-interval \
-            change at once. If something is wrong, one line says so, and all stays.
+            SIGHUP reads the configuration and the token's file again and applies them. Where it listens elsewhere then, connections \
+            to the old address end. If something is wrong, one line says so, and all stays.
 
             Example: curl http://127.0.0.1:9750/metrics
 
@@ -60,13 +60,46 @@ struct QuireExporter: ParsableCommand {
     @Option(help: ArgumentHelp("Look for VMs in this runtime directory only. Repeatable (default: those of all users for root and the service, your own otherwise).", valueName: "path"))
     var runtimeDirectory: [String] = []
 
-    private func settings() throws(QuireError) -> Resolution {
-        // Relative paths are a shell's: the file has none.
+    /// What file and command line say together.
+    private struct Wanted {
+        let settings: Resolution
+        let doors: Doors.Wanted
+        let storePath: String
+        let folders: [String]
+        let directories: RuntimeDirectories
+        var history: History { History(intervalMilliseconds: settings.value(Keys.Exporter.historyInterval)) }
+    }
+
+    private func wanted() throws(QuireError) -> Wanted {
         let arguments: [String: RawValue?] = [
             Keys.Exporter.http.name: .argument(http), Keys.Exporter.httpHost.name: .arguments(httpHost),
             Keys.Exporter.httpTimeout.name: .argument(httpTimeout), Keys.Exporter.historyInterval.name: .argument(historyInterval),
         ]
-        return try ConfigurationFile.read(config).resolve(.exporter, arguments.compactMapValues { $0 })
+        let settings = try ConfigurationFile.read(config).resolve(.exporter, arguments.compactMapValues { $0 })
+        let rules = try values(settings)
+        let name = settings.value(Keys.Exporter.http)
+        // A port that everybody reaches has its token.
+        let address = try tcpAddress(name, rules.gate.token)
+        let socketPath = try unixPath(httpSocket ?? settings[Keys.Exporter.httpSocket])
+        let doors = Doors.Wanted(
+            tcp: address.map { (name: name, address: $0) }, socketPath: socketPath, tcpRules: rules, socketRules: onSocket(rules))
+        guard doors.tcp != nil || doors.socketPath != nil else {
+            throw QuireError(.invalid, "there is nothing to listen on: --http and --http-socket are both off")
+        }
+        let folders = runtimeDirectory.isEmpty ? settings[Keys.Exporter.runtimeDirectory] ?? [] : runtimeDirectory
+        let directories = folders.isEmpty ? try RuntimeDirectories.standard() : RuntimeDirectories(folders)
+        return Wanted(
+            settings: settings, doors: doors, storePath: store ?? settings[Keys.Exporter.store] ?? StoreLink.standardPath(),
+            folders: folders, directories: directories)
+    }
+
+    /// Keys whose options are not among the arguments above: their paths may be relative, which the file's are not.
+    private var keysGivenAsPaths: Set<String> {
+        let given: [String: Bool] = [
+            Keys.Exporter.httpSocket.name: httpSocket != nil, Keys.Exporter.httpTokenFile.name: httpTokenFile != nil,
+            Keys.Exporter.store.name: store != nil, Keys.Exporter.runtimeDirectory.name: !runtimeDirectory.isEmpty,
+        ]
+        return Set(given.filter { $0.value }.keys)
     }
 
     func run() throws {
@@ -81,57 +114,31 @@ struct QuireExporter: ParsableCommand {
         ProcessCalls.raiseFileLimit()
         // Before any thread.
         let signals = try SignalDescriptor([SIGTERM, SIGINT, SIGHUP])
-        var settings = try settings()
-        let http = settings.value(Keys.Exporter.http)
-        let tcp = try values(settings)
-        let address = try tcpAddress(http, tcp.gate.token)
-        let socketPath = try unixPath(httpSocket ?? settings[Keys.Exporter.httpSocket])
-        guard address != nil || socketPath != nil else {
-            throw QuireError(.invalid, "there is nothing to listen on: --http and --http-socket are both off")
-        }
-        let folders = runtimeDirectory.isEmpty ? settings[Keys.Exporter.runtimeDirectory] ?? [] : runtimeDirectory
-        let directories = folders.isEmpty ? try RuntimeDirectories.standard() : RuntimeDirectories(folders)
-        let collector = try Collector(
-            directories, storePath: store ?? settings[Keys.Exporter.store] ?? StoreLink.standardPath(),
-            history: History(intervalMilliseconds: settings.value(Keys.Exporter.historyInterval)))
+        var wanted = try wanted()
+        let collector = try Collector(wanted.directories, storePath: wanted.storePath, history: wanted.history)
         let server = WebServer(Web(collector))
-        let tcpRules = WebServer.Rules(tcp), socketRules = WebServer.Rules(onSocket(tcp))
-        if let address {
-            let bound: SocketAddress?
-            do { bound = try server.listen(on: .tcp(address), tcpRules) } catch {
-                throw QuireError(.system, "cannot listen on \(http)", errno: (error as? IOError)?.errnoCode)
-            }
-            writeStandardError("quire-exporter: listening on http://\(Self.text(bound ?? address))/")
-        }
-        if let socketPath {
-            // Who may open the socket may read: its group, beside its owner.
-            let socket = try UnixSocket.listen(at: socketPath, backlog: 128)
-            guard unsafe chmod(socketPath, 0o660) == 0 else { throw QuireError.system("cannot set the mode of \(socketPath)") }
-            // SwiftNIO closes what it is given.
-            let raw = try socket.descriptor.duplicate().release()
-            do { _ = try server.listen(on: .unix(raw), socketRules) } catch {
-                throw QuireError(.system, "cannot listen on \(socketPath)", errno: (error as? IOError)?.errnoCode)
-            }
-            writeStandardError("quire-exporter: listening on \(socketPath)")
-        }
+        var doors = Doors(server)
+        try doors.open(wanted.doors)
         serving: while true {
             _ = waitReadable([signals.descriptor.raw])
             while let event = signals.next() {
                 guard event.number == SIGHUP else { break serving }
                 do throws(QuireError) {
-                    let new = try self.settings()
-                    let values = try self.values(new)
-                    // A port that everybody reaches keeps its token.
-                    if address != nil { _ = try tcpAddress(http, values.gate.token) }
-                    (tcpRules.current, socketRules.current) = (values, onSocket(values))
-                    let interval = new.value(Keys.Exporter.historyInterval)
-                    if interval != settings.value(Keys.Exporter.historyInterval) { collector.setHistory(History(intervalMilliseconds: interval)) }
-                    for change in new.changes(since: settings) { writeStandardError("quire-exporter: \(change.line)") }
-                    settings = new
+                    let new = try self.wanted()
+                    try doors.open(new.doors)
+                    // What remains cannot fail.
+                    if new.folders != wanted.folders { collector.setDirectories(new.directories) }
+                    if new.storePath != wanted.storePath { collector.setStore(path: new.storePath) }
+                    if new.history.intervalMilliseconds != wanted.history.intervalMilliseconds { collector.setHistory(new.history) }
+                    let hidden = keysGivenAsPaths
+                    for change in new.settings.changes(since: wanted.settings) where !hidden.contains(change.key.name) {
+                        writeStandardError("quire-exporter: \(change.line)")
+                    }
+                    wanted = new
                 } catch { writeStandardError("quire-exporter: the configuration is not reloaded: \(error)") }
             }
         }
-        if let socketPath { Files.remove(socketPath) }
+        doors.close()
         server.end()
         collector.end()
     }
@@ -174,11 +181,6 @@ struct QuireExporter: ParsableCommand {
             throw QuireError(.invalid, "--http \(http) is not loopback: give --http-token-file, so that not everybody can read it")
         }
         return address
-    }
-
-    private static func text(_ address: SocketAddress) -> String {
-        let ip = address.ipAddress ?? "?"
-        return (ip.contains(":") ? "[\(ip)]" : ip) + ":\(address.port ?? 0)"
     }
 
     /// Unless told otherwise in the folder that systemd has made for the service, and without one beside quired's socket.

@@ -17,6 +17,40 @@ final class WebServer {
         case unix(Int32)
     }
 
+    /// An address that is listened on, and the connections that were made there.
+    final class Listener: Sendable {
+        fileprivate final class Connections: Sendable {
+            private let channels = Mutex<[ObjectIdentifier: any Channel]>([:])
+            func enter(_ channel: any Channel) { channels.withLock { $0[ObjectIdentifier(channel)] = channel } }
+            func leave(_ channel: any Channel) { channels.withLock { $0[ObjectIdentifier(channel)] = nil } }
+            func takeAll() -> [any Channel] {
+                channels.withLock { channels in
+                    defer { channels = [:] }
+                    return Array(channels.values)
+                }
+            }
+        }
+
+        private let channel: any Channel
+        private let connections: Connections
+
+        fileprivate init(_ channel: any Channel, _ connections: Connections) {
+            self.channel = channel
+            self.connections = connections
+        }
+
+        /// Where it listens.
+        var address: SocketAddress? { channel.localAddress }
+
+        /// Nobody connects here any more. Connections that wait for a request end at once, others with the answer that they wait for: who
+        /// may not connect any more may not ask on one that he has kept, either.
+        func close() {
+            try? channel.close().wait()
+            // The thread that closed it makes the connections, too, so all of them are known by now.
+            for connection in connections.takeAll() { connection.pipeline.fireUserInboundEventTriggered(ChannelShouldQuiesceEvent()) }
+        }
+    }
+
     /// How many connections there are.
     final class Count: Sendable {
         private let value = Mutex(0)
@@ -54,9 +88,9 @@ final class WebServer {
 
     init(_ web: Web) { self.web = web }
 
-    /// Where it listens now.
-    func listen(on address: Address, _ rules: Rules) throws -> SocketAddress? {
-        let web = self.web, count = self.count
+    /// Listens until it is closed, or all of this is ended.
+    func listen(on address: Address, _ rules: Rules) throws -> Listener {
+        let web = self.web, count = self.count, connections = Listener.Connections()
         let bootstrap = ServerBootstrap(group: group)
             .serverChannelOption(.backlog, value: 128)
             .serverChannelOption(.socketOption(.so_reuseaddr), value: 1)
@@ -66,7 +100,11 @@ final class WebServer {
                         try channel.pipeline.syncOperations.addHandler(Refusal())
                         return
                     }
-                    channel.closeFuture.whenComplete { _ in count.leave() }
+                    connections.enter(channel)
+                    channel.closeFuture.whenComplete { _ in
+                        count.leave()
+                        connections.leave(channel)
+                    }
                     var limits = NIOHTTPDecoderLimitConfiguration()
                     limits.maxHeaderFieldSize = Bounds.fieldBytes
                     limits.maxHeaderListSize = Bounds.headerBytes
@@ -81,7 +119,7 @@ final class WebServer {
             case .tcp(let address): try bootstrap.bind(to: address).wait()
             case .unix(let raw): try bootstrap.withBoundSocket(raw).wait()
             }
-        return channel.localAddress
+        return Listener(channel, connections)
     }
 
     func end() { try? group.syncShutdownGracefully() }

@@ -119,9 +119,10 @@ extension Quire.Config {
         static let configuration = CommandConfiguration(
             commandName: "reload", abstract: "Has quired and the running VMs read the configuration again.",
             discussion: """
-                Says for each what changed. quired's limit, reserve, group and log-level, and of a VM period, merge-period, merge, \
-                workers, merge-workers, log-level, swap-compression and swap-overcommit change at once; what cannot is said, and waits \
-                for the next start. If the file is broken, nothing changes anywhere.
+                Says for each what changed. Of a VM group, store, swap, swap-queues and shared-disk wait for its next start, and of a \
+                quired without --keep candidates, workers and shared-disk; that is said. Everything else applies at once: with --keep \
+                another process takes the place of the one that works, where it has to, and nothing that VMs share is lost. If the \
+                file is broken, nothing changes anywhere.
 
                 Reaches the VMs of the user who asks: root those of libvirt, you those of your 'quire run'. quire-exporter does it at \
                 SIGHUP (systemctl reload quire-exporter).
@@ -139,6 +140,20 @@ extension Quire.Config {
 
         /// Long enough for a backend that is just being replaced.
         private static let patienceMilliseconds: Int32 = 90_000
+        /// For a quired that is just being replaced.
+        private static let quiredNanoseconds: UInt64 = 5_000_000_000
+
+        /// Asks again until the deadline where nobody is there.
+        private static func ask(_ name: String, _ path: String, _ who: String, until deadline: UInt64) throws(QuireError) -> String {
+            while true {
+                do throws(QuireError) {
+                    return try CommandSocket.ask("reload", at: path, name, who, patienceMilliseconds: patienceMilliseconds)
+                } catch {
+                    guard error.code == .retry || error.code == .closed, monotonicNanoseconds() < deadline else { throw error }
+                    ProcessCalls.sleep(milliseconds: 50)
+                }
+            }
+        }
 
         func run() throws {
             var answers = Answers("config reload", json: answer.json)
@@ -147,9 +162,10 @@ extension Quire.Config {
                 answers.fail(names, error)
                 return try answers.end()
             }
-            func ask(_ name: String, _ path: String, _ who: String) {
+            func ask(_ name: String, _ path: String, _ who: String, within nanoseconds: UInt64 = 0) {
+                let deadline = monotonicNanoseconds() + nanoseconds
                 answers.about(name) { answer throws(QuireError) in
-                    let said = try CommandSocket.ask("reload", at: path, name, who, patienceMilliseconds: Self.patienceMilliseconds)
+                    let said = try Self.ask(name, path, who, until: deadline)
                     answer.result = said.isEmpty ? .unchanged : .done
                     answer.notes = said.isEmpty ? ["nothing changed"] : said.split(separator: "\n").map(String.init)
                 }
@@ -157,7 +173,7 @@ extension Quire.Config {
             if names.isEmpty {
                 let path = StoreLink.commandPath(besideStore: store ?? StoreLink.standardPath())
                 // Whoever runs without it has nothing to reload there.
-                if Files.exists(path) { ask("quired", path, "quired") }
+                if Files.exists(path) { ask("quired", path, "quired", within: Self.quiredNanoseconds) }
             }
             for name in names.isEmpty ? directory.running() : names {
                 guard directory.isRunning(name) else {

@@ -69,6 +69,11 @@ extension Quire {
         @Option(help: ArgumentHelp("How swapped pages are compressed: lz4, zstd or zstd:LEVEL (default: lz4).", valueName: "method"))
         var swapCompression: String?
 
+        @Option(
+            help: ArgumentHelp("While the host has less memory left than this, free swap included, writes to the swap disk are I/O errors (default: 256M; 0: never).", valueName: "size"),
+            transform: Keys.Backend.tmemReserve.argument)
+        var tmemReserve: String?
+
         @Option(help: ArgumentHelp("Queues of the swap disk, 1 to 16 (default: 1).", valueName: "n"), transform: Keys.Backend.swapQueues.argument)
         var swapQueues: String?
 
@@ -104,6 +109,7 @@ extension Quire {
                 Keys.Backend.store.name: .argument(store), Keys.Backend.writeTracking.name: .argument(writeTracking),
                 Keys.Backend.swap.name: .argument(swap), Keys.Backend.swapOvercommit.name: .argument(swapOvercommit),
                 Keys.Backend.swapCompression.name: .argument(swapCompression), Keys.Backend.swapQueues.name: .argument(swapQueues),
+                Keys.Backend.tmemReserve.name: .argument(tmemReserve),
                 Keys.Backend.sharedDisk.name: .arguments(sharedDisk), Keys.Backend.logLevel.name: .argument(logLevel),
             ].compactMapValues { $0 }
         }

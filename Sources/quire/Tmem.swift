@@ -148,8 +148,8 @@ extension Quire {
                 commandName: "cap", abstract: "Sets how much of the host's memory pools may use.",
                 discussion: """
                     Without --pool: of the VM's whole store. Below what persistent pages use already it is refused, and \
-                    nothing changes. A pool's limit is kept when a backend is replaced, the store's is set anew by quire run. A shared disk has one limit, \
-                    which is kept when quired is replaced; VMs that write more get I/O errors.
+                    nothing changes. Limits are kept when a backend or quired is replaced; a store's holds until the configuration gives \
+                    swap-overcommit another value. A shared disk has one limit; VMs that write more get I/O errors.
                     """)
             @Argument(help: ArgumentHelp("The VM, or shared:DISK.", valueName: "name")) var name: String
             @Argument(help: ArgumentHelp("512M, or none.", valueName: "size"), transform: { $0 == "none" ? nil : try Tmem.bytes($0) })
@@ -193,7 +193,9 @@ extension Quire {
                 let isOther = (try? Descriptor.open(file, O_RDONLY | O_NONBLOCK).status().isRegularFile) == false
                 let path = isOther ? file : file + ".partial"
                 do throws(QuireError) {
-                    let target = try Descriptor.open(path, O_WRONLY | O_CREAT | (isOther ? 0 : O_TRUNC), mode: 0o600)
+                    // Guest memory goes into a file of ours and no other's: not through a link, nor to whoever has made one there.
+                    if !isOther { Files.remove(path) }
+                    let target = try Descriptor.open(path, O_WRONLY | (isOther ? 0 : O_CREAT | O_EXCL | O_NOFOLLOW), mode: 0o600)
                     let raw = target.raw, all = Tmem.swapped(name)
                     let pages = try ProgressBar.during("\(name): saving", { all > 0 && !isOther ? Double(lseek(raw, 0, SEEK_CUR)) / all : nil }) {
                         () throws(QuireError) in try Tmem.ask(.save, of: name, passing: [raw], patienceMilliseconds: -1)

@@ -32,6 +32,7 @@ struct VMConfiguration: Sendable {
             swap.queueCount = isService ? 1 : settings.value(Keys.Backend.swapQueues)
             swap.compression = try SwapDisk.compression(settings.value(Keys.Backend.swapCompression))
             swap.overcommit = settings[Keys.Backend.swapOvercommit]
+            swap.reserve = settings.value(Keys.Backend.tmemReserve)
             configuration.swap = swap
         }
         // A domain has those that its definition names.
@@ -52,8 +53,7 @@ struct VMConfiguration: Sendable {
             try current.withLock { (current) throws(QuireError) -> Reloaded in
                 let new = try resolve()
                 let lines = new.changes(since: current).map { change in
-                    let needsAgent = change.key.name == Keys.Backend.merge.name && !hasAgent
-                    return needsAgent ? "\(change.path): \(change.before) -> \(change.after), from the next start on" : change.line
+                    change.line(waits: !change.key.isLive || change.key.name == Keys.Backend.merge.name && !hasAgent)
                 }
                 current = new
                 var tuning = Tuning(
@@ -61,9 +61,11 @@ struct VMConfiguration: Sendable {
                     merges: hasAgent ? new.value(Keys.Backend.merge) : nil)
                 tuning.workers = new.value(Keys.Backend.workers)
                 tuning.mergeWorkers = new.value(Keys.Backend.mergeWorkers)
+                tuning.tracksWrites = new.value(Keys.Backend.writeTracking)
                 tuning.logLevel = new.value(Keys.Backend.logLevel)
                 tuning.swap = Tuning.Swap(
-                    compression: try SwapDisk.compression(new.value(Keys.Backend.swapCompression)), overcommit: new[Keys.Backend.swapOvercommit] ?? 1)
+                    compression: try SwapDisk.compression(new.value(Keys.Backend.swapCompression)), overcommit: new[Keys.Backend.swapOvercommit] ?? 1,
+                    reserve: new.value(Keys.Backend.tmemReserve))
                 return Reloaded(tuning: tuning, lines: lines)
             }
         }

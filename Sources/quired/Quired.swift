@@ -16,7 +16,11 @@ struct Quired: ParsableCommand {
             Owns the store that equal pages are kept in and the index that finds them. Backends of VMs connect to \
             DIRECTORY/store.sock. With --keep, what VMs use survives the death of this program, which is started again.
 
-            SIGHUP reads the configuration again: limit, reserve, groups and log level change at once, and nothing that VMs share is lost.
+            SIGHUP reads the configuration again and applies it; nothing that VMs share is lost. For candidates, workers and further \
+            shared disks another process takes this one's place, which takes --keep: without it they wait for the next start. If \
+            something is wrong, one line says so, and all stays.
+
+            Exit status: 0 after SIGTERM or SIGINT, 1 on a failure (one line on stderr says why), 64 on wrong usage.
             """,
         version: "quired \(quireVersion)")
 
@@ -40,6 +44,11 @@ struct Quired: ParsableCommand {
             "Merge nothing more while the host has less memory left than so many percent of what merged pages would need if all guests wrote them at once (default: 100).",
             valueName: "percent"))
     var reserve: String?
+
+    @Option(
+        name: .customLong("tmem-reserve"),
+        help: ArgumentHelp("Put nothing more on shared disks while the host has less memory left than this, free swap included: writes are I/O errors then (default: 256M; 0: never).", valueName: "size"))
+    var tmemReserve: String?
 
     @Option(
         name: .customLong("shared-disk"),
@@ -79,6 +88,7 @@ struct Quired: ParsableCommand {
         [
             Keys.Quired.limit.name: .argument(limit), Keys.Quired.candidates.name: .argument(candidates),
             Keys.Quired.group.name: .arguments(group), Keys.Quired.reserve.name: .argument(reserve),
+            Keys.Quired.tmemReserve.name: .argument(tmemReserve),
             Keys.Quired.sharedDisk.name: .arguments(sharedDisk), Keys.Quired.workers.name: .argument(workers),
             Keys.Quired.logLevel.name: .argument(logLevel),
         ].compactMapValues { $0 }
@@ -88,7 +98,7 @@ struct Quired: ParsableCommand {
         ProcessCalls.raiseFileLimit()
         let inherited = ServiceManager.takeStored()
         // What is wrong is said before there is anything to keep.
-        if inherited.isEmpty { _ = try Settings(config, arguments) }
+        if inherited.isEmpty { _ = try Settings.begin(config, arguments, keeper: nil) }
         var keeper = Keeper(inheriting: inherited)
         let own = Files.target(ofLink: "/proc/self/exe") ?? CommandLine.arguments[0]
         return try keeper.run([own] + CommandLine.arguments.dropFirst()) { writeStandardError("quired: \($0)") }
@@ -99,7 +109,7 @@ struct Quired: ParsableCommand {
         ProcessCalls.ignoreBrokenPipes()
         let signals = try SignalDescriptor([SIGTERM, SIGINT, SIGHUP])
         let link = if let keeper { try KeeperLink(adopting: Descriptor(owning: keeper)) } else { nil as KeeperLink? }
-        let settings = try Settings(config, arguments, keeper: link)
+        let settings = try Settings.begin(config, arguments, keeper: link)
         let logger = Logger.adjustable("quired", settings.logLevel)
         if let loss = link?.loss { logger.error("\(loss)") }
         if let trouble = settings.trouble { logger.error("\(trouble): going on with what held before") }
@@ -110,7 +120,7 @@ struct Quired: ParsableCommand {
             }
         let path = try socketPath()
         let diskPath = SharedDiskClient.path(besideStore: path)
-        let disks = try SharedDisks(settings.disks(), store: store, keeper: link, logger: logger)
+        let disks = try SharedDisks(settings.disks, reserve: settings.tmemReserve, store: store, keeper: link, logger: logger)
         let diskServer: SharedDiskServer? =
             disks.isEmpty
             ? nil
@@ -119,7 +129,7 @@ struct Quired: ParsableCommand {
                 commands: SharedDiskCommands(disks: disks).carryOut)
         let server = try StoreServer(
             store, listener: listener(path, link, Self.listenerItem), workers: settings.workers, logger: logger)
-        let reloading = Reloading(settings, config, arguments, store: store, keeper: link, logger: logger)
+        let reloading = try Reloading(settings, config, arguments, store: store, disks: disks, keeper: link, logger: logger)
         let commands = try CommandSocket.Server(path: StoreLink.commandPath(besideStore: path), mode: 0o600, logger: logger) {
             request throws(QuireError) in
             guard request.text == "reload" else { throw QuireError(.unsupported, "this quired does not know the command '\(request.text)'") }
@@ -129,17 +139,24 @@ struct Quired: ParsableCommand {
         link?.ready()
         // Also by the one that a keeper has started: the service is the keeper's.
         ServiceManager.notify("READY=1")
-        serving: while true {
-            _ = waitReadable([signals.descriptor.raw])
+        var isReplaced = false
+        serving: while !isReplaced {
+            isReplaced = waitReadable([signals.descriptor.raw, reloading.replacement.descriptor.raw]).contains(1)
             while let event = signals.next() {
-                guard event.number == SIGHUP else { break serving }
+                guard event.number == SIGHUP else {
+                    isReplaced = false
+                    break serving
+                }
                 // What it says, the log says.
                 _ = try? reloading.reload()
             }
         }
-        commands.end()
+        // First, so that whoever asked for it hears what changed.
+        commands.end(keepsPath: isReplaced)
         server.end()
         diskServer?.end()
+        // The next one goes on with the sockets that are parked.
+        if isReplaced { return Keeper.replacement }
         Files.remove(path)
         if diskServer != nil { Files.remove(diskPath) }
         return 0

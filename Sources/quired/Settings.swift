@@ -13,23 +13,55 @@ struct Settings: Sendable {
     /// Why the file does not hold but what an earlier quired had read.
     private(set) var trouble: QuireError?
 
-    /// With a keeper, a file that is broken does not keep quired from starting again in the place of one that died: guests have it
-    /// mapped, and what held before is parked.
-    init(_ config: String?, _ arguments: [String: RawValue], keeper: KeeperLink? = nil) throws(QuireError) {
-        do throws(QuireError) { file = try ConfigurationFile.read(config) } catch {
-            guard let parked = keeper?.takeParked(Self.item),
-                let bytes = try? parked.readBytes(at: 0, count: Int(parked.status().byteCount))
-            else { throw error }
-            file = ConfigurationFile(path: config ?? ConfigurationFile.standardPath, text: String(decoding: bytes, as: UTF8.self))
-            trouble = error
-        }
+    private init(_ file: ConfigurationFile, _ arguments: [String: RawValue]) throws(QuireError) {
         try file.check()
         resolution = try file.resolve(.quired, arguments)
-        // Kept or not, quired works; without it only a broken file after a death would matter.
-        if trouble == nil { try? park(keeper) }
+        self.file = file
+    }
+
+    /// What file and command line say now.
+    static func read(_ config: String?, _ arguments: [String: RawValue]) throws(QuireError) -> Settings {
+        try Settings(ConfigurationFile.read(config), arguments)
+    }
+
+    /// For a quired that starts. With a keeper, a file that is broken, or that asks for what cannot be, does not keep it from taking the
+    /// place of one that died: guests have its memory mapped, and what held before is parked.
+    static func begin(_ config: String?, _ arguments: [String: RawValue], keeper: KeeperLink?) throws(QuireError) -> Settings {
+        let earlier = keeper.flatMap { parked($0, config, arguments) }
+        do throws(QuireError) {
+            let new = try read(config, arguments)
+            try new.check(after: earlier)
+            // Kept or not, quired works; without it only a broken file after a death would matter.
+            try? new.park(keeper)
+            return new
+        } catch {
+            guard var earlier else { throw error }
+            earlier.trouble = error
+            return earlier
+        }
     }
 
     private static let item = "configuration"
+
+    private static func parked(_ keeper: KeeperLink, _ config: String?, _ arguments: [String: RawValue]) -> Settings? {
+        guard let memory = keeper.takeParked(item), let bytes = try? memory.readBytes(at: 0, count: Int(memory.status().byteCount))
+        else { return nil }
+        let file = ConfigurationFile(path: config ?? ConfigurationFile.standardPath, text: String(decoding: bytes, as: UTF8.self))
+        return try? Settings(file, arguments)
+    }
+
+    /// Throws why no quired could work with these. `earlier`: what one has worked with whose disks are kept.
+    func check(after earlier: Settings?) throws(QuireError) {
+        try SharedDisks.check(disks, earlier: earlier?.disks ?? []) { PageStore.knows(group: $0, among: groups) }
+        // Nothing is taken yet. What is out of all proportion the host may refuse.
+        if candidateBytes != earlier?.candidateBytes { _ = try Candidates(byteCount: candidateBytes) }
+    }
+
+    /// What a quired that works cannot take over from `earlier` ones, and another one in its place can.
+    func needsReplacement(after earlier: Settings) -> Bool {
+        candidateBytes != earlier.candidateBytes || workers != earlier.workers || disks != earlier.disks
+    }
+    static let replacing: Set<String> = [Keys.Quired.candidates.name, Keys.Quired.workers.name, Keys.Quired.sharedDisk.name]
 
     /// For a successor.
     func park(_ keeper: KeeperLink?) throws(QuireError) {
@@ -43,12 +75,13 @@ struct Settings: Sendable {
 
     var limitPages: Int { Int(resolution[Keys.Quired.limit] ?? UInt64(ProcessCalls.memoryBytes / 2)) / 4096 }
     var reservePercent: Int { resolution.value(Keys.Quired.reserve) }
+    var tmemReserve: UInt64 { resolution.value(Keys.Quired.tmemReserve) }
     var workers: Int { resolution[Keys.Quired.workers] ?? min(4, ProcessCalls.processorCount) }
+    var candidateBytes: Int { resolution[Keys.Quired.candidates].map { Int($0) } ?? PageStore.Configuration.usualCandidateBytes }
     var logLevel: Logger.Level { Logger.Level(rawValue: resolution.value(Keys.Quired.logLevel)) ?? .notice }
 
     func store() throws(QuireError) -> PageStore.Configuration {
-        var configuration = try PageStore.Configuration(
-            limitPages: limitPages, candidateBytes: resolution[Keys.Quired.candidates].map { Int($0) } ?? PageStore.Configuration.usualCandidateBytes)
+        var configuration = try PageStore.Configuration(limitPages: limitPages, candidateBytes: candidateBytes)
         configuration.reservePercent = reservePercent
         configuration.groups = groups
         return configuration
@@ -58,7 +91,7 @@ struct Settings: Sendable {
         Dictionary((resolution[Keys.Quired.group] ?? []).map { ($0.name, Set($0.users)) }) { _, last in last }
     }
 
-    func disks() throws(QuireError) -> [SharedDisks.Disk] {
+    var disks: [SharedDisks.Disk] {
         (resolution[Keys.Quired.sharedDisk] ?? []).map { disk in
             SharedDisks.Disk(
                 name: disk.name, byteCount: disk.byteCount ?? 0,
@@ -67,43 +100,57 @@ struct Settings: Sendable {
     }
 }
 
-/// Reads the configuration again while quired works, and applies what can change.
+/// Reads the configuration again while quired works, and applies it: what it cannot take over itself, another process in its place does,
+/// where there is a keeper.
 final class Reloading: Sendable {
+    /// Readable once this process is to give way to another one.
+    let replacement: EventDescriptor
     private let current: Mutex<Settings>
     private let config: String?
     private let arguments: [String: RawValue]
     private let store: PageStore
+    private let disks: SharedDisks
     private let keeper: KeeperLink?
     private let logger: Logger
 
     init(
-        _ settings: Settings, _ config: String?, _ arguments: [String: RawValue], store: PageStore, keeper: KeeperLink?, logger: Logger
-    ) {
+        _ settings: Settings, _ config: String?, _ arguments: [String: RawValue], store: PageStore, disks: SharedDisks, keeper: KeeperLink?,
+        logger: Logger
+    ) throws(QuireError) {
+        replacement = try EventDescriptor()
         current = Mutex(settings)
         self.config = config
         self.arguments = arguments
         self.store = store
+        self.disks = disks
         self.keeper = keeper
         self.logger = logger
     }
 
-    /// What changed, a line each; the log has them, too. If the file is broken all stays as it was.
+    /// What changed, a line each; the log has them, too. If the file is broken, or the next quired could not work with it, all stays as it
+    /// was.
     func reload() throws(QuireError) -> [String] {
         try current.withLock { (current) throws(QuireError) -> [String] in
+            let isKept = keeper != nil
             let new: Settings
             do throws(QuireError) {
-                new = try Settings(config, arguments)
+                new = try Settings.read(config, arguments)
+                try new.check(after: isKept ? current : nil)
                 try new.park(keeper)
             } catch {
                 logger.error("the configuration is not reloaded: \(error)")
                 throw error
             }
-            let lines = new.resolution.changes(since: current.resolution).map(\.line)
+            let lines = new.resolution.changes(since: current.resolution).map { change in
+                change.line(waits: !change.key.isLive || !isKept && Settings.replacing.contains(change.key.name))
+            }
             if new.limitPages != current.limitPages { store.setLimit(pages: new.limitPages) }
             if new.reservePercent != current.reservePercent { store.setReserve(percent: new.reservePercent) }
+            if new.tmemReserve != current.tmemReserve { disks.setReserve(new.tmemReserve) }
             store.setGroups(new.groups)
             var shared = logger
             shared.logLevel = new.logLevel
+            if isKept, new.needsReplacement(after: current) { replacement.signal() }
             current = new
             for line in lines { logger.notice("\(line)") }
             return lines

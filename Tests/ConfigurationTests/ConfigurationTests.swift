@@ -34,8 +34,8 @@ struct SchemaTests {
             ["\"a=1\"", "[\"a\"]", "[\"a=\"]", "[\"a=x\"]", "[\"a=1,,2\"]", "[\"owner-1=1\"]", "[\".a=1\"]", "[\"a=4294967296\"]", "[1]"]
         ),
         "quired.shared-disk": (
-            ["[\"a,size=1M\"]", "[\"a,size=1G,group=lab\"]"],
-            ["[\"a\"]", "[\"a,size=1\"]", "[\"a,size=9P\"]", "[\"a,size=1M,size=1M\"]", "[\"a,size=1M,x=1\"]", "[\"a b,size=1M\"]", "\"a,size=1M\""]
+            ["[\"a,size=1M\"]", "[\"a,size=1G,group=lab\"]", "[\"a,size=1023G\"]"],
+            ["[\"a\"]", "[\"a,size=1\"]", "[\"a,size=9P\"]", "[\"a,size=1T\"]", "[\"a,size=1M,size=1M\"]", "[\"a,size=1M,x=1\"]", "[\"a b,size=1M\"]", "\"a,size=1M\""]
         ),
         "quired.workers": (["1", "64"], ["0", "65", "\"4\""]),
         "log-level": (["\"trace\"", "\"critical\""], ["\"loud\"", "3"]),
@@ -50,6 +50,7 @@ struct SchemaTests {
         "swap": (["\"1M\"", "\"8T\"", "1048576"], ["\"1K\"", "\"9T\"", "1048577", "true"]),
         "swap-overcommit": (["1", "1.5", "100"], ["0.5", "101", "\"2\"", "nan"]),
         "swap-compression": (["\"lz4\"", "\"zstd\"", "\"zstd:1\"", "\"zstd:19\""], ["\"zstd:0\"", "\"zstd:20\"", "\"gzip\"", "1"]),
+        "tmem-reserve": (["0", "4096", "\"256M\"", "\"8T\""], ["-1", "\"9T\"", "\"much\"", "true"]),
         "swap-queues": (["1", "16"], ["0", "17"]),
         "shared-disk": (["[]", "[\"a\"]", "[\"a\", \"b,size=1G\"]"], ["[\"a,group=b\"]", "\"a\"", "[\"a,size=x\"]"]),
         "http": (["\"127.0.0.1:9750\"", "\"[::1]:1\"", "\"off\""], ["\"nowhere\"", "9750"]),
@@ -131,9 +132,9 @@ struct ConfigurationFileTests {
                 web3 = 5
                 [demon]
                 """).map { $0.prefix { $0 != "(" } }.map(String.init) == [
-                    "quire.toml:2: backend.perod: unknown key: choose one of group, log-level, merge, merge-period, merge-workers, period, shared-disk, store, swap, swap-compression, swap-overcommit, swap-queues, workers, write-tracking",
+                    "quire.toml:2: backend.perod: unknown key: choose one of group, log-level, merge, merge-period, merge-workers, period, shared-disk, store, swap, swap-compression, swap-overcommit, swap-queues, tmem-reserve, workers, write-tracking",
                     "quire.toml:3: backend.workers: 99 is not allowed: give a whole number from 1 to 16",
-                    "quire.toml:4: backend.note: unknown key: choose one of group, log-level, merge, merge-period, merge-workers, period, shared-disk, store, swap, swap-compression, swap-overcommit, swap-queues, workers, write-tracking",
+                    "quire.toml:4: backend.note: unknown key: choose one of group, log-level, merge, merge-period, merge-workers, period, shared-disk, store, swap, swap-compression, swap-overcommit, swap-queues, tmem-reserve, workers, write-tracking",
                     "quire.toml:10: vm.web1.merge: \"no\" is not allowed: give true or false",
                     "quire.toml:11: vm.\"a b\": no VM has that name: use 1 to 63 of A-Z a-z 0-9 . _ - that do not start with a dot",
                     "quire.toml:13: vm.web2.period: \"1ms\" is not allowed: give a time from 100ms to 1h, such as \"10s\"",
@@ -179,6 +180,8 @@ struct ConfigurationFileTests {
             new.changes(since: old).map(\.line) == [
                 "backend.period: \"5s\" -> \"1m\"", "vm.a.merge: true -> false", "backend.workers: 2 -> 3", "backend.swap-queues: 1 -> 2, from the next start on",
             ])
+        // Where what could apply cannot.
+        #expect(new.changes(since: old).first?.line(waits: true) == "backend.period: \"5s\" -> \"1m\", from the next start on")
         // Gone: it is the old place that says where.
         #expect(try file("").resolve(.vm("a")).changes(since: old).map(\.path) == ["backend.period", "backend.workers"])
         // What the command line says hides the file's.
@@ -187,9 +190,16 @@ struct ConfigurationFileTests {
         #expect(try file("[backend]\nperiod = \"6s\"").resolve(.vm("a"), argument).changes(since: hidden).isEmpty)
     }
 
+    /// As the operator's guide has it: of a VM, what QEMU was started with, and where and with whom its pages are shared.
+    @Test func whatWaitsForTheNextStart() {
+        func waiting(_ scope: Scope) -> [String] { scope.keys.filter { !$0.isLive }.map(\.name).sorted() }
+        #expect(waiting(.quired) == [] && waiting(.exporter) == [])
+        #expect(waiting(.backend) == ["group", "shared-disk", "store", "swap", "swap-queues"])
+    }
+
     @Test func placesFollowThePrefix() {
         #expect(ConfigurationFile.standardPath(program: "/usr/bin/quire") == "/etc/quire/quire.toml")
-        #expect(ConfigurationFile.standardPath(program: "/usr/local/bin/quired") == "/usr/local/etc/quire/quire.toml")
+        #expect(ConfigurationFile.standardPath(program: "/usr/local/bin/quired") == "/etc/quire/quire.toml")
         #expect(ConfigurationFile.standardPath(program: "/opt/q/bin/quired") == "/opt/q/etc/quire/quire.toml")
         #expect(ConfigurationFile.standardPath(program: "/home/a/.build/release/quire") == "/etc/quire/quire.toml")
     }

@@ -522,6 +522,42 @@ import Testing
         #expect(tmem.usage.promisedPages == 18 && tmem.usage.pages == 0)
     }
 
+    /// What an operator sets for the whole store holds for who opens it next, over his configuration, until there is another one.
+    @Test func capAndFreezeOutliveTheProcess() throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let tmem = try fixture.open(.init(cap: 16 << 20))
+        let cache = try tmem.createPool(.init(kind: .ephemeral, scope: .shared, name: "e", client: "b"))
+        for index in 0..<UInt32(2500) { try cache.put(0, index, bytes: TmemPages.page(UInt64(index))) }
+        /// What a process finds that comes after a kill at this moment.
+        func expect(_ cap: UInt64?, frozen: Bool, with configured: UInt64? = 16 << 20) throws {
+            let copy = try fixture.copy()
+            defer { copy.close() }
+            let next = try copy.open(.init(cap: configured))
+            #expect(next.cap == cap && next.isFrozen == frozen && next.usage.usedBytes <= (cap ?? UInt64.max))
+            let refusal = errorCode { try #require(next.pool(named: "e")).put(1, 1, bytes: TmemPages.filled(7)) }
+            #expect(refusal == (frozen ? QuireError.Code.noSpace : nil))
+        }
+        // The control: nobody has set anything.
+        try expect(16 << 20, frozen: false)
+        try expect(4 << 20, frozen: false, with: 4 << 20)
+        try tmem.setCap(8 << 20)
+        tmem.freeze()
+        try expect(8 << 20, frozen: true)
+        try expect(8 << 20, frozen: true, with: nil)
+        // One that is refused is none.
+        let disk = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "d", client: "a"))
+        for index in 0..<UInt32(500) { try disk.put(0, index, bytes: TmemPages.page(1 << 32 | UInt64(index))) }
+        #expect(errorCode { try tmem.setCap(1 << 20) } == .busy)
+        try expect(8 << 20, frozen: true)
+        try tmem.setCap(nil)
+        tmem.thaw()
+        try expect(nil, frozen: false)
+        // Another configuration, and not the same one read again, has the say.
+        try tmem.change(to: .init(cap: 12 << 20))
+        try expect(6 << 20, frozen: false, with: 6 << 20)
+    }
+
     /// The cap of the store: it holds, and one that cannot hold is refused with everything as it was.
     @Test func capOfTheStore() throws {
         let fixture = try TmemFixture()
@@ -551,6 +587,134 @@ import Testing
         }
         try tmem.setCap(nil)
         try disk.put(0, 9999, bytes: TmemPages.page(1 << 50))
+        audit(tmem)
+    }
+
+    /// Empty slabs that are kept at hand are no reason to be full: who needs memory to find pages by has theirs.
+    @Test func memoryAtHandIsRoom() throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let tmem = try fixture.open(.init(cap: 8 << 20))
+        let disk = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "d", client: "a"))
+        var pages: UInt32 = 0
+        while errorCode({ try disk.put(0, pages, bytes: TmemPages.page(UInt64(pages))) }) == nil { pages += 1 }
+        #expect(pages > 1500)
+        // So many slabs run empty as are kept.
+        #expect(disk.flush(0, pages: 0..<256) == 256)
+        #expect(tmem.usage.usedBytes > (8 << 20) - 65536)
+        // Each in a leaf of its own, for which there is no memory yet; they store nothing.
+        for index in 0..<UInt32(3000) { try disk.put(1, index * 16, bytes: TmemPages.filled(0)) }
+        #expect(tmem.usage.usedBytes <= 8 << 20 && disk.statistics.pages == UInt64(pages) - 256 + 3000)
+        for index in 256..<pages { #expect(try disk.page(0, index) == TmemPages.page(UInt64(index))) }
+        audit(tmem)
+    }
+
+    /// Who brings memory for a slab keeps nobody from slots that come free meanwhile, and takes one of these himself then.
+    @Test func slabsComeWithoutALock() throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let isArmed = Atomic<Bool>(false), isFree = Atomic<Bool>(false)
+        let target = Monitor<TmemPool?>(nil), other = Monitor<JoinableThread?>(nil), isDone = Monitor(false)
+        var seams = TmemSeams()
+        seams.whilePopulating = {
+            guard isArmed.exchange(false, ordering: .relaxed), let pool = target.read({ $0 }) else { return }
+            let thread = try? JoinableThread("other") {
+                pool.flush(0, pages: 0..<2)
+                #expect(throws: Never.self) { try pool.put(0, 2000, bytes: TmemPages.page(2000)) }
+                isDone.update { $0 = true }
+            }
+            other.update { $0 = thread }
+            // In vain where we have the lock of the class.
+            let came: Void? = isDone.wait(until: monotonicNanoseconds() + 5_000_000_000) { $0 ? () : nil }
+            isFree.store(came != nil, ordering: .relaxed)
+        }
+        let tmem = try fixture.open(seams: seams)
+        let pool = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "p", client: "c"))
+        target.update { $0 = pool }
+        // A whole slab of pages that cannot be compressed.
+        for index in 0..<UInt32(16) { try pool.put(0, index, bytes: TmemPages.page(UInt64(index))) }
+        isArmed.store(true, ordering: .relaxed)
+        try pool.put(0, 16, bytes: TmemPages.page(16))
+        other.read { $0 }?.join()
+        let wasFree = isFree.load(ordering: .relaxed)
+        #expect(wasFree)
+        for index in [UInt32](2..<17) + [2000] { #expect(try pool.page(0, index) == TmemPages.page(UInt64(index))) }
+        // The slab that came too late is kept at hand, and the next who needs one has it.
+        #expect(tmem.usage.pages == 16 && tmem.usage.wasteBytes == 65536)
+        try pool.put(0, 17, bytes: TmemPages.page(17))
+        #expect(tmem.usage.pages == 17 && tmem.usage.wasteBytes == 65536 - 4096)
+        audit(tmem)
+    }
+
+    /// As long as somebody brings a slab with more slots than he needs, the store is not full for others.
+    @Test func aSlabThatComesIsRoom() throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        let isArmed = Atomic<Bool>(false)
+        let target = Monitor<TmemPool?>(nil), other = Monitor<JoinableThread?>(nil), isTaken = Monitor<Bool?>(nil)
+        var seams = TmemSeams()
+        seams.whilePopulating = {
+            guard isArmed.exchange(false, ordering: .relaxed), let pool = target.read({ $0 }) else { return }
+            let thread = try? JoinableThread("other") {
+                let code = errorCode { try pool.put(1, 1, bytes: TmemPages.page(1 << 41)) }
+                isTaken.update { $0 = code == nil }
+            }
+            other.update { $0 = thread }
+            // It waits for us; or it has found the store to be full by then.
+            _ = isTaken.wait(until: monotonicNanoseconds() + 50_000_000) { $0 }
+        }
+        let tmem = try fixture.open(.init(cap: 4 << 20), seams: seams)
+        let pool = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "p", client: "c"))
+        target.update { $0 = pool }
+        var pages: UInt32 = 0
+        while errorCode({ try pool.put(0, pages, bytes: TmemPages.page(UInt64(pages))) }) == nil { pages += 1 }
+        // Room for one slab, which has no memory.
+        #expect(pool.flush(0, pages: 0..<16) == 16)
+        tmem.compact()
+        isArmed.store(true, ordering: .relaxed)
+        try pool.put(1, 0, bytes: TmemPages.page(1 << 40))
+        other.read { $0 }?.join()
+        #expect(isTaken.read { $0 } == true)
+        #expect(try pool.page(1, 0) == TmemPages.page(1 << 40) && pool.page(1, 1) == TmemPages.page(1 << 41))
+        for index in 16..<pages { #expect(try pool.page(0, index) == TmemPages.page(UInt64(index))) }
+        audit(tmem)
+    }
+
+    /// What the host has is not taken to the last: below the reserve ephemeral pages make room, and then a put fails that
+    /// needs memory, says why, and nothing is lost. The control: without a reserve all of it is taken.
+    @Test(arguments: [true, false]) func theHostKeepsItsReserve(_ isKept: Bool) throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        var seams = TmemSeams()
+        let all: UInt64 = 24 << 20
+        seams.availableBytes = { all - min(all, fixture.allocatedBytes) }
+        let tmem = try fixture.open(.init(reserve: isKept ? 8 << 20 : 0), seams: seams)
+        let cache = try tmem.createPool(.init(kind: .ephemeral, scope: .shared, name: "e", client: "b"))
+        let disk = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "d", client: "a"))
+        for index in 0..<UInt32(1000) { try cache.put(0, index, bytes: TmemPages.page(1 << 32 | UInt64(index))) }
+        var kept: [UInt32] = [], refusal: QuireError?
+        for index in 0..<UInt32(6000) {
+            do {
+                try disk.put(0, index, bytes: TmemPages.page(UInt64(index)))
+                kept.append(index)
+            } catch { refusal = error as? QuireError }
+        }
+        for index in kept { #expect(try disk.page(0, index) == TmemPages.page(UInt64(index))) }
+        audit(tmem)
+        guard isKept else {
+            #expect(kept.count == 6000 && cache.statistics.pages == 1000 && fixture.allocatedBytes > all && tmem.hostShortage == nil)
+            return
+        }
+        let said = "the host has less than 8M of memory left (tmem-reserve)"
+        #expect(refusal?.code == .noSpace && refusal?.message == said && tmem.hostShortage == "a page found no room: " + said)
+        #expect(kept.count > 3500 && cache.statistics.pages == 0 && fixture.allocatedBytes <= 17 << 20)
+        // What the store has already needs nothing of the host.
+        disk.flush(0, kept[0])
+        try disk.put(1, 0, bytes: TmemPages.page(1 << 40))
+        // And with a lower one there is room at once.
+        tmem.setReserve(4 << 20)
+        #expect(tmem.hostShortage == nil && tmem.reserve == 4 << 20)
+        for index in 1..<UInt32(256) { try disk.put(1, index, bytes: TmemPages.page(1 << 40 | UInt64(index))) }
         audit(tmem)
     }
 
@@ -622,6 +786,10 @@ import Testing
 
         // 20 MiB are promised.
         #expect(errorCode { try tmem.change(to: .init(cap: 16 << 20)) } == .busy && tmem.cap == nil)
+        // What is refused changes nothing, whichever part of it is wrong.
+        #expect(errorCode { try tmem.change(to: .init(compression: .zstd(level: 3), cap: 16 << 20)) } == .busy)
+        #expect(try put(300..<400) > lz4 * 3 / 4)
+        #expect(errorCode { try tmem.change(to: .init(compression: .zstd(level: 20), cap: 64 << 20)) } == .invalid && tmem.cap == nil)
         try tmem.change(to: .init(compression: .zstd(level: 1), cap: 16 << 20, overcommit: 2))
         #expect(tmem.cap == 16 << 20)
         // The factor of a change that was refused is no factor: with 3 this would do.
@@ -654,8 +822,8 @@ import Testing
     // MARK: - Threads
 
     /// Threads that put, get and flush in all kinds of pools, each its own keys but the same contents now and then, under a
-    /// cap that evicts all the time, with freezing, compaction and discards of everything between: whatever is found is
-    /// what was put last, and persistent pages are found.
+    /// cap that evicts all the time, with freezing, compaction, clients' caps and discards of everything between: whatever is found
+    /// is what was put last, and persistent pages are found.
     @Test func threadsAgainstTheirOwnModels() throws {
         let fixture = try TmemFixture()
         defer { fixture.close() }
@@ -671,7 +839,7 @@ import Testing
             var random = SplitMix(UInt64(thread))
             if thread == 3 {
                 while ended.load(ordering: .relaxed) < 3 {
-                    switch random.next() % 5 {
+                    switch random.next() % 6 {
                     case 0: tmem.evict(bytes: random.next() % (8 << 20))
                     case 1: tmem.compact()
                     case 2:
@@ -679,6 +847,9 @@ import Testing
                         ProcessCalls.sleep(milliseconds: 1)
                         tmem.thaw()
                     case 3: all[Int(random.next() % 2)].flush(random.next() % 3, pages: 0..<UInt32.max)
+                    case 4:
+                        // Of a client; refused where he has more persistent pages than that.
+                        try? all[Int(random.next() % 4)].setCap(random.next() % 2 == 0 ? nil : random.next() % (16 << 20))
                     default: _ = tmem.usage
                     }
                     ProcessCalls.sleep(milliseconds: 1)

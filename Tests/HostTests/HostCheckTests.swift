@@ -23,6 +23,7 @@ import Testing
         #expect(level(found, "kvm") == .note)
         #expect(level(found, "quired") == .note)
         #expect(level(found, "libvirt") == .ok)
+        #expect(level(found, "confinement") == .ok)
         #expect(level(found, "backend") == .ok)
         for finding in found where finding.level != .ok { #expect(!finding.advice.isEmpty, "\(finding)") }
 
@@ -46,5 +47,44 @@ import Testing
         #expect(level(HostCheck(places).run(), "libvirt") == .note)
         _ = try folder.write("run/libvirt/libvirt-sock", "")
         #expect(level(HostCheck(places).run(), "libvirt") == .ok)
+    }
+
+    /// Where AppArmor confines libvirt, its profiles have to know Quire, in the files that are the host's own: each that does not has its line.
+    @Test func confinement() throws {
+        let folder = try TemporaryFolder()
+        for path in [
+            "/sys", "/sys/module", "/sys/module/apparmor", "/sys/module/apparmor/parameters", "/sys/kernel", "/sys/kernel/security",
+            "/sys/kernel/security/apparmor", "/etc", "/etc/apparmor.d", "/etc/apparmor.d/abstractions", "/etc/apparmor.d/local",
+            "/etc/apparmor.d/local/abstractions",
+        ] { try Files.makeDirectory(folder.path + path, mode: 0o700) }
+        var places = HostCheck.Places(backend: "/usr/bin/quire-backend", agent: nil, store: folder.path + "/none")
+        places.root = folder.path
+        func found() throws -> HostCheck.Finding { try #require(HostCheck(places).run().first { $0.id == "confinement" }) }
+
+        _ = try folder.write("sys/module/apparmor/parameters/enabled", "Y\n")
+        #expect(try found().level == .ok)
+        for profile in ["usr.sbin.libvirtd", "abstractions/libvirt-qemu"] {
+            _ = try folder.write("etc/apparmor.d/" + profile, "")
+            _ = try folder.write("etc/apparmor.d/local/" + profile, "")
+        }
+        let qemu = "cat /usr/share/doc/quire/examples/apparmor-libvirt-qemu >> /etc/apparmor.d/local/abstractions/libvirt-qemu"
+        let daemon = "cat /usr/share/doc/quire/examples/apparmor-libvirtd >> /etc/apparmor.d/local/usr.sbin.libvirtd; "
+            + "apparmor_parser -r /etc/apparmor.d/usr.sbin.libvirtd"
+        #expect(try found().level == .problem)
+        #expect(try found().advice == daemon + "; " + qemu)
+
+        // What is loaded has the say; and without AppArmor nothing has.
+        _ = try folder.write("sys/kernel/security/apparmor/profiles", "/usr/bin/man (enforce)\n")
+        #expect(try found().level == .ok)
+        _ = try folder.write("sys/kernel/security/apparmor/profiles", "/usr/bin/man (enforce)\nlibvirtd (enforce)\n")
+        #expect(try found().level == .problem)
+        _ = try folder.write("sys/module/apparmor/parameters/enabled", "N\n")
+        #expect(try found().level == .ok)
+        _ = try folder.write("sys/module/apparmor/parameters/enabled", "Y\n")
+
+        _ = try folder.write("etc/apparmor.d/local/usr.sbin.libvirtd", "/usr/bin/quire PUx,\n")
+        #expect(try found().advice == qemu)
+        _ = try folder.write("etc/apparmor.d/local/abstractions/libvirt-qemu", "/run/quire/*/qemu/*.sock rw,\n")
+        #expect(try found().level == .ok)
     }
 }

@@ -17,12 +17,15 @@ import VhostBackend
         return try SharedDisk(options, notice: notice)
     }
 
-    /// A guest that comes from elsewhere reads, writes and discards nothing on a disk that may not be the one it knows. Every other
-    /// guest's requests go to quired, which is away here: they wait.
+    /// A guest that comes from elsewhere, as QEMU's command line says or the rings do, reads, writes and discards nothing on a disk that
+    /// may not be the one it knows. Every other guest's requests go to quired, which is away here: they wait.
     @Test(arguments: [
-        ([], nil, true), (["-incoming", "defer"], nil, false), (["-loadvm", "one"], nil, false), (["-incoming", "defer"], "any", true),
-        (["-incoming", "defer"], "deadbeefdeadbeef", true), (["-incoming", "defer"], "deadbeefdeadbeee", false), ([], "1", true),
-    ] as [([String], String?, Bool)]) func isTheOneThatTheGuestKnows(_ arguments: [String], _ known: String?, _ isServed: Bool) throws {
+        ([], .unknown, nil, true), (["-incoming", "defer"], .unknown, nil, false), (["-loadvm", "one"], .here, nil, false),
+        (["-incoming", "defer"], .elsewhere, "any", true), (["-incoming", "defer"], .unknown, "deadbeefdeadbeef", true),
+        (["-incoming", "defer"], .unknown, "deadbeefdeadbeee", false), ([], .here, "1", true), ([], .elsewhere, nil, false),
+        ([], .elsewhere, "1", false), ([], .elsewhere, "deadbeefdeadbeef", true),
+    ] as [([String], DeviceStart.Origin, String?, Bool)])
+    func isTheOneThatTheGuestKnows(_ arguments: [String], _ origin: DeviceStart.Origin, _ known: String?, _ isServed: Bool) throws {
         let said = Monitor<[String]>([])
         let disk = try Self.disk(known) { line in said.update { $0.append(line) } }
         let region = try MemoryRegion(
@@ -36,7 +39,7 @@ import VhostBackend
         options.parentDeathSignal = SIGKILL
         var qemu = try ChildProcess(
             ["sh", "-c", "read line; true", "qemu-system-x86_64", "-device", "vhost-user-blk-pci,chardev=c"] + arguments, options)
-        disk.deviceStarted(DeviceStart(memory: memory, rings: [], nonce: 1, frontEnd: qemu.pid))
+        disk.deviceStarted(DeviceStart(memory: memory, rings: [], nonce: 1, origin: origin, frontEnd: qemu.pid))
         let buffer = try memory.buffer(0, count: 4096)
         let requests: [() throws -> Void] = [
             { try disk.read(at: 0, into: buffer) }, { try disk.write(at: 0, from: buffer) }, { try disk.discard(at: 0, count: 4096) },

@@ -48,7 +48,9 @@ private final class SwapBench {
     func store(_ options: SwapDisk.Options) throws -> Tmem {
         try Tmem(
             file.duplicate(),
-            .init(cap: options.overcommit.map { UInt64(Double(options.byteCount) / $0) }, overcommit: options.overcommit ?? 1))
+            .init(
+                cap: options.overcommit.map { UInt64(Double(options.byteCount) / $0) }, overcommit: options.overcommit ?? 1,
+                reserve: options.reserve))
     }
 
     func disk(_ options: SwapDisk.Options = .init(byteCount: 16 << 20)) throws -> SwapDisk {
@@ -83,8 +85,10 @@ private final class SwapBench {
     }
 
     /// What a guest's start of the device is to the disk.
-    func start(_ disk: SwapDisk, by frontEnd: Int32? = nil) {
-        disk.deviceStarted(DeviceStart(memory: memory, rings: [], nonce: 1, frontEnd: frontEnd))
+    func start(
+        _ disk: SwapDisk, by frontEnd: Int32? = nil, origin: DeviceStart.Origin = .unknown, settle: @escaping @Sendable () -> Void = {}
+    ) {
+        disk.deviceStarted(DeviceStart(memory: memory, rings: [], nonce: 1, origin: origin, frontEnd: frontEnd, settle: settle))
     }
 }
 
@@ -174,6 +178,75 @@ private let zeros = [UInt8](repeating: 0, count: pageSize)
         for page in 128..<written { #expect(try bench.read(disk, page: page) == noise(UInt64(page))) }
     }
 
+    /// Where the host has less left than it is to have: errors that say so, nothing is lost, and there is room again with a lower reserve.
+    @Test func theHostKeepsItsReserve() throws {
+        let bench = try SwapBench()
+        var options = SwapDisk.Options(byteCount: 16 << 20)
+        options.reserve = 0
+        do {
+            // The control: nothing is left to the host.
+            let disk = try bench.disk(options)
+            for page in 0..<16 { try bench.write(disk, page: page, noise(UInt64(page))) }
+            #expect(disk.snapshot.reason.isEmpty)
+        }
+        // More than any host has.
+        options.reserve = 1 << 43
+        let disk = try bench.disk(options)
+        let said = "the host has less than 8T of memory left (tmem-reserve)"
+        #expect(message { try bench.write(disk, page: 20, noise(20)) } == said)
+        #expect(disk.snapshot.reason == "a page found no room: " + said && disk.snapshot.pools.first?.putsFailed == 1)
+        for page in 0..<16 { #expect(try bench.read(disk, page: page) == noise(UInt64(page))) }
+        // What is there already may be used again.
+        try disk.discard(at: 0, count: 4096)
+        try bench.write(disk, page: 20, noise(20))
+        #expect(message { try bench.write(disk, page: 21, noise(21)) } == said)
+        try disk.tune(.init(compression: .lz4, overcommit: nil, reserve: 4096))
+        #expect(disk.snapshot.reason.isEmpty)
+        try bench.write(disk, page: 21, noise(21))
+        #expect(try bench.read(disk, page: 20, count: 2) == noise(20) + noise(21))
+    }
+
+    /// An operator's limit and freeze are there for the next backend, whatever its command line says; another over-commit factor ends
+    /// the limit.
+    @Test func limitsOutliveTheProcess() throws {
+        let bench = try SwapBench()
+        var options = SwapDisk.Options(byteCount: 16 << 20)
+        options.overcommit = 2
+        do {
+            let disk = try bench.disk(options)
+            #expect(disk.snapshot.capBytes == 8 << 20)
+            try disk.setCap(12 << 20)
+            disk.store.freeze()
+        }
+        do {
+            let disk = try bench.disk(options)
+            #expect(disk.snapshot.capBytes == 12 << 20 && disk.snapshot.isFrozen)
+            try disk.tune(.init(compression: .lz4, overcommit: nil))
+            #expect(disk.snapshot.capBytes == 12 << 20)
+            try disk.tune(.init(compression: .lz4, overcommit: 4))
+            #expect(disk.snapshot.capBytes == 4 << 20)
+        }
+        options.overcommit = 3
+        #expect(try bench.disk(options).snapshot.capBytes == UInt64(Double(16 << 20) / 3))
+    }
+
+    /// A store holds less than the largest disk: a new one has to fit, and one that is there goes on.
+    @Test func mustFitIntoAStore() throws {
+        let bench = try SwapBench()
+        var options = SwapDisk.Options(byteCount: 2 << 40)
+        let said = "a swap disk of 2T is more than a store of 1023G is sure to hold: make it smaller, or give an over-commit factor of 3"
+        #expect(message { try bench.disk(options) } == said)
+        options.overcommit = 3
+        do {
+            let disk = try bench.disk(options)
+            try bench.write(disk, page: 5, noise(5))
+            #expect(message { try disk.tune(.init(compression: .lz4, overcommit: 1)) } == said)
+            #expect(disk.snapshot.capBytes == UInt64(Double(2 << 40) / 3))
+        }
+        options.overcommit = 1
+        #expect(try bench.read(bench.disk(options), page: 5) == noise(5))
+    }
+
     @Test func refusesWhatIsNoSwapDisk() throws {
         let bench = try SwapBench()
         do { try bench.write(bench.disk(), page: 4000, noise(1)) }
@@ -196,6 +269,8 @@ private let zeros = [UInt8](repeating: 0, count: pageSize)
         ("swap,fd=3,size=1G,overcommit=nan", "--device: overcommit=nan is no over-commit factor: give 1 to 100, such as 1.5"),
         ("swap,fd=3,size=1G,compression=gzip", "'gzip' is no compression: choose lz4, zstd or zstd:LEVEL with a level of 1 to 19"),
         ("swap,fd=3,size=1G,compression=zstd:99", "'zstd:99' is no compression: choose lz4, zstd or zstd:LEVEL with a level of 1 to 19"),
+        ("swap,fd=3,size=1G,reserve=9T", "--device: reserve=9T is no reserve: give a size up to 8T, such as 256M, or 0"),
+        ("swap,fd=3,size=1G,reserve=much", "--device: reserve=much is no reserve: give a size up to 8T, such as 256M, or 0"),
         ("swap,fd=3,size=1G,tmem-fd=x", "--device: tmem-fd=x is no descriptor"),
         ("swap,fd=3,size=1G,awaits-restore=1", "--device: awaits-restore=1: choose on or off"),
         ("swap,fd=3,size=1G,depth=3", "--device swap,fd=3,size=1G,depth=3: unknown option 'depth'"),
@@ -209,9 +284,10 @@ private let zeros = [UInt8](repeating: 0, count: pageSize)
         options.queueCount = 2
         options.overcommit = 1.5
         options.compression = .zstd(level: 5)
+        options.reserve = 1 << 30
         options.awaitsRestore = true
         #expect(
-            try BackendProcess.Device(parsing: "swap,fd=7,size=4G,tmem-fd=8,queues=2,overcommit=1.5,compression=zstd:5,awaits-restore=on")
+            try BackendProcess.Device(parsing: "swap,fd=7,size=4G,tmem-fd=8,queues=2,overcommit=1.5,compression=zstd:5,reserve=1G,awaits-restore=on")
                 == .init(kind: .swap(options, store: 8), endpoint: .descriptor(7)))
         #expect(
             try BackendProcess.Device(parsing: "swap,socket=/s,size=1M")
@@ -227,13 +303,16 @@ private let zeros = [UInt8](repeating: 0, count: pageSize)
         tuning.merges = false
         #expect(try parsed("tune 500 100 unmerge") == tuning)
         #expect(tuning.request == "tune 500 100 unmerge")
-        (tuning.workers, tuning.mergeWorkers, tuning.logLevel) = (2, 16, "debug")
+        (tuning.workers, tuning.mergeWorkers, tuning.tracksWrites, tuning.logLevel) = (2, 16, false, "debug")
         tuning.swap = .init(compression: .zstd(level: 7), overcommit: 1.5)
-        #expect(tuning.request == "tune 500 100 unmerge workers=2 merge-workers=16 log-level=debug compression=zstd:7 overcommit=1.5")
+        #expect(
+            tuning.request
+                == "tune 500 100 unmerge workers=2 merge-workers=16 write-tracking=false log-level=debug compression=zstd:7 overcommit=1.5")
         #expect(try parsed(tuning.request) == tuning)
-        tuning.swap = .init(compression: .lz4, overcommit: nil)
+        tuning.swap = .init(compression: .lz4, overcommit: nil, reserve: 0)
+        #expect(tuning.request.hasSuffix(" compression=lz4 reserve=0"))
         #expect(try parsed(tuning.request) == tuning)
-        for text in ["", "tune", "tune 1", "tune 1 x", "tune 1 2 maybe", "tune 1 2 workers=x", "tune 1 2 log-level=loud", "tune 1 2 overcommit=2", "tune 1 2 workers"] {
+        for text in ["", "tune", "tune 1", "tune 1 x", "tune 1 2 maybe", "tune 1 2 workers=x", "tune 1 2 log-level=loud", "tune 1 2 overcommit=2", "tune 1 2 reserve=2", "tune 1 2 workers", "tune 1 2 write-tracking=no"] {
             #expect(message { try parsed(text) }?.contains("is no tuning") == true, "\(text)")
         }
         #expect(message { try parsed("tune 1 2 compression=fast") }?.contains("is no compression") == true)
@@ -304,6 +383,8 @@ private let zeros = [UInt8](repeating: 0, count: pageSize)
         #expect(try Self.restore(target, file) == UInt64(Self.content.count))
         #expect(try Self.holds(Self.content, two, target))
         #expect(target.store.pools.count == 1 && target.snapshot.pools.first?.name == "swap")
+        // The mark is none of them.
+        #expect(target.snapshot.pools.first?.pages == UInt64(Self.content.count))
         // A saved copy of the copy is the same but for its checksums' seed; and restoring again works.
         let again = try Self.saved(target)
         #expect(again.count == file.count)
@@ -444,6 +525,59 @@ private let zeros = [UInt8](repeating: 0, count: pageSize)
         let disk = try bench.disk(options)
         #expect(disk.snapshot.reason.isEmpty)
         #expect(try Self.holds(Self.content, bench, disk))
+    }
+
+    /// A snapshot that is loaded while QEMU runs brings a guest that has no use for what was written since: it gets no byte of that, and
+    /// nobody saves it as its own. What is restored is for one arrival, also where a backend dies before the guest is there.
+    @Test func aRestoreIsForOneArrival() throws {
+        let bench = try SwapBench()
+        let settled = Monitor(0)
+        func arrive(_ disk: SwapDisk) { bench.start(disk, origin: .elsewhere) { settled.update { $0 += 1 } } }
+        func isRefused(_ disk: SwapDisk) -> Bool {
+            let reads = message { try bench.read(disk, page: 0) }, writes = message { try bench.write(disk, page: 0, noise(1)) }
+            return reads != nil && writes != nil && disk.snapshot.reason.contains("quire tmem restore")
+        }
+        let then: [UInt8]
+        do {
+            let disk = try bench.disk()
+            try Self.fill(bench, disk)
+            then = try Self.saved(disk)
+            bench.start(disk, origin: .here)
+            try bench.write(disk, page: 0, noise(5000))
+            disk.deviceStopping()
+            arrive(disk)
+            #expect(isRefused(disk))
+            disk.deviceStopping()
+            #expect(message { try Self.saved(disk) } == "the swap disk waits for its content: quire tmem restore")
+            // The control: what a guest that is taken for the one before would read, and the snapshot's does not expect.
+            bench.start(disk, origin: .here)
+            #expect(try bench.read(disk, page: 0) == noise(5000) && noise(5000) != Self.content[0])
+            disk.deviceStopping()
+            #expect(try Self.restore(disk, then) == UInt64(Self.content.count))
+            #expect(disk.snapshot.pools.first?.pages == UInt64(Self.content.count))
+        }
+        do {
+            let disk = try bench.disk()
+            arrive(disk)
+            disk.deviceStopping()
+            bench.start(disk, origin: .here)
+            #expect(settled.read { $0 } == 1)
+            #expect(try Self.holds(Self.content, bench, disk))
+            #expect(disk.snapshot.pools.first?.pages == UInt64(Self.content.count))
+            disk.deviceStopping()
+            arrive(disk)
+            #expect(isRefused(disk))
+        }
+        let disk = try bench.disk()
+        arrive(disk)
+        #expect(isRefused(disk))
+        disk.deviceStopping()
+        _ = try Self.restore(disk, then)
+        // The guest that was there has run with it: it is of use for no other.
+        bench.start(disk)
+        disk.deviceStopping()
+        arrive(disk)
+        #expect(isRefused(disk) && settled.read { $0 } == 1)
     }
 
     /// Whether the guest comes from elsewhere is what its QEMU was started with. Where that can't be read, or is of something

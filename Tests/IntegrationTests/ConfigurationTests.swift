@@ -104,6 +104,14 @@ extension Integration {
                 try write("[backend]\nperiod = \"1s\"\nmerge-period = \"100ms\"\nworkers = 2\nswap-overcommit = 2\nswap-queues = 2\nstore = \"\(store.path)\"\n")
                 #expect(try reload().contains("one: backend.merge: false -> true\n"))
                 try one.wait(for: "merging to go on") { one.status.merging.mergedTotalPages > 0 && one.status.merging.state == .active }
+                // What the guest writes is found by reading, and then by the kernel again, which begins with all of it.
+                for tracks in [false, true] {
+                    try write("[backend]\nperiod = \"1s\"\nmerge-period = \"100ms\"\nworkers = 2\nswap-overcommit = 2\nswap-queues = 2\nstore = \"\(store.path)\"\nwrite-tracking = \(tracks)\n")
+                    #expect(try reload().contains("one: backend.write-tracking: \(!tracks) -> \(tracks)\n"))
+                    try one.wait(for: "another way to look") { one.status.merging.reason.contains("--no-write-tracking") != tracks }
+                    let before = one.status.merging.hashedTotalPages
+                    try one.wait(for: "pages to be hashed anew") { one.status.merging.hashedTotalPages > before + 1000 }
+                }
                 try one.churn(100, seconds: 2)
                 try one.expectQuietLog()
             }

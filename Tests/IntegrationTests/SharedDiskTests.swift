@@ -93,6 +93,7 @@ extension Integration {
             #expect(try refusal(["--shared-disk", "scratch,size=1G", "--group", "lab"]).contains("has 64M, not 1G"))
             #expect(try refusal(["--shared-disk", "scratch", "--shared-disk", "scratch", "--group", "lab"]).contains("given twice"))
             #expect(try refusal(["--swap", "1000"]).contains("--swap 1000: give a size from 1M to 8T in whole pages"))
+            #expect(try refusal(["--swap", "2T"]).contains("a swap disk of 2T is more than a store of 1023G is sure to hold"))
             #expect(Files.list(folder.path + "/run") ?? [] == [])
         }
     }

@@ -154,10 +154,15 @@ extension Integration {
                 var (status, text) = try guest.tmem("save", [file])
                 #expect(status == 1 && text.contains("pause it first") && text.filter { $0 == "\n" }.count == 1, "\(text)")
                 #expect(Files.identity(of: file) == nil && Files.identity(of: file + ".partial") == nil)
+                // What somebody has put where it is written first gets nothing of it.
+                let bait = guest.folder.path + "/bait"
+                try host("sh", "-c", "umask 0; echo old >\(bait); ln -s \(bait) \(file).partial")
                 let load = try guest.console.start("quire-load hold \(Self.much)")
                 try guest.console.expect("peak\n", within: Effort.patience * 2)
                 try guest.qmp.command("stop")
                 try guest.wait(for: "the device to stop") { try guest.tmem("save", [file]).status == 0 }
+                let mode = try Descriptor.open(file, O_RDONLY | O_NOFOLLOW).status().mode
+                #expect(try Files.read(bait) == "old\n" && mode == 0o600)
                 let pages = try guest.swapPool().pages
                 (status, text) = try guest.tmem("restore", [file])
                 #expect(status == 0 && text == "quire: \(pages) pages restored\n", "\(text)")
@@ -181,6 +186,80 @@ extension Integration {
                 #expect(list.contains("swap  persistent"), "\(list)")
                 try guest.wait(for: "the status to show the pool") { guest.status.tmem.pools.first?.pages ?? 0 > 1000 }
                 #expect(try guest.statusCommand().tmem.pools.first?.capacityBytes == 1 << 30)
+                try guest.expectQuietLog()
+            }
+        }
+
+        /// A snapshot is loaded while QEMU runs: the guest's memory is of then, the swap disk of now, where the same pages have other
+        /// bytes. The guest gets I/O errors and none of them, from a backend that is started meanwhile, too; and all is right with
+        /// what was saved along with the snapshot. The control: what is restored though it is of now is seen as wrong.
+        @Test func loadsASnapshot() throws {
+            let folder = try Folder()
+            let arguments = try Pause.disk(in: folder)
+            let guest = try Guest(Self.small.with { $0.arguments = arguments }, in: folder)
+            let then = folder.path + "/then", now = folder.path + "/now"
+            try guest.watched {
+                let disk = try guest.swapOn()
+                // Nothing else is to swap: the shell has to live.
+                try guest.sh("mkdir -p /tmp/cg && mount -t cgroup2 none /tmp/cg && echo +memory >/tmp/cg/cgroup.subtree_control")
+                try guest.sh("mkdir /tmp/cg/load && echo 16M >/tmp/cg/load/memory.max")
+                func hold(seed: Int) throws -> Int {
+                    let load = try guest.console.start(
+                        "sh -c 'echo $$ >/tmp/cg/load/cgroup.procs; exec quire-load hold 40 --seed \(seed)'")
+                    try guest.console.expect("peak\n", within: Effort.patience * 2)
+                    try guest.wait(for: "the load to swap") { try guest.swapPool().pages > 4000 }
+                    return load
+                }
+                func check(_ load: Int) throws -> (text: String, status: Int) {
+                    try guest.console.send("")
+                    return try guest.console.finish(load, within: Effort.patience * 2)
+                }
+                func save(_ file: String) throws {
+                    try guest.qmp.command("stop")
+                    try guest.wait(for: "the device to stop") { try guest.tmem("save", [file]).status == 0 }
+                }
+                /// The guest as it was then, with what is in the file on its swap disk.
+                func load(_ file: String?) throws {
+                    try guest.qmp.command("stop")
+                    try guest.qmp.human("loadvm one", within: Guest.patience(for: 60))
+                    if let file {
+                        let (status, text) = try guest.tmem("restore", [file])
+                        #expect(status == 0, "\(text)")
+                    }
+                    try guest.qmp.command("cont")
+                }
+
+                let one = try hold(seed: 1)
+                try save(then)
+                try guest.qmp.human("savevm one", within: Guest.patience(for: 60))
+                try guest.qmp.command("cont")
+                var (text, status) = try check(one)
+                #expect(status == 0 && text.contains("ok "), "\(text)")
+                // All that was there is discarded, and the same places are filled from the beginning.
+                try guest.sh("swapoff \(disk) && swapon -d \(disk)", within: Effort.patience * 2)
+                _ = try hold(seed: 2)
+                try save(now)
+
+                try load(nil)
+                try guest.wait(for: "the warning") { guest.stderr.contains("its swap disk did not: every request is an I/O error") }
+                (text, status) = try check(one)
+                #expect(status != 0 && !text.contains("WRONG") && !text.contains("ok "), "\(status): \(text)")
+                let backend = guest.backendPID
+                ProcessCalls.signal(backend, SIGKILL)
+                try guest.wait(for: "another backend") { ![backend, 0].contains(guest.backendPID) }
+                #expect(try guest.run("dd if=\(disk) of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null").status != 0)
+                try guest.wait(for: "the status to say why") { guest.status.tmem.reason.contains("waits for its content") }
+                try guest.qmp.command("stop")
+                let (refused, why) = try guest.tmem("save", [folder.path + "/foreign"])
+                #expect(refused == 1 && why.contains("waits for its content"), "\(why)")
+
+                try load(now)
+                (text, status) = try check(one)
+                // It may crash before it can say so, if what it says it with was swapped, too; of no SIGBUS, though.
+                #expect(text.contains("WRONG") || status > 128 && status != 128 + Int(SIGBUS), "\(status): \(text)")
+                try load(then)
+                (text, status) = try check(one)
+                #expect(status == 0 && text.contains("ok "), "\(status): \(text)")
                 try guest.expectQuietLog()
             }
         }
@@ -230,8 +309,7 @@ extension Integration {
                         try host("sh", "-c", "set -e; QUIRE_RUNTIME_DIR=\(folder.path)/run; export QUIRE_RUNTIME_DIR; "
                             + "{ \(Program.quire) tmem save source -; } | \(Program.quire) tmem restore target -")
                         pages = try source.swapPool().pages
-                        // Its mark is one more.
-                        #expect(try target.swapPool().pages == pages + 1)
+                        #expect(try target.swapPool().pages == pages)
                     }
                     try source.qmp.command("migrate-continue", ["state": .string("pre-switchover")])
                     try state("completed")

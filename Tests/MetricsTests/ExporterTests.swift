@@ -216,6 +216,45 @@ import Testing
         Files.remove(base + "/copy")
     }
 
+    /// Numbers that no backend writes, from a page that anybody may write: nobody who looks at it dies of them.
+    @Test func absurdNumbers() throws {
+        let base = folder.path + "/absurd"
+        let absurd = try SyntheticVMs(1, base: base)
+        let writer = try StatusPage.Writer(path: absurd.directory.statusPath("vm-000"), name: "vm-000", pid: ProcessCalls.ownPID)
+        for number: UInt64 in [.max, .max / 2, 1 << 54, 1] {
+            writer.setRAM(bytes: number, resident: number)
+            writer.setRecycled(now: number, total: number, rateMillipages: number)
+            writer.setGuest(freeMarkedPages: number, waits: number, refilledPages: number)
+            writer.setCosts(cpuNanoseconds: number, mapBytes: number)
+            var merging = MergeSnapshot()
+            merging.state = .active
+            (merging.sharingPages, merging.zeroPages, merging.divergedPages) = (number, number, 1)
+            (merging.hashedTotalPages, merging.mergedTotalPages, merging.foldedTotalPages) = (number, number, number)
+            (merging.mergedRateMillipages, merging.foldedRateMillipages) = (number, number)
+            (merging.mappings, merging.mappingLimit) = (number, number)
+            (merging.groupSharedPages, merging.groupSharingPages, merging.groupSavedBytes) = (number, number, number)
+            merging.groupHistogram = merging.groupHistogram.map { _ in number }
+            writer.setMerging(merging)
+            var tmem = TmemSnapshot()
+            tmem.isPresent = true
+            (tmem.usedBytes, tmem.metadataBytes, tmem.capBytes) = (number, number, number)
+            var pool = PoolSnapshot()
+            pool.name = "swap"
+            (pool.pages, pool.storedBytes, pool.puts, pool.hits) = (number, 1, number, number)
+            tmem.pools = [pool]
+            writer.setTmem(tmem)
+            writer.setUpdated(nanoseconds: number)
+            let host = HostSnapshot.read(RuntimeDirectories([base]))
+            #expect(host.vms.map(\.report.name) == ["vm-000"])
+            #expect(StatusReport.table(host.vms.map(\.report), colours: false).contains("vm-000"))
+            #expect(try StatusReport.parse(json: StatusReport.json(host.vms.map(\.report))).map(\.name) == ["vm-000"])
+            #expect(Exposition.text(host).contains("vm-000"))
+            var screen = TopScreen(intervalMilliseconds: 1000, hasBlocks: true)
+            for _ in 0..<2 { screen.show(host) }
+            #expect(screen.lines(size: nil, colours: false).contains { $0.contains("vm-000") })
+        }
+    }
+
     @Test func oneClearLineForWrongOptions() throws {
         func line(_ options: String...) throws -> String {
             try command([products + "quire-exporter"] + options).text

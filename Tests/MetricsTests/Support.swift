@@ -134,11 +134,18 @@ final class Exporter {
     var socket: String { folder.path + "/metrics.sock" }
     var url: String { "http://127.0.0.1:\(port)/" }
 
-    init(_ directories: [String], store: String = "/nonexistent/store.sock", _ more: [String] = []) throws {
-        folder = try Folder()
-        process = try Running(
-            [products + "quire-exporter", "--config", "/dev/null", "--http", "127.0.0.1:0", "--http-socket", folder.path + "/metrics.sock", "--store", store]
-                + directories.flatMap { ["--runtime-directory", $0] } + more, log: folder.path + "/log")
+    convenience init(_ directories: [String], store: String = "/nonexistent/store.sock", _ more: [String] = []) throws {
+        let folder = try Folder()
+        try self.init(
+            in: folder,
+            ["--config", "/dev/null", "--http", "127.0.0.1:0", "--http-socket", folder.path + "/metrics.sock", "--store", store]
+                + directories.flatMap { ["--runtime-directory", $0] } + more)
+    }
+
+    /// With options that have it listen there, too, or name a configuration that does.
+    init(in folder: Folder, _ options: [String]) throws {
+        self.folder = folder
+        process = try Running([products + "quire-exporter"] + options, log: folder.path + "/log")
         let prefix = "quire-exporter: listening on http://127.0.0.1:"
         var found: UInt16?
         let process = self.process, socketLine = "listening on \(folder.path)/metrics.sock"
@@ -161,20 +168,26 @@ final class Exporter {
     func end() -> ProcessEnd { process.end() }
 
     /// A connection to the port.
-    func connect() throws -> Descriptor {
+    func connect() throws -> Descriptor { try Self.tcp(port, at: Self.loopback) }
+
+    static let loopback: UInt32 = 0x7F00_0001
+
+    /// A connection; or a socket that listens.
+    static func tcp(_ port: UInt16, at host: UInt32, listens: Bool = false) throws -> Descriptor {
         let raw = Glibc.socket(AF_INET, Int32(SOCK_STREAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue), 0)
         guard raw >= 0 else { throw QuireError.system("no socket") }
         let descriptor = Descriptor(owning: raw)
         var address = sockaddr_in()
         address.sin_family = sa_family_t(AF_INET)
         address.sin_port = port.bigEndian
-        address.sin_addr.s_addr = UInt32(0x7F00_0001).bigEndian
+        address.sin_addr.s_addr = host.bigEndian
+        let size = socklen_t(MemoryLayout<sockaddr_in>.size)
         let code = unsafe withUnsafePointer(to: &address) { pointer in
-            unsafe pointer.withMemoryRebound(to: sockaddr.self, capacity: 1) {
-                unsafe Glibc.connect(raw, $0, socklen_t(MemoryLayout<sockaddr_in>.size))
+            unsafe pointer.withMemoryRebound(to: sockaddr.self, capacity: 1) { place in
+                unsafe listens ? Glibc.bind(raw, place, size) : Glibc.connect(raw, place, size)
             }
         }
-        guard code == 0 else { throw QuireError.system("cannot connect to port \(port)") }
+        guard code == 0, !listens || Glibc.listen(raw, 8) == 0 else { throw QuireError.system("cannot use port \(port)") }
         return descriptor
     }
 
@@ -207,8 +220,8 @@ final class Exporter {
         return response
     }
 
-    func getOverSocket(_ path: String) throws -> Response {
-        let socket = try UnixSocket.connect(to: self.socket)
+    func getOverSocket(_ path: String, at socketPath: String? = nil) throws -> Response {
+        let socket = try UnixSocket.connect(to: socketPath ?? self.socket)
         let request = "GET \(path) HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         guard let response = Response(try Self.exchange(socket.descriptor, Array(request.utf8))) else { throw Trouble("no answer") }
         return response

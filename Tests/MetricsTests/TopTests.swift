@@ -118,6 +118,30 @@ import Testing
         #expect(try eventually { try !terminal.isOnOtherScreen && terminal.screen().contains("prompt>") })
     }
 
+    /// What takes long has a bar, where there is a terminal: it grows, and nothing is left of it in the end. Who answers here is a socket
+    /// that takes its time: no guest is needed for that.
+    @Test func progressBar() throws {
+        let terminal = try Terminal(folder, directory: vms.directory.base)
+        let file = try folder.write("swapped", String(repeating: "-", count: 8192))
+        let listener = try UnixSocket.listen(at: vms.directory.commandPath("vm-000"), kind: .messages)
+        try terminal.enter("\(products)quire tmem restore vm-000 \(file); echo status $?")
+        guard !waitReadable([listener.descriptor.raw], timeoutMilliseconds: 20_000).isEmpty else { throw Trouble(terminal.shown) }
+        let connection = try listener.accept()
+        var passed = UnixSocket.PassedDescriptors()
+        let request = try connection.receiveMessage(limit: 4096, maxDescriptors: 1, into: &passed)
+        #expect(request == Array("tmem restore".utf8))
+        guard let swapped = passed.next() else { throw Trouble("no file was passed") }
+        // How far it has been read is how far it is.
+        for (bytes, bar) in [(4096, "[###############...............] 50 %"), (2048, "[######################........] 75 %")] {
+            _ = try swapped.readAll(limit: bytes)
+            #expect(try eventually { try terminal.screen().contains("vm-000: restoring \(bar)") }, "\(terminal.shown)")
+        }
+        try connection.sendMessage(Array("=17".utf8))
+        #expect(try eventually { try terminal.screen().contains("status 0") }, "\(terminal.shown)")
+        let end = terminal.shown
+        #expect(end.contains("quire: 17 pages restored\n") && !end.contains("restoring ["), "\(end)")
+    }
+
     @Test func withoutUTF8() throws {
         let terminal = try Terminal(folder, directory: vms.directory.base, locale: "C")
         try terminal.enter("\(products)quire top --interval 200ms")

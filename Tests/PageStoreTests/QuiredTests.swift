@@ -340,6 +340,111 @@ import Testing
         #expect(Files.list(quired.folder) == [])
     }
 
+    /// What a quired that works cannot take over, another one in its place does: nothing is lost that VMs share or have on a disk. What no
+    /// quired could work with is refused, and keeps none from taking the place of one that dies.
+    @Test func reloadReplacesTheWorker() throws {
+        let config = "/tmp/quired-\(ProcessCalls.ownPID)-\(UInt32.random(in: 0 ... .max)).toml"
+        defer { Files.remove(config) }
+        func write(_ text: String) throws { try Descriptor.open(config, O_RDWR | O_CREAT, mode: 0o600).replaceContent("[quired]\n" + text) }
+        func disk(_ name: String, of store: RunningStore) -> SharedDiskClient {
+            SharedDiskClient(path: SharedDiskClient.path(besideStore: store.path), .init(name: name, group: "", token: 1))
+        }
+        func threads(of store: RunningStore) -> Int {
+            let task = "/proc/\(store.worker)/task"
+            return (Files.list(task) ?? []).count { (try? Files.read("\(task)/\($0)/comm"))?.hasPrefix("store-") == true }
+        }
+        // Each has its name when it begins.
+        func has(_ count: Int, _ store: RunningStore) -> Bool { eventually { threads(of: store) == count } }
+        try write("candidates = \"1M\"\nworkers = 2\nshared-disk = [\"scratch,size=16M\"]\n")
+        let quired = try RunningStore(limit: nil, config: config)
+        let first = quired.worker
+        #expect(has(2, quired))
+        var a = try Backend(FakeVM("a"), path: quired.path), b = try Backend(FakeVM("b"), path: quired.path)
+        for gfn in UInt64(0)..<64 {
+            try a.vm.write(gfn, page(gfn))
+            try b.vm.write(gfn, page(gfn))
+        }
+        _ = try a.lookUp(0..<64)
+        for run in try b.lookUp(0..<64) {
+            let (merged, refused) = try b.merge(run)
+            #expect(refused == [])
+            try b.client.report(merged.map { .init(.merged, $0..<$0 + 1) })
+        }
+        #expect(b.mapped.count == 64)
+        let scratch = disk("scratch", of: quired), bytes = page(1) + page(2)
+        _ = try scratch.attach(patienceMilliseconds: 5000)
+        try scratch.put(7, bytes)
+
+        try write("candidates = \"2M\"\nworkers = 5\nshared-disk = [\"scratch,size=16M\", \"more,size=1M\"]\n")
+        // Whoever has it reloaded is answered.
+        #expect(
+            try quired.reload() == """
+                quired.candidates: "1M" -> "2M"
+                quired.shared-disk: ["scratch,size=16M"] -> ["scratch,size=16M", "more,size=1M"]
+                quired.workers: 2 -> 5
+                """)
+        func hasCandidates(_ bytes: UInt64) -> Bool { eventually { (try? quired.figures())?.candidateBytes == bytes } }
+        #expect(hasCandidates(2 << 20))
+        let second = quired.worker
+        #expect(second != first && has(5, quired))
+        try b.reconnect(quired.path)
+        #expect(b.client.welcome.keptPages == 64 && b.client.welcome.unknownPages == 0)
+        for (gfn, slot) in b.mapped { #expect(try b.content(of: slot) == page(gfn)) }
+        #expect(eventually { (try? scratch.get(7, count: 2)) == bytes })
+        #expect(try disk("more", of: quired).attach(patienceMilliseconds: 5000).pages == 256)
+
+        let both = "\"scratch,size=16M\", \"more,size=1M\""
+        for (text, line) in [
+            ("[\"scratch,size=32M\", \"more,size=1M\"]", "the shared disk 'scratch' has 16777216 bytes already: give that size"),
+            ("[\"scratch,size=16M\"]", "the shared disk 'more' is there as long as quired's keeper is: name it again"),
+            (
+                "[\"scratch,size=16M\", \"more,size=1M,group=lab\"]\ngroup = [\"lab=1000\"]",
+                "the shared disk 'more' is for the group 'owner-\(ProcessCalls.ownUID)' already: give that group"
+            ),
+            ("[\(both), \"third,size=1M,group=lab\"]", "the shared disk 'third' is for the group 'lab', which there is not: name it with --group"),
+            ("[\(both), \"more,size=1M\"]", "the shared disk 'more' is given twice"),
+        ] as [(String, String)] {
+            try write("limit = \"1M\"\ncandidates = \"3M\"\nworkers = 1\nshared-disk = \(text)\n")
+            #expect(message { try quired.reload() } == "quired: \(line)")
+        }
+        // Nothing of it holds; also not where the one that works dies meanwhile.
+        #expect(quired.worker == second && threads(of: quired) == 5)
+        quired.kill()
+        #expect(hasCandidates(2 << 20))
+        #expect(try has(5, quired) && quired.figures().limitPages != 256)
+        #expect(eventually { (try? scratch.get(7, count: 2)) == bytes })
+
+        // SIGHUP to the keeper does the same.
+        try write("workers = 1\nshared-disk = [\(both)]\ncandidates = \"4M\"\n")
+        quired.signal(SIGHUP)
+        #expect(hasCandidates(4 << 20))
+        #expect(has(1, quired))
+        #expect(eventually { (try? scratch.get(7, count: 2)) == bytes })
+        try b.reconnect(quired.path)
+        #expect(b.client.welcome.keptPages == 64 && b.client.welcome.unknownPages == 0)
+
+        // The control: without a keeper nothing would be left, so it has to wait.
+        let alone = try RunningStore([], limit: nil, config: config)
+        let worker = alone.worker
+        let lost = disk("scratch", of: alone)
+        _ = try lost.attach(patienceMilliseconds: 5000)
+        try lost.put(7, bytes)
+        try write("workers = 2\nreserve = 50\n")
+        let waits = ", from the next start on"
+        #expect(
+            try alone.reload() == """
+                quired.reserve: 100 -> 50
+                quired.candidates: "4M" -> 3/4096 of the host's memory\(waits)
+                quired.shared-disk: ["scratch,size=16M", "more,size=1M"] -> []\(waits)
+                quired.workers: 1 -> 2\(waits)
+                """)
+        #expect(try lost.get(7, count: 2) == bytes)
+        #expect(alone.worker == worker && threads(of: alone) == 1)
+        #expect(alone.stop() == .exited(0))
+        #expect(quired.stop() == .exited(0))
+        #expect(Files.list(quired.folder) == [])
+    }
+
     // MARK: - Hostile clients
 
     /// Nonsense of every kind from many connections, beside an honest VM that notices nothing.

@@ -14,15 +14,13 @@ final class RunningStore {
 
     static let program = products + "quired"
 
-    /// `limit`: nil: what the configuration says. `config`: nothing is configured unless a test names a file.
+    /// `limit`: nil: what the configuration says, of candidates and workers, too. `config`: nothing is configured unless a test names a file.
     init(
         _ more: [String] = ["--keep"], limit: String? = "256M", config: String = "/dev/null", program: String = RunningStore.program
     ) throws {
         folder = "/tmp/quired-test-\(ProcessCalls.ownPID)-\(UInt32.random(in: 0 ... .max))"
-        arguments = [
-            program, "--directory", folder, "--config", config, "--candidates", "1M", "--workers", "3",
-            "--log-level", "error",
-        ] + (limit.map { ["--limit", $0] } ?? []) + more
+        arguments = [program, "--directory", folder, "--config", config, "--log-level", "error"]
+            + (limit.map { ["--limit", $0, "--candidates", "1M", "--workers", "3"] } ?? []) + more
         process = try Self.start(arguments)
         guard waitUntilItServes() else { throw QuireError(.closed, "quired does not serve") }
     }

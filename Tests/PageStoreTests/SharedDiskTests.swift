@@ -300,6 +300,32 @@ import Testing
         #expect(try quire("tmem cap shared:other none", by: user).text.contains("only root and quired's own user"))
     }
 
+    /// While the host has less left than it is to have, a write is an error, and who looks is told why; a reload changes it.
+    @Test func theHostKeepsItsReserve() throws {
+        let config = "/tmp/quired-\(ProcessCalls.ownPID)-\(UInt32.random(in: 0 ... .max)).toml"
+        defer { Files.remove(config) }
+        func write(_ text: String) throws { try Descriptor.open(config, O_RDWR | O_CREAT, mode: 0o600).replaceContent(text) }
+        // More than any host has.
+        try write("[quired]\ntmem-reserve = \"8T\"\n")
+        let store = try RunningStore(["--shared-disk", "scratch,size=16M"], config: config)
+        let client = Self.client(store)
+        _ = try client.attach(patienceMilliseconds: 5000)
+        func reason() throws -> String? {
+            try SharedDiskReport.collect(at: SharedDiskClient.path(besideStore: store.path)).first?.tmem.reason
+        }
+        #expect(try reason() == "")
+        do throws(QuireError) {
+            try client.put(7, Self.pages(1, 1))
+            Issue.record("there was room")
+        } catch { #expect(error.code == .noSpace) }
+        #expect(try reason() == "a page found no room: the host has less than 8T of memory left (tmem-reserve)")
+        try write("[quired]\ntmem-reserve = 0\n")
+        #expect(try store.reload() == "quired.tmem-reserve: \"8T\" -> 0")
+        try client.put(7, Self.pages(1, 1))
+        #expect(try client.get(7, count: 1) == Self.pages(1, 1))
+        #expect(try reason() == "")
+    }
+
     /// A backend of before VMs said their names is served.
     @Test func anOlderBackendIsServed() throws {
         let store = try RunningStore(Self.options)
@@ -350,7 +376,7 @@ import Testing
     @Test(arguments: [
         ["--shared-disk", "a"], ["--shared-disk", "a,size=5"], ["--shared-disk", ".a,size=1M"], ["--shared-disk", "a,size=1M,x=1"],
         ["--shared-disk", "a,size=1M,group=nobody"], ["--shared-disk", "a,size=1M", "--shared-disk", "a,size=1M"],
-        ["--shared-disk", "a,size=9T"],
+        ["--shared-disk", "a,size=9T"], ["--shared-disk", "a,size=1T"], ["--tmem-reserve", "9T"],
     ])
     func badOptionsAreOneLine(_ options: [String]) throws {
         var pipe = try Pipe()

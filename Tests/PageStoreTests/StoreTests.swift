@@ -303,6 +303,9 @@ struct StoreTests {
             == "a file of guest RAM is not in shared memory with small pages (a memfd)")
         #expect(ram(vm.ram, offset: 5) != nil)
         #expect(ram(vm.ram, offset: 1 << 63 - 4096) != nil)
+        let end = try vm.ram.status().byteCount
+        #expect(ram(vm.ram, offset: end - 15 * 4096) == "a region of 16 pages at offset \(end - 15 * 4096) is more than its file has")
+        #expect(ram(vm.ram, offset: end - 16 * 4096) == nil)
         func join(_ map: borrowing Descriptor, _ life: borrowing Descriptor) -> String? {
             let map = map.raw, life = life.raw
             return message {

@@ -57,17 +57,22 @@ final class MemoryStorage: BlockStorage {
 /// Notes what a device is told of its life; takes its time when asked to.
 final class RecordingLifecycle: DeviceLifecycle {
     /// `rings` by the addresses of their descriptor tables.
-    struct Start: Equatable, Sendable { let nonce: UInt64, rings: [UInt64], ram: UInt64, isUnnoticed: Bool }
+    struct Start: Equatable, Sendable {
+        let nonce: UInt64, origin: DeviceStart.Origin, rings: [UInt64], ram: UInt64, isUnnoticed: Bool
+    }
     enum Event: Equatable, Sendable { case started(Start), stopping, logging(Bool) }
 
     private let log = Monitor<[Event]>([])
     private let isRunning = Atomic<Bool>(false)
     private let startMilliseconds: UInt32
     private let stopMilliseconds: UInt32
+    private let settles: Bool
 
-    init(startMilliseconds: UInt32 = 0, stopMilliseconds: UInt32 = 0) {
+    /// `settles`: it has what belongs to every guest.
+    init(startMilliseconds: UInt32 = 0, stopMilliseconds: UInt32 = 0, settles: Bool = false) {
         self.startMilliseconds = startMilliseconds
         self.stopMilliseconds = stopMilliseconds
+        self.settles = settles
     }
 
     var events: [Event] { log.read { $0 } }
@@ -75,12 +80,14 @@ final class RecordingLifecycle: DeviceLifecycle {
     var isDeviceRunning: Bool { isRunning.load(ordering: .acquiring) }
     var starts: [Start] { events.compactMap { if case .started(let start) = $0 { start } else { nil } } }
     var nonces: [UInt64] { starts.map(\.nonce) }
+    var origins: [DeviceStart.Origin] { starts.map(\.origin) }
 
     func deviceStarted(_ start: DeviceStart) {
         if startMilliseconds > 0 { ProcessCalls.sleep(milliseconds: startMilliseconds) }
+        if settles { start.settle() }
         let event = Start(
-            nonce: start.nonce, rings: start.rings.map(\.descriptorTable.lowerBound), ram: start.memory.byteCount,
-            isUnnoticed: start.isUnnoticed)
+            nonce: start.nonce, origin: start.origin, rings: start.rings.map(\.descriptorTable.lowerBound),
+            ram: start.memory.byteCount, isUnnoticed: start.isUnnoticed)
         log.update { $0.append(.started(event)) }
         isRunning.store(true, ordering: .releasing)
     }

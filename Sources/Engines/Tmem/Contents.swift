@@ -114,10 +114,11 @@ final class Contents: SplitTableUser, Sendable {
         let secret = file.hasher.secret
         func key(_ at: Int) -> UInt64 { secret[at..<at + 8].reduce(0) { $0 << 8 | UInt64($1) } }
         fillKeys = (key(0), key(8))
-        try setCompression(compression)
+        setMethod(try Self.method(of: compression))
     }
 
-    func setCompression(_ compression: Tmem.Compression) throws(QuireError) {
+    /// As a word for `setMethod`. Throws `.invalid` for a level that there is not.
+    static func method(of compression: Tmem.Compression) throws(QuireError) -> UInt64 {
         let (codec, level): (cc_codec, Int32)
         switch compression {
         case .lz4: (codec, level) = (CC_LZ4, 1)
@@ -125,8 +126,10 @@ final class Contents: SplitTableUser, Sendable {
             guard (1...19).contains(wanted) else { throw QuireError(.invalid, "zstd has levels 1 to 19, and no \(wanted)") }
             (codec, level) = (CC_ZSTD, wanted)
         }
-        method.store(UInt64(codec.rawValue) << 32 | UInt64(level), ordering: .relaxed)
+        return UInt64(codec.rawValue) << 32 | UInt64(level)
     }
+    /// Of what comes from now on.
+    func setMethod(_ word: UInt64) { method.store(word, ordering: .relaxed) }
     private var wanted: (codec: cc_codec, level: Int32) {
         let word = method.load(ordering: .relaxed)
         return (cc_codec(UInt32(word >> 32)), Int32(truncatingIfNeeded: word))

@@ -7,8 +7,9 @@ import Synchronization
 /// What is kept of a slab is volatile (16 bytes; its free slots are chained through themselves) and found again at a start
 /// from the contents. Only the class is in the file: it is written before the slab's first slot is handed out.
 ///
-/// Locks: one a class. A slab that ran empty goes back to the supply, which all classes share; there a few keep their
-/// memory, so that a slab that comes and goes costs no system call.
+/// Locks: one a class, never over a system call: who finds no free slot brings a slab, and so does everybody else who finds none
+/// meanwhile; those that come too late go to the supply. There are slabs that ran empty, too; all classes share it, and a few keep
+/// their memory there, so that a slab that comes and goes costs no system call.
 final class Slabs: Sendable {
     static let unitBytes = 64
     static let unitsPerSlab = TmemFile.slabBytes / unitBytes
@@ -46,6 +47,8 @@ final class Slabs: Sendable {
     private let all: [Class]
     private let supply = Mutex(Supply())
     private let frees = Atomic<Int>(0)
+    /// Threads that bring a slab just now.
+    private let growing = Atomic<Int>(0)
     private let seams: TmemSeams
 
     init(_ file: TmemFile, _ budget: TmemBudget, _ seams: TmemSeams) throws(QuireError) {
@@ -65,10 +68,15 @@ final class Slabs: Sendable {
 
     /// A slot of a class; nil when there is none and no memory for another slab.
     func allocate(_ slabClass: Int) -> UInt64? {
+        if let unit = takeFree(slabClass) { return unit }
+        growing.wrappingAdd(1, ordering: .acquiringAndReleasing)
+        defer { growing.wrappingSubtract(1, ordering: .acquiringAndReleasing) }
+        // Somebody else may have brought the last one.
+        guard let slab = takeSlab() else { return takeFree(slabClass) }
         let its = all[slabClass]
-        return its.head.withLock { head -> UInt64? in
+        var isSpare = false
+        let unit = its.head.withLock { head -> UInt64 in
             if head == 0 {
-                guard let slab = takeSlab() else { return nil }
                 // Before anything can be in it.
                 file.classes.store8(Int(slab), UInt8(slabClass))
                 seams.step?()
@@ -76,19 +84,33 @@ final class Slabs: Sendable {
                 info.store64(at, UInt64(Self.noSlot) << 16)
                 its.slabs.wrappingAdd(1, ordering: .relaxed)
                 list(slab, &head)
+            } else {
+                isSpare = true
             }
             return take(head, slabClass, its, &head)
         }
+        if isSpare { giveBack(slab) }
+        return unit
     }
 
-    /// A free slot of this or a bigger class, without another slab: when there is no memory for one.
+    /// A free slot of this or a bigger class, without another slab: when there is no memory for one. Where others bring one at this
+    /// moment, which has more slots than they need, it waits for them: the store is not full as long as they do.
     func allocateAnywhere(_ slabClass: Int) -> UInt64? {
-        for candidate in slabClass...Self.classes {
-            let its = all[candidate]
-            let unit = its.head.withLock { head in head == 0 ? nil : take(head, candidate, its, &head) }
-            if let unit { return unit }
+        let deadline = monotonicNanoseconds() + Self.growthNanoseconds
+        while true {
+            let isGrowing = growing.load(ordering: .acquiring) > 0
+            for candidate in slabClass...Self.classes {
+                if let unit = takeFree(candidate) { return unit }
+            }
+            guard isGrowing, monotonicNanoseconds() < deadline else { return nil }
+            ProcessCalls.sleep(microseconds: 50)
         }
-        return nil
+    }
+    private static let growthNanoseconds: UInt64 = 1_000_000_000
+
+    private func takeFree(_ slabClass: Int) -> UInt64? {
+        let its = all[slabClass]
+        return its.head.withLock { head in head == 0 ? nil : take(head, slabClass, its, &head) }
     }
 
     private func take(_ slab: UInt32, _ slabClass: Int, _ its: Class, _ head: inout UInt32) -> UInt64 {
@@ -176,6 +198,7 @@ final class Slabs: Sendable {
             budget.giveBack(TmemFile.slabBytes, isMetadata: false)
             return nil
         }
+        seams.whilePopulating?()
         do { try file.populateSlab(slab) } catch {
             // What came of it goes back.
             file.punch(slabs: slab..<slab + 1)
@@ -278,9 +301,7 @@ final class Slabs: Sendable {
 
     /// A slot for what is moved: of a slab that has some already, of the same class.
     func allocateForMove(from unit: UInt64) -> UInt64? {
-        let slabClass = Int(file.classes.load8(Int(unit / UInt64(Self.unitsPerSlab))))
-        let its = all[slabClass]
-        return its.head.withLock { head in head == 0 ? nil : take(head, slabClass, its, &head) }
+        takeFree(Int(file.classes.load8(Int(unit / UInt64(Self.unitsPerSlab)))))
     }
 
     /// Those that are not empty yet take part again.

@@ -16,10 +16,14 @@ public final class Tmem: Sendable {
         /// What persistent pools may be promised together, in multiples of the cap. With 1 every promise can be kept even
         /// if no page can be compressed.
         public var overcommit = 1.0
-        public init(compression: Compression = .lz4, cap: UInt64? = nil, overcommit: Double = 1) {
+        /// What is left to the host, in bytes: while it has less than that available, free swap included, no memory is taken of it.
+        /// 0: whatever there is may be taken.
+        public var reserve: UInt64
+        public init(compression: Compression = .lz4, cap: UInt64? = nil, overcommit: Double = 1, reserve: UInt64 = 0) {
             self.compression = compression
             self.cap = cap
             self.overcommit = overcommit
+            self.reserve = reserve
         }
     }
 
@@ -27,11 +31,16 @@ public final class Tmem: Sendable {
     /// By number, in step with the store's.
     private let faces: Mutex<[UInt16: TmemPool]>
 
+    /// What a store can hold, in bytes of pages that are all different and cannot be compressed; a little less than its file has
+    /// room for, since slabs are of classes and numbers are handed out by the dozen.
+    public static let mostBytes: UInt64 = 1023 << 30
+
     /// A new store's file: a sparse memfd. Whoever must outlive us keeps a duplicate of it (parks it).
     public static func makeFile(name: String) throws(QuireError) -> Descriptor { try TmemFile.make(name: name) }
 
     /// Opens a store: a new file, or one that an earlier process left at any instant, killed or not. Everything that was put
-    /// into it is found again, settings of pools and clients included. Only one process may have it open: `.busy`
+    /// into it is found again, settings of pools and clients included, and a cap or a freeze that was set by hand: that counts over
+    /// the configuration. Only one process may have it open: `.busy`
     /// otherwise (which a process that was killed isn't any more). Takes 100 ns or so for each page that is there.
     /// Throws `.invalid` when the file is none of ours, of another version, or damaged.
     public convenience init(_ file: consuming Descriptor, _ configuration: Configuration = .init()) throws(QuireError) {
@@ -61,10 +70,11 @@ public final class Tmem: Sendable {
     }
     public func pool(named name: String) -> TmemPool? { pools.first { $0.name == name } }
 
-    /// Refuses new pages in ephemeral pools: puts throw `.noSpace`. What is there stays.
-    public func freeze() { store.isFrozen.store(true, ordering: .relaxed) }
-    public func thaw() { store.isFrozen.store(false, ordering: .relaxed) }
-    public var isFrozen: Bool { store.isFrozen.load(ordering: .relaxed) }
+    /// Refuses new pages in ephemeral pools: puts throw `.noSpace`. What is there stays. Holds until `thaw`, whatever process has the
+    /// store open.
+    public func freeze() { store.isFrozen = true }
+    public func thaw() { store.isFrozen = false }
+    public var isFrozen: Bool { store.isFrozen }
 
     /// Gives memory back to the host by evicting ephemeral pages, the least recently used of the client who has most by
     /// weight first: `bytes` of it, or all there is. Returns by how much the store has shrunk.
@@ -102,18 +112,28 @@ public final class Tmem: Sendable {
 
     /// Bytes of host memory; nil: no limit.
     public var cap: UInt64? { store.budget.cap == .max ? nil : UInt64(store.budget.cap) }
-    /// Evicts ephemeral pages as far as needed. Throws `.busy`, and changes nothing, when persistent pages use more, or
-    /// when promises would not be covered.
+    /// Evicts ephemeral pages as far as needed. Holds, over what a configuration says, until it is set again or `change` has another
+    /// one, also in processes that open the store later. Throws `.busy`, and changes nothing, when persistent pages use more, or when
+    /// promises would not be covered.
     public func setCap(_ bytes: UInt64?) throws(QuireError) { try store.setCap(bytes) }
 
-    /// As another configuration has it: the cap and what may be promised of it, as `setCap` does; and how pages are compressed that come
-    /// from now on.
+    /// As another configuration has it: the cap and what may be promised of it, as `setCap` does; how pages are compressed that come
+    /// from now on; the reserve. Throws as `setCap` and `setCompression` do, and changes nothing then.
     public func change(to configuration: Configuration) throws(QuireError) {
-        try setCompression(configuration.compression)
+        let method = try Contents.method(of: configuration.compression)
         try store.setCap(configuration.cap, overcommit: configuration.overcommit)
+        store.contents.setMethod(method)
+        store.setReserve(configuration.reserve)
     }
     /// Of pages that come from now on.
-    public func setCompression(_ compression: Compression) throws(QuireError) { try store.contents.setCompression(compression) }
+    public func setCompression(_ compression: Compression) throws(QuireError) { store.contents.setMethod(try Contents.method(of: compression)) }
+
+    /// What is left to the host, in bytes.
+    public var reserve: UInt64 { store.budget.reserve }
+    public func setReserve(_ bytes: UInt64) { store.setReserve(bytes) }
+    /// Why puts of the last minute found no room, where it was the host that had none: one line. What is to be done is no matter of
+    /// this store then.
+    public var hostShortage: String? { store.recentHostShortage }
 }
 
 /// What a store uses. Bytes, where a name doesn't say otherwise.

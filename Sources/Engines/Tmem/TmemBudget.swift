@@ -1,23 +1,41 @@
 import Platform
 import Synchronization
 
-/// What a store uses of the host's memory, in bytes, and the cap on it. Memory is taken by slabs and by extents of
+/// What a store uses of the host's memory, in bytes, the cap on it, and what the host has left in any case: where it has none, one
+/// more slab of ours ends with a process that is killed, and not with a put that fails. Memory is taken by slabs and by extents of
 /// metadata, so this is touched rarely and may be one word for all threads.
 final class TmemBudget: Sendable {
     private let usedBytes = Atomic<Int>(0)
     private let limit = Atomic<Int>(.max)
     private let metadata = Atomic<Int>(0)
+    private let reserved = Atomic<UInt64>(0)
+    private let host: HostReserve
+
+    init(available: @escaping @Sendable () -> UInt64?) { host = HostReserve(available: available) }
 
     var used: Int { usedBytes.load(ordering: .relaxed) }
     var cap: Int { limit.load(ordering: .relaxed) }
     var metadataBytes: Int { metadata.load(ordering: .relaxed) }
+    /// 0: the host is not asked.
+    var reserve: UInt64 { reserved.load(ordering: .relaxed) }
 
     func setCap(_ cap: Int) { limit.store(cap, ordering: .relaxed) }
+    func setReserve(_ bytes: UInt64) {
+        reserved.store(bytes, ordering: .relaxed)
+        host.forget()
+    }
 
-    /// False, and nothing taken, when the cap forbids it.
+    /// Whether the host would have less left than its reserve.
+    func isHostShort(of bytes: Int) -> Bool {
+        let reserve = reserve
+        guard reserve > 0 else { return false }
+        return host.lackingBytes(taking: UInt64(bytes), needed: { reserve }) > 0
+    }
+
+    /// False, and nothing taken, when the cap or the reserve forbids it.
     func take(_ bytes: Int, isMetadata: Bool) -> Bool {
         let now = usedBytes.wrappingAdd(bytes, ordering: .relaxed).newValue
-        if now > cap {
+        if now > cap || isHostShort(of: bytes) {
             usedBytes.wrappingSubtract(bytes, ordering: .relaxed)
             return false
         }
@@ -34,5 +52,6 @@ final class TmemBudget: Sendable {
     func giveBack(_ bytes: Int, isMetadata: Bool) {
         usedBytes.wrappingSubtract(bytes, ordering: .relaxed)
         if isMetadata { metadata.wrappingSubtract(bytes, ordering: .relaxed) }
+        host.forgetLack()
     }
 }

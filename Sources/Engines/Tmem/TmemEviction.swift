@@ -2,7 +2,8 @@ import Platform
 import Synchronization
 
 /// Taking memory from ephemeral pages: the least recently used leaf (16 neighbouring pages) of the client that has most of
-/// it by weight, again and again until there is enough.
+/// it by weight, again and again until there is enough. So it goes by the leaf: a page that nobody has used stays as long as one
+/// of its neighbours is in use, and goes with them.
 ///
 /// No livelock: every round takes pages away or is the last, and whoever waits for room is told when there was nothing
 /// left to take. Xen's eviction could run for ever over pages whose slots fitted nobody; here compaction turns free slots
@@ -52,15 +53,20 @@ extension TmemStore {
         return (pages, freed)
     }
 
-    /// Room for another slab or extent under the cap. False: there is nothing to take it from.
+    /// Room for another slab or extent under the cap, and under what the host has. False: there is nothing to take it from.
     func makeRoom() -> Bool {
         let before = budget.used
         return room.withLock { _ in
             // Somebody made some while we waited.
             if budget.used < before { return true }
+            // Whoever wants a slab has these; here is somebody who wants to find more pages, for which they must go back first.
+            if slabs.warmBytes > 0 {
+                slabs.chillAll()
+                return true
+            }
             let cap = budget.cap
             let slabCount = budget.used / TmemFile.slabBytes
-            if slabs.surplus > max(2, slabCount / 64) { return compactAll() }
+            if slabs.surplus > max(2, slabCount / 64), compactAll() { return true }
             // Without a cap it is the host that has no memory.
             let batch = min(max((cap == .max ? budget.used : cap) / 64, 4 * TmemFile.slabBytes), 16 << 20)
             let evicted = evictSome(batch).pages

@@ -27,7 +27,8 @@ final class TmemFile: Sendable {
     /// Metadata grows by so much at a time.
     static let extentBytes = 65536
 
-    private static let versionAt = 8, leavesAt = 12, contentsAt = 16, slabsAt = 20, secretAt = 64
+    // A file of before cap and frozen were there has zeros for them.
+    private static let versionAt = 8, leavesAt = 12, contentsAt = 16, slabsAt = 20, storeCapAt = 24, frozenAt = 32, secretAt = 64
     private static let poolsAt = 4096
     private static let headsAt = 1 << 20
     private static let slotsAt = headsAt + leafLimit * 16
@@ -121,6 +122,23 @@ final class TmemFile: Sendable {
         get { mapping.load32(Self.slabsAt) }
         set { mapping.store32(Self.slabsAt, newValue) }
     }
+
+    // MARK: - What an operator has set for the whole store
+
+    /// The cap in bytes, `.max` for none; nil: nobody has set one, and the configuration has the say.
+    var cap: UInt64? {
+        get {
+            let word = mapping.load64(Self.storeCapAt)
+            return word == 0 ? nil : word
+        }
+        set { mapping.store64(Self.storeCapAt, newValue ?? 0) }
+    }
+    var isFrozen: Bool {
+        get { mapping.load32(Self.frozenAt) != 0 }
+        set { mapping.store32(Self.frozenAt, newValue ? 1 : 0) }
+    }
+
+    // MARK: - Memory
 
     func populateLeaves(_ leaves: Range<Int>) throws(QuireError) {
         try mapping.populate(Self.headsAt + leaves.lowerBound * 16, count: leaves.count * 16)

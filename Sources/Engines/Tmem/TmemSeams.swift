@@ -1,4 +1,5 @@
 import PageContent
+import Platform
 
 /// Where a test may break what makes the engine safe, to see that it is this that makes it safe.
 package struct TmemSeams: Sendable {
@@ -20,5 +21,9 @@ package struct TmemSeams: Sendable {
     package var whileReleasing: (@Sendable () -> Void)?
     /// Called between two changes of the file: a kill may come at any of these places, with locks held or not.
     package var step: (@Sendable () -> Void)?
+    /// Called before a slab that had none is given memory.
+    package var whilePopulating: (@Sendable () -> Void)?
+    /// What the host has left.
+    package var availableBytes: @Sendable () -> UInt64? = { HostMemory()?.leftBytes }
     package init() {}
 }

@@ -13,6 +13,8 @@ import Synchronization
 ///   at every instant the slot names a whole content that cannot be freed: the old or the new.
 /// - Counts of names are not in the file. A kill between these steps leaves contents that nobody names, or more slots in
 ///   use than named: a start counts anew.
+/// - What an operator sets (caps, weights, frozen) is one store each. A kill before it leaves the old value, and what the new one
+///   asks for (pages above a cap) is done again by the start.
 /// - A pool that is being destroyed is marked first. Whoever puts, gets or takes away looks at that under the lock of its stripe,
 ///   and destroying takes every stripe's lock after marking: what a late put stored is found and taken away, and from then
 ///   on nobody who still has the pool reaches pages by its number, which may be another pool's by then.
@@ -21,7 +23,7 @@ import Synchronization
 /// of slabs, their supply. Put and get take the two stripes' only, of 64 each, and the class's for a few instructions.
 final class TmemStore: Sendable {
     let file: TmemFile
-    let budget = TmemBudget()
+    let budget: TmemBudget
     let slabs: Slabs
     let contents: Contents
     let leaves: Leaves
@@ -29,7 +31,12 @@ final class TmemStore: Sendable {
     /// Changes under `changes`, with the cap.
     private let overcommitFactor: Mutex<Double>
     private var overcommit: Double { overcommitFactor.withLock { $0 } }
-    let isFrozen = Atomic<Bool>(false)
+    var isFrozen: Bool {
+        get { file.isFrozen }
+        set { file.isFrozen = newValue }
+    }
+    /// When a put last failed for lack of the host's memory; 0: none did.
+    private let hostShortAt = Atomic<UInt64>(0)
     /// What persistent pools without a promise may use together.
     let unpromisedLimit = Atomic<Int>(.max)
     /// Held, for as long as it takes, by whoever makes, ends or changes a pool or a cap.
@@ -48,16 +55,40 @@ final class TmemStore: Sendable {
         self.file = file
         self.seams = seams
         overcommitFactor = Mutex(configuration.overcommit)
+        budget = TmemBudget(available: seams.availableBytes)
         slabs = try Slabs(file, budget, seams)
         contents = try Contents(file, slabs, configuration.compression, budget, seams)
         leaves = try Leaves(file, budget)
         try recover()
-        budget.setCap(configuration.cap.map { Int(clamping: $0) } ?? .max)
+        budget.setCap(Int(clamping: file.cap ?? configuration.cap ?? .max))
+        budget.setReserve(configuration.reserve)
         updateUnpromisedLimit()
         shrinkToCap()
     }
 
     static func noSpace(_ why: String) -> QuireError { QuireError(.noSpace, why) }
+
+    /// Of a put for which there is neither a slot nor memory.
+    private func full() -> QuireError {
+        if budget.used <= budget.cap - TmemFile.slabBytes, budget.isHostShort(of: TmemFile.slabBytes) {
+            hostShortAt.store(monotonicNanoseconds(), ordering: .relaxed)
+            return Self.noSpace(hostShortage)
+        }
+        return Self.noSpace("the store of transcendent memory is full")
+    }
+    private var hostShortage: String { "the host has less than \(Size.exact(budget.reserve)) of memory left (tmem-reserve)" }
+
+    /// Why puts of the last minute failed, if it was for lack of the host's memory.
+    var recentHostShortage: String? {
+        let at = hostShortAt.load(ordering: .relaxed)
+        return at != 0 && monotonicNanoseconds() < at + Self.shortageSaidFor ? "a page found no room: \(hostShortage)" : nil
+    }
+    private static let shortageSaidFor: UInt64 = 60_000_000_000
+
+    func setReserve(_ bytes: UInt64) {
+        budget.setReserve(bytes)
+        hostShortAt.store(0, ordering: .relaxed)
+    }
 
     @inline(__always) private func place(_ pool: PoolRecord, _ object: UInt64, _ index: UInt32) -> (Leaves.Key, UInt32, Int) {
         let key = Leaves.Key(pool: pool.number, object: object, base: index / UInt32(Leaves.pages))
@@ -73,7 +104,7 @@ final class TmemStore: Sendable {
         pool.count(.puts, stripe)
         do throws(QuireError) {
             guard pool.isLive.load(ordering: .relaxed) else { throw QuireError(.closed, "the pool was destroyed") }
-            if pool.isEphemeral, isFrozen.load(ordering: .relaxed) { throw Self.noSpace("ephemeral pools are frozen") }
+            if pool.isEphemeral, isFrozen { throw Self.noSpace("ephemeral pools are frozen") }
             // The pointer is used within the span's life.
             let acquired = try unsafe page.withUnsafeBytes { (bytes) throws(QuireError) -> Contents.Acquired in
                 try unsafe acquire(bytes.baseAddress!, page, pool)
@@ -109,14 +140,14 @@ final class TmemStore: Sendable {
                 if let number = contents.acquire(fill: word, pool.number) {
                     return Contents.Acquired(number: number, isShared: false)
                 }
-                guard makeRoom() else { throw Self.noSpace("the store of transcendent memory is full") }
+                guard makeRoom() else { throw full() }
             }
         }
         let hash = file.hasher.hash(span)
         var anywhere = false
         while true {
             if let acquired = unsafe contents.acquire(page, hash, pool.number, anywhere: anywhere) { return acquired }
-            if anywhere { throw Self.noSpace("the store of transcendent memory is full") }
+            if anywhere { throw full() }
             anywhere = !makeRoom()
         }
     }
@@ -156,7 +187,7 @@ final class TmemStore: Sendable {
             }
             if grows { leaves.grow() }
             if !isFull { return old }
-            guard makeRoom() else { throw Self.noSpace("the store of transcendent memory is full") }
+            guard makeRoom() else { throw full() }
         }
     }
 
@@ -432,7 +463,8 @@ final class TmemStore: Sendable {
         tidy()
     }
 
-    /// `overcommit`: nil, as it was.
+    /// `overcommit`: with one it is the configuration that has the say. Nil: an operator has, and over whatever the configuration
+    /// says when the next process opens the store.
     func setCap(_ bytes: UInt64?, overcommit: Double? = nil) throws(QuireError) {
         let cap = bytes.map { Int(clamping: $0) } ?? .max
         try changes.withLock { (_: inout Void) throws(QuireError) in
@@ -449,6 +481,7 @@ final class TmemStore: Sendable {
                 throw QuireError(.busy, objection)
             }
             budget.setCap(cap)
+            file.cap = overcommit == nil ? bytes ?? UInt64.max : nil
             updateUnpromisedLimit()
         }
         shrinkToCap()
