@@ -6,9 +6,9 @@ import Platform
 /// Everything else is left as it was written, in its order. What cannot work with recycled pages is refused, with one
 /// line that says why and what to do; what only QEMU can judge is left to QEMU.
 ///
-/// RAM is what `-machine memory-backend=`, `-numa node,memdev=` and `-device pc-dimm,memdev=` name; without any of the
-/// first two, a single backend of `-m`'s size is added. Other backends (NVDIMMs, ivshmem, SGX) are not RAM that a guest
-/// frees, and stay untouched. QEMU merges several -machine options and ignores the order of objects and machine
+/// RAM is what `-machine memory-backend=`, `-numa node,memdev=` and the `memdev=` of a DIMM or a virtio-mem device name;
+/// without any of the first two, a single backend of `-m`'s size is added. Other backends (NVDIMMs, ivshmem, SGX) are not RAM that a
+/// guest frees, and stay untouched. QEMU merges several -machine options and ignores the order of objects and machine
 /// (checked with 7.2), so additions go to the end.
 public struct QEMUCommandLine: Sendable, Equatable {
     /// A memory file to create, in the order of the descriptors that `arguments(ramDescriptors:)` takes.
@@ -383,6 +383,9 @@ public struct QEMUCommandLine: Sendable, Equatable {
         }
     }
 
+    /// Devices whose backend is RAM.
+    private static let memoryDevices: Set<String> = ["pc-dimm", "virtio-mem-pci", "virtio-mem"]
+
     private static func memory(_ options: [Option], _ machine: QEMUMachine) throws(QuireError) -> Layout {
         var layout = Layout()
         if let id = machine["memory-backend"] {
@@ -423,8 +426,8 @@ public struct QEMUCommandLine: Sendable, Equatable {
                 layout.nodeBackends.append(id)
             case "device":
                 let device = try QEMUOptions(option.value, implied: "driver")
-                guard device["driver"] == "pc-dimm", let id = device["memdev"] else { continue }
-                try name(id, "-device pc-dimm,memdev=")
+                guard let driver = device["driver"], memoryDevices.contains(driver), let id = device["memdev"] else { continue }
+                try name(id, "-device \(driver),memdev=")
             default: continue
             }
         }

@@ -77,7 +77,7 @@ extension Quire.Libvirt {
                 let difference = lineDifference(outcome.before.xml.text, outcome.after.xml.text)
                 answer.result = .planned
                 answer.difference = difference
-                if !self.answer.json { print(difference) }
+                if !self.answer.json { print("--- \(answer.name)\n\(difference)") }
             } else {
                 answer.notes = ["\(done), \(outcome.when)"]
             }
@@ -214,7 +214,7 @@ extension Quire.Libvirt {
             try targets.forEach("libvirt enable") { hypervisor, answer throws(QuireError) in
                 let outcome = try hypervisor.enable(answer.name, changes, dryRun: targets.dryRun)
                 targets.tell(outcome, "enabled", "enabled already", &answer)
-                if outcome.hasChanged { answer.notes += outcome.after.limits }
+                answer.notes += outcome.after.limits
             }
         }
     }

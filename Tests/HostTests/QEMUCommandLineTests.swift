@@ -135,6 +135,20 @@ struct QEMUCommandLineMemoryTests {
         #expect(words.contains(ram(1 << 30, fd: 101)[1]))
         #expect(try parse(["-object", "memory-backend-ram,id=d,size=256M", "-device", #"{"driver":"pc-dimm","memdev":"d"}"#]).ramFiles.first?.id == "d")
     }
+
+    /// What the guest has of it comes and goes, and all of it is RAM: as with a DIMM.
+    @Test(arguments: ["virtio-mem-pci", "virtio-mem"])
+    func rewritesVirtioMem(_ driver: String) throws {
+        let device = "\(driver),id=x,memdev=v,requested-size=1G"
+        let command = try parse(["-m", "1G,maxmem=8G", "-object", "memory-backend-memfd,id=v,size=4G,reserve=off", "-device", device])
+        #expect(command.ramFiles == [.init(id: "v", byteCount: 4 << 30), .init(id: "quire-ram", byteCount: 1 << 30)])
+        let words = command.arguments(ramDescriptors: [100, 101])
+        #expect(words[4] == "memory-backend-file,id=v,size=4G,reserve=off,mem-path=/proc/self/fd/100,share=on")
+        #expect(words[6] == device)
+        #expect(words.contains(ram(1 << 30, fd: 101)[1]))
+        let json = ["-object", "memory-backend-ram,id=v,size=4G", "-device", #"{"driver":"\#(driver)","memdev":"v"}"#]
+        #expect(try parse(json).ramFiles.first?.id == "v")
+    }
 }
 
 struct QEMUCommandLineRefusalTests {
@@ -158,6 +172,7 @@ struct QEMUCommandLineRefusalTests {
         (["-device", "virtio-rng-pci,id=quire-control-disk"], "the id quire-control-disk is Quire's own: give your -device another id"),
         (["-M", "memory-backend=m"], "-machine memory-backend= names the memory backend 'm', but there is no -object with that id: add it or remove the name"),
         (["-numa", "node,memdev=m"], "-numa node,memdev= names the memory backend 'm', but there is no -object with that id: add it or remove the name"),
+        (["-device", "virtio-mem-pci,memdev=m"], "-device virtio-mem-pci,memdev= names the memory backend 'm', but there is no -object with that id: add it or remove the name"),
         (["-device", "pc-dimm,memdev=m"], "-device pc-dimm,memdev= names the memory backend 'm', but there is no -object with that id: add it or remove the name"),
         (["-object", "memory-backend-ram,id=m,size=1G", "-numa", "node,memdev=m", "-numa", "node,memdev=m"], "the memory backend 'm' is used twice, by -numa node,memdev= and -numa node,memdev=: give each its own"),
         (["-object", "memory-backend-ram,id=m,size=1G", "-M", "memory-backend=m", "-m", "2G"], "-m 2G and the memory backend 'm' of 1G differ: give both the same size"),

@@ -11,8 +11,9 @@ extension Integration {
         private static let claims = Machine(options: ["--no-merge"])
 
         /// Killed in the middle of a claim, again and again: the guest goes on, those who waited too; restarts are counted;
-        /// recycling goes on under the same registration.
-        @Test func killedInTheMiddleOfAClaim() throws {
+        /// recycling goes on under the same registration. Then frozen, in a claim and outside of one: the supervisor notices by
+        /// itself, kills it and starts another.
+        @Test func killedOrFrozenInTheMiddleOfAClaim() throws {
             let guest = try Guest(Self.claims)
             try guest.watched {
                 try guest.loadModule()
@@ -28,22 +29,10 @@ extension Integration {
                     try guest.waitForRecycling()
                     try guest.expectChurnGoesOn()
                 }
-                try guest.stopChurn()
                 // The nonce proves that it is the same guest: nobody had to register again.
                 #expect(try guest.figure("registrations") == 1)
-                try guest.expectRecycling()
-                try guest.expectQuietLog()
-                print("waits \(try guest.figure("waits")), longest \(try guest.figure("longest_wait_ns") / 1_000_000) ms")
-            }
-        }
 
-        /// Frozen, in a claim and outside of one: the supervisor notices by itself, kills it and starts another.
-        @Test func frozen() throws {
-            let guest = try Guest(Self.claims)
-            try guest.watched {
-                try guest.loadModule()
-                try guest.waitForActive()
-                try guest.startChurn()
+                let said = guest.stderr.count
                 var pid = try guest.freezeInClaim()
                 try guest.waitForSuccessor(of: pid)
                 try guest.expectChurnGoesOn()
@@ -54,8 +43,11 @@ extension Integration {
                 try guest.waitForRecycling()
                 try guest.expectChurnGoesOn()
                 try guest.stopChurn()
+                let news = String(guest.stderr.dropFirst(said))
+                #expect(news.contains("stood still") || news.contains("held a claim"), "\(news)")
+                try guest.expectRecycling()
                 try guest.expectQuietLog()
-                #expect(guest.stderr.contains("stood still") || guest.stderr.contains("held a claim"))
+                print("waits \(try guest.figure("waits")), longest \(try guest.figure("longest_wait_ns") / 1_000_000) ms")
             }
         }
 
@@ -88,7 +80,7 @@ extension Integration {
 
         /// Where there is an agent it claims: nothing is in the journal, ever. The backend is killed and frozen in the middle of
         /// its passes, and the guest is reset before another is there: no byte is lost, nobody waits, recycling goes on.
-        @Test(arguments: [QEMU.distribution, .ten])
+        @Test(.needsMerging, arguments: [QEMU.distribution, .ten])
         func endedWhileTheAgentRecycles(_ qemu: QEMU) throws {
             let guest = try Guest(Machine(qemu: qemu))
             try guest.watched {
@@ -178,11 +170,12 @@ extension Integration {
         }
 
         /// Ended while the guest does not use the device: before its driver is there, after it has gone, and in a pause.
-        /// When the device is started again, it works.
+        /// When the device is started again, it works. Before that, with one QEMU, ended when idle.
         @Test(arguments: [QEMU.distribution, .ten])
-        func diesWhileTheDeviceIsStopped(_ qemu: QEMU) throws {
+        func endedWhenIdleOrStopped(_ qemu: QEMU) throws {
             let guest = try Guest(Machine(qemu: qemu))
             try guest.watched {
+                if qemu == .distribution { try endWhenIdle(guest) }
                 func end(_ signal: Int32) throws {
                     let pid = guest.backendPID
                     ProcessCalls.signal(pid, signal)
@@ -211,22 +204,20 @@ extension Integration {
         }
 
         /// Killed when idle, politely and not: QEMU connects again, and the registration is still in force.
-        @Test func endedWhenIdle() throws {
-            let guest = try Guest()
-            try guest.watched {
-                try guest.loadModule()
-                try guest.waitForActive()
-                for (number, signal) in [SIGTERM, SIGKILL].enumerated() {
-                    try guest.settle()
-                    let pid = guest.backendPID
-                    ProcessCalls.signal(pid, signal)
-                    try guest.waitForSuccessor(of: pid)
-                    #expect(guest.status.restarts == UInt64(number + 1), "\(guest.stderr)")
-                    try guest.expectRecycling()
-                    try guest.churn(200, seconds: 2)
-                }
-                try guest.expectQuietLog()
+        private func endWhenIdle(_ guest: Guest) throws {
+            try guest.loadModule()
+            try guest.waitForActive()
+            for (number, signal) in [SIGTERM, SIGKILL].enumerated() {
+                try guest.settle()
+                let pid = guest.backendPID
+                ProcessCalls.signal(pid, signal)
+                try guest.waitForSuccessor(of: pid)
+                #expect(guest.status.restarts == UInt64(number + 1), "\(guest.stderr)")
+                try guest.expectRecycling()
+                try guest.churn(200, seconds: 2)
             }
+            try guest.expectQuietLog()
+            try guest.sh("rmmod quire")
         }
     }
 }

@@ -14,6 +14,9 @@ extension Integration.Libvirt {
         }
         let planned = try quire("enable", "--dry-run", "web1")
         expect(planned, "\"result\" : \"planned\"", "\"difference\" : \"", "+   <memoryBacking>", "\"takes_effect\" : \"next-start\"")
+        // For people each has its name over it.
+        let both = try host.quire("enable", "--all", "--dry-run")
+        #expect(both.hasPrefix("--- web1\n") && both.contains("\n--- web2\n") && both.occurrences(of: "+   <memoryBacking>") == 2, "\(both)")
         let enabled = try quire("enable", "--all")
         expect(enabled, "\"command\" : \"libvirt enable\"", "\"name\" : \"web1\"", "\"name\" : \"web2\"", "enabled, from its next start on")
         #expect(enabled.occurrences(of: "\"result\" : \"done\"") == 2)
@@ -52,8 +55,10 @@ extension Integration.Libvirt {
         let enabled = try host.definition("web1")
         #expect(try host.quire("enable", "web1") == "web1: enabled already, nothing to do\n")
         #expect(try host.definition("web1") == enabled)
-        // The note's line, and no other.
-        let difference = try host.quire("enable", "--dry-run", "--period", "1s", "web1").split(separator: "\n").filter { !$0.hasPrefix(" ") }
+        // The note's line, and no other, under the domain's name.
+        let shown = try host.quire("enable", "--dry-run", "--period", "1s", "web1").split(separator: "\n")
+        let difference = shown.dropFirst().filter { !$0.hasPrefix(" ") }
+        #expect(shown.first == "--- web1", "\(shown)")
         #expect(difference.count == 2 && difference.allSatisfy { $0.contains("<quire:vm ") } && difference[1].contains("period-ms=\"1000\""), "\(difference)")
         try host.quire("enable", "--period", "1s", "web1")
         try host.quire("enable", "--no-swap", "web1")
@@ -73,6 +78,58 @@ extension Integration.Libvirt {
         #expect(try host.definition("web1") == before)
         for options in [["--swap", "1G", "--no-swap"], ["--group", "a", "--no-group"], ["--disk", "a", "--no-disk", "a"], ["--no-merge", "--agent", "/a"], ["--merge", "--no-merge"]] {
             #expect(try Program.run([Program.quire, "libvirt", "enable", "web1"] + options).status == 64)
+        }
+    }
+
+    /// Whatever libvirt has made of a domain, after `disable` it is what it was, byte for byte: other machines, disks of its own, root ports
+    /// that are all taken, boot orders, a command line and a memory backing that were there.
+    @Test func shapes() throws {
+        struct Shape { var name: String, machine = "q35", boot = "", backing = "", devices = "", commandLine = "" }
+        func disk(_ target: String, _ bus: String, device: String = "disk", _ more: String = "") -> String {
+            "<disk type='file' device='\(device)'>\(more)<source file='/var/lib/libvirt/images/\(target)'/><target dev='\(target)' bus='\(bus)'/></disk>"
+        }
+        let ports = (1...3).map { number in
+            "<controller type='pci' index='\(number)' model='pcie-root-port'/><rng model='virtio'><backend model='random'>/dev/urandom</backend>"
+                + "<address type='pci' domain='0' bus='\(number)' slot='0' function='0'/></rng>"
+        }.joined()
+        let arguments = "<qemu:arg value='-global'/><qemu:arg value='ICH9-LPC.disable_s3=1'/><qemu:env name='SHAPE' value='1'/>"
+        let direct = "<driver name='qemu' type='raw' cache='none' io='native'/>"
+        let shapes = [
+            Shape(name: "pc", machine: "pc", devices: disk("hda", "ide") + disk("vda", "virtio")),
+            Shape(
+                name: "disks",
+                devices: disk("vda", "virtio", direct) + disk("sda", "sata") + "<controller type='scsi' model='virtio-scsi'/>" + disk("sdb", "scsi")
+                    + disk("sdc", "sata", device: "cdrom")),
+            Shape(name: "ports", devices: ports),
+            Shape(name: "boot", boot: "<boot dev='cdrom'/><boot dev='hd'/>", devices: disk("vda", "virtio") + disk("sda", "sata", device: "cdrom")),
+            Shape(name: "order", devices: disk("vda", "virtio", "<boot order='2'/>") + disk("sda", "sata", device: "cdrom", "<boot order='1'/>")),
+            Shape(name: "arguments", commandLine: "<qemu:commandline>\(arguments)</qemu:commandline>"),
+            Shape(name: "anonymous", backing: "<memoryBacking><source type='anonymous'/></memoryBacking>"),
+        ]
+        let host = try LibvirtHost()
+        for shape in shapes {
+            let xml = """
+                <domain type='\(QEMU.hasKVM ? "kvm" : "qemu")' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+                  <name>\(shape.name)</name><memory unit='MiB'>64</memory>\(shape.backing)<vcpu>2</vcpu>
+                  <os><type arch='x86_64' machine='\(shape.machine)'>hvm</type>\(shape.boot)</os><features><acpi/></features>
+                  <devices>\(shape.devices)</devices>\(shape.commandLine)
+                </domain>
+                """
+            try host.virsh("define", host.write("shape.xml", xml))
+            let before = try host.definition(shape.name)
+            try host.quire("enable", "--swap", "64M", "--disk", "scratch", shape.name)
+            let enabled = try host.definition(shape.name)
+            #expect(enabled.occurrences(of: "<disk type='vhostuser'") == 3, "\(enabled)")
+            // Of a domain that is enabled already it says, too, what works in part.
+            let again = try host.quire("enable", shape.name)
+            #expect(again.contains("\(shape.name): enabled already, nothing to do\n"), "\(again)")
+            #expect(again.contains("disk vda has io='native'") == (shape.name == "disks"), "\(again)")
+            if shape.name == "ports" {
+                let port = "model='pcie-root-port'"
+                #expect(enabled.occurrences(of: port) > before.occurrences(of: port), "\(enabled)")
+            }
+            try host.quire("disable", shape.name)
+            #expect(try host.definition(shape.name) == before, "\(shape.name)")
         }
     }
 

@@ -242,6 +242,10 @@ extension Integration {
                 ])
             }
             try host.virsh("suspend", "web1")
+            // Where there is no room for it: one line, and nothing is left there.
+            try host.sh("mkdir /run/small && mount -t tmpfs -o size=16k tmpfs /run/small")
+            #expect(try host.refusal(["/run/programs/quire", "tmem", "save", "web1", "/run/small/swapped"]).contains("No space left on device"))
+            #expect(try host.sh("ls -A /run/small").isEmpty)
             let saved = try tmem("save")
             #expect(saved.status == 0, "\(saved.text)")
             try host.virsh("managedsave", "web1")
@@ -490,6 +494,17 @@ extension Integration {
             try host.virsh("destroy", "brief")
 
             try host.quire("disable", "--all")
+            #expect(try host.definition("web1") == before)
+
+            // No room for another definition: this one stays, in libvirt's memory and on its disk. With room again it is changed.
+            let file = try host.sh("cat /etc/libvirt/qemu/web1.xml")
+            try host.sh("mount -o remount,size=4m /etc/libvirt && ! cat /dev/zero >/etc/libvirt/full 2>/dev/null")
+            #expect(try refused("enable", "web1").hasPrefix("quire: libvirt does not take the changed domain: "))
+            #expect(try host.definition("web1") == before)
+            #expect(try host.sh("ls /etc/libvirt/qemu/*.new 2>/dev/null || cat /etc/libvirt/qemu/web1.xml") == file)
+            try host.sh("rm /etc/libvirt/full")
+            #expect(try host.quire("enable", "web1").contains("web1: enabled"))
+            try host.quire("disable", "web1")
             #expect(try host.definition("web1") == before)
 
             // The control: it forgets one thing of what it has added, and the definition is another one.

@@ -116,7 +116,7 @@ extension Integration {
         /// With QEMU 10. Emulation loses dirty bits in Debian 12's 7.2: of six guests that did the same without quire.ko three were
         /// broken afterwards, of five with it three, and of eleven with it under QEMU 10 none. (A guest that writes less comes
         /// through: `managedSave`, `Libvirt/migration`.)
-        @Test func migratesWhileItWrites() throws {
+        @Test(.needsMerging) func migratesWhileItWrites() throws {
             let folder = try Folder()
             let store = try Store()
             var machine = Machine(qemu: .ten, options: ["--store", store.path, "--merge-period", "100ms"])

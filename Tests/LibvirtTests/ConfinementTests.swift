@@ -35,18 +35,38 @@ import Testing
         #expect(try selinux("s/type quire_memory_t, file_type;//").end != .exited(0))
     }
 
-    /// As it stands in libvirt's profile of a QEMU.
-    private func appArmor(_ change: String) throws -> (end: ProcessEnd, said: String) {
+    /// As it stands in one of libvirt's profiles.
+    private func appArmor(_ file: String, _ change: String) throws -> (end: ProcessEnd, said: String) {
         try run(
             """
-            (echo 'include <tunables/global>'; echo 'profile quire {'; sed '\(change)' \(Self.packaging)/apparmor-libvirt-qemu; echo '}') >profile
+            (echo 'include <tunables/global>'; echo 'profile quire {'; sed '\(change)' \(Self.packaging)/\(file); echo '}') >profile
             PATH=$PATH:/usr/sbin:/sbin apparmor_parser --skip-kernel-load --skip-cache profile
             """)
     }
 
-    @Test func appArmor() throws {
-        let good = try appArmor("")
+    @Test(arguments: [("apparmor-libvirt-qemu", "s/ rw,/ rwz,/"), ("apparmor-libvirtd", "s/unsafe/unsave/")])
+    func appArmor(file: String, mistake: String) throws {
+        let good = try appArmor(file, "")
         #expect(good.end == .exited(0), "\(good.said)")
-        #expect(try appArmor("s/ rw,/ rwz,/").end != .exited(0))
+        #expect(try appArmor(file, mistake).end != .exited(0))
+    }
+
+    /// In libvirt's own profiles, of libvirtd and of a QEMU, which take up what is in the host's own files.
+    private func profiles(_ change: String) throws -> (end: ProcessEnd, said: String) {
+        try run(
+            """
+            mkdir -p local/abstractions && PATH=$PATH:/usr/sbin:/sbin
+            sed '\(change)' \(Self.packaging)/apparmor-libvirtd >local/usr.sbin.libvirtd
+            sed '\(change)' \(Self.packaging)/apparmor-libvirt-qemu >local/abstractions/libvirt-qemu
+            for profile in usr.sbin.libvirtd libvirt/TEMPLATE.qemu; do
+                apparmor_parser --skip-kernel-load --skip-cache -I $work -I /etc/apparmor.d /etc/apparmor.d/$profile || exit 1
+            done
+            """)
+    }
+
+    @Test(.enabled(if: Files.exists("/etc/apparmor.d/usr.sbin.libvirtd"), "libvirt's profiles are not here")) func libvirtsProfiles() throws {
+        let good = try profiles("")
+        #expect(good.end == .exited(0), "\(good.said)")
+        for mistake in ["s/unsafe/unsave/", "s/ rw,/ rwz,/"] { #expect(try profiles(mistake).end != .exited(0), "\(mistake)") }
     }
 }

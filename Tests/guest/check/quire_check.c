@@ -52,6 +52,7 @@ static struct result {
 	unsigned long first_bad[4];
 } result;
 
+/* A loop of the load counts when it got memory. */
 static atomic_long_t discarded, corruptions, loops_vmalloc, loops_bulk, loops_order, contig_ok, contig_failed;
 static bool finished;
 
@@ -249,8 +250,8 @@ static int vmalloc_thread(void *unused)
 			for (i = 0; i < count; i++)
 				verify(area + i * PAGE_SIZE, seed, "vmalloc");
 			vfree(area);
+			atomic_long_inc(&loops_vmalloc);
 		}
-		atomic_long_inc(&loops_vmalloc);
 		msleep(5);
 	}
 	return 0;
@@ -264,6 +265,7 @@ static int bulk_thread(void *unused)
 		unsigned int count = 1 + get_random_u32() % ARRAY_SIZE(array), i, hole = get_random_u32() % count;
 		u64 seed = get_random_u64() | 1;
 		struct page *page, *next;
+		unsigned long got;
 		LIST_HEAD(list);
 
 		/* An array with a hole, and one page that was there before. */
@@ -272,7 +274,7 @@ static int bulk_thread(void *unused)
 		if (array[hole])
 			fill(page_address(array[hole]), seed);
 		alloc_pages_bulk_array(LOAD_GFP, count, array);
-		alloc_pages_bulk_list(LOAD_GFP, count, &list);
+		got = alloc_pages_bulk_list(LOAD_GFP, count, &list);
 		for (i = 0; i < count; i++)
 			if (array[i])
 				fill(page_address(array[i]), seed);
@@ -288,7 +290,8 @@ static int bulk_thread(void *unused)
 			verify(page_address(page), seed, "bulk list");
 			__free_page(page);
 		}
-		atomic_long_inc(&loops_bulk);
+		if (got)
+			atomic_long_inc(&loops_bulk);
 		msleep(5);
 	}
 	return 0;
@@ -314,8 +317,8 @@ static int order_thread(void *unused)
 			for (i = 0; i < 1U << order; i++)
 				verify(start + i * PAGE_SIZE, seed, "order");
 			__free_pages(page, order);
+			atomic_long_inc(&loops_order);
 		}
-		atomic_long_inc(&loops_order);
 		msleep(2);
 	}
 	return 0;
