@@ -196,6 +196,12 @@ bool quire_control_host_may_use_table(void)
 	return host_may_use_table;
 }
 
+/* Unplugged, or about to be: virtio_blk resets its device then, and the host lets go of the table before it answers that. */
+bool quire_control_disk_is_gone(void)
+{
+	return !disk_live(disk_device(disk)->bd_disk);
+}
+
 /* After a request that failed. True: the disk has told us what is registered, and it is nothing. */
 static bool host_says_nothing_registered(char *reason, size_t size)
 {

@@ -253,12 +253,15 @@ static struct notifier_block memory_notifier = { .notifier_call = on_memory };
 
 /* ---- suspend, hibernation, shutdown, panic ---- */
 
-/* Tells the host to leave the table alone. False: it may use it now, or later. */
+/*
+ * Tells the host to leave the table alone. False: it may use it now, or later. Where the disk is being unplugged it is not later than
+ * what comes next, for suspend and shutdown of devices wait for each other's removal.
+ */
 static bool host_is_off(void)
 {
 	int error = quire_control_set(false, UNREGISTER_PATIENCE);
 
-	return !error || (error != -ETIMEDOUT && !quire_control_host_may_use_table());
+	return !error || quire_control_disk_is_gone() || (error != -ETIMEDOUT && !quire_control_host_may_use_table());
 }
 
 static int on_pm(struct notifier_block *block, unsigned long event, void *data)
@@ -293,7 +296,7 @@ static int on_shutdown(struct notifier_block *block, unsigned long action, void 
 
 	hold_for(HOLD_SHUTDOWN);
 	while (!host_is_off()) {
-		pr_emerg("the control disk doesn't answer%s\n",
+		pr_emerg_ratelimited("the control disk doesn't answer%s\n",
 			 kexec ? ": kexec waits for it, or the host would write into the next kernel" : "");
 		if (!kexec)
 			break;

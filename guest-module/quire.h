@@ -101,6 +101,7 @@ bool quire_control_schedule(struct work_struct *work);
 int quire_control_register(struct quire_table *table);
 int quire_control_unregister(void);
 bool quire_control_host_may_use_table(void);
+bool quire_control_disk_is_gone(void);
 void quire_control_figures(bool *registered, u64 *registrations, u64 *failures, const char **disk);
 
 /* main.c */
