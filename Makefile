@@ -121,9 +121,9 @@ install-files:
 	for example in qemu-config/domain.xml packaging/apparmor-libvirt-qemu packaging/apparmor-libvirtd packaging/selinux/quire.te \
 		packaging/selinux/quire.fc qemu-config/prometheus-alerts.yml qemu-config/grafana-dashboard.json; do \
 		$(PLACED) $$example > $(SHARE)/doc/quire/examples/$$(basename $$example) || exit 1; done
-	@# What they link to in a clone lies in examples there.
-	for page in operator run metrics merge tmem threat-model; do \
-		sed 's,](\.\./\(packaging\|qemu-config\)/\([^)]*/\)\?\([^)/]*\)),](examples/\3),g' docs/$$page.md > $(SHARE)/doc/quire/$$page.md || exit 1; done
+	@# What they link to in a clone lies in examples there; sources stay in the clone.
+	for page in operator run metrics merge tmem threat-model control-disk; do \
+		sed 's,](\.\./\(packaging\|qemu-config\)/\([^)]*/\)\?\([^)/]*\)),](examples/\3),g; s,\[\([^]]*\)\](\.\./Sources/[^)]*),\1,g' docs/$$page.md > $(SHARE)/doc/quire/$$page.md || exit 1; done
 	install -m 644 docs/openapi.json $(SHARE)/doc/quire/
 	for program in quire quire-backend quired quire-exporter; do \
 		scripts/manual $(BIN)/$$program > $(SHARE)/man/man1/$$program.1 && \

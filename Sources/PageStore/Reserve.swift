@@ -22,6 +22,10 @@ final class Reserve: Sendable {
     /// Bytes that the host has too few; 0: more may be merged. `lentPages` is asked for the merged pages of all VMs, where an
     /// earlier answer is too old.
     func lackingBytes(lentPages: () -> UInt64) -> UInt64 {
-        host.lackingBytes { lentPages() * UInt64(StoreFile.slotBytes) * UInt64(percent.load(ordering: .relaxed)) / 100 }
+        host.lackingBytes {
+            // Both may be absurd: what VMs say that they have, and what somebody wrote into the configuration.
+            let (bytes, isTooMuch) = lentPages().multipliedReportingOverflow(by: UInt64(StoreFile.slotBytes) * UInt64(percent.load(ordering: .relaxed)))
+            return isTooMuch ? .max : bytes / 100
+        }
     }
 }

@@ -45,6 +45,9 @@ public final class SharedDisks: Sendable {
                     throw QuireError(
                         .invalid, "the shared disk '\(disk.name)' has \((pool.attributes.capacityPages ?? 0) * 4096) bytes already: give that size")
                 }
+                guard pool.attributes.client == disk.group else {
+                    throw QuireError(.invalid, "the shared disk '\(disk.name)' is for the group '\(pool.attributes.client)' already: give that group")
+                }
                 self.pool = pool
                 self.id = id
             } else {
@@ -66,7 +69,7 @@ public final class SharedDisks: Sendable {
             case .put:
                 for number in 0..<Int(request.count) {
                     window.copyOut(number * size, count: size, to: &scratch, at: 0)
-                    do throws(QuireError) { try pool.put(0, first + UInt32(number), unsafe scratch.span.bytes) } catch {
+                    do throws(QuireError) { try pool.putOnDisk(0, first + UInt32(number), unsafe scratch.span.bytes) } catch {
                         guard error.code == .noSpace else { throw error }
                         return .noSpace
                     }
@@ -94,7 +97,12 @@ public final class SharedDisks: Sendable {
     let disks: [String: Shared]
     private let store: PageStore
 
-    private static let prefix = "disk-"
+    private static func item(_ name: String) -> String { "disk-" + name }
+
+    /// Whether a disk is parked, in use or not.
+    package static func isParked(_ name: String, _ keeper: KeeperLink) -> Bool { keeper.parked.contains { $0.name == item(name) } }
+    /// Throws why the host would have none of another store.
+    package static func checkRoom() throws(QuireError) { _ = try Tmem(Tmem.makeFile(name: "quire-disk-check")) }
 
     /// Throws what is wrong in a list of disks. `earlier`: those that there are already. VMs that have one would lose it if it went or
     /// became another group's, and no disk changes its size.
@@ -128,9 +136,15 @@ public final class SharedDisks: Sendable {
         try Self.check(wanted) { store.knows(group: $0) }
         var disks: [String: Shared] = [:]
         for disk in wanted {
-            let item = Self.prefix + disk.name
+            let item = Self.item(disk.name)
             let file: Descriptor
-            if let parked = keeper?.takeParked(item) { file = parked } else {
+            if let parked = keeper?.takeParked(item) {
+                // One of an earlier list, which nobody served since, may be another. It is kept, and the others are served.
+                do throws(QuireError) { disks[disk.name] = try Shared(disk, Tmem(parked, .init(reserve: reserve))) } catch {
+                    logger.error("the shared disk '\(disk.name)' is not served: \(error)")
+                }
+                continue
+            } else {
                 file = try Tmem.makeFile(name: "quire-disk-\(disk.name)")
                 try keeper?.park(item, [file.raw])
                 if keeper == nil {

@@ -171,13 +171,13 @@ struct Quired: ParsableCommand {
         }
         // Of root's it is the folder that decides who gets here: beside root quire-exporter, who may look into every folder, and is in
         // no group that could do more. Everybody is known by his user then.
-        if ProcessCalls.isRoot { try? Files.setAccess(path, mode: 0o666) }
+        if Observers.areTheHosts { try? Files.setAccess(path, mode: 0o666) }
         return listener
     }
     private static let listenerItem = "listener", diskListenerItem = "disk listener"
 
     private func socketPath() throws(QuireError) -> String {
-        let directory = self.directory ?? (ProcessCalls.isRoot ? "/run/quired" : nil)
+        let directory = self.directory ?? (Observers.areTheHosts ? "/run/quired" : nil)
             ?? ProcessCalls.environment("XDG_RUNTIME_DIR").map { $0 + "/quired" }
         guard let directory, directory.hasPrefix("/") else {
             throw QuireError(.invalid, "there is no runtime directory: give --directory and an absolute path")

@@ -30,7 +30,7 @@ struct Settings: Sendable {
         let earlier = keeper.flatMap { parked($0, config, arguments) }
         do throws(QuireError) {
             let new = try read(config, arguments)
-            try new.check(after: earlier)
+            try new.check(after: earlier) { name in keeper.map { SharedDisks.isParked(name, $0) } ?? true }
             // Kept or not, quired works; without it only a broken file after a death would matter.
             try? new.park(keeper)
             return new
@@ -50,9 +50,12 @@ struct Settings: Sendable {
         return try? Settings(file, arguments)
     }
 
-    /// Throws why no quired could work with these. `earlier`: what one has worked with whose disks are kept.
-    func check(after earlier: Settings?) throws(QuireError) {
-        try SharedDisks.check(disks, earlier: earlier?.disks ?? []) { PageStore.knows(group: $0, among: groups) }
+    /// Throws why no quired could work with these. `earlier`: what one has worked with whose disks are kept. `isMade`: whether there is
+    /// one of these already: it may have been asked for, and not been had.
+    func check(after earlier: Settings?, isMade: (String) -> Bool = { _ in true }) throws(QuireError) {
+        let made = (earlier?.disks ?? []).filter { isMade($0.name) }
+        try SharedDisks.check(disks, earlier: made) { PageStore.knows(group: $0, among: groups) }
+        if earlier != nil, disks.contains(where: { disk in !made.contains { $0.name == disk.name } }) { try SharedDisks.checkRoom() }
         // Nothing is taken yet. What is out of all proportion the host may refuse.
         if candidateBytes != earlier?.candidateBytes { _ = try Candidates(byteCount: candidateBytes) }
     }
@@ -66,8 +69,8 @@ struct Settings: Sendable {
     /// For a successor.
     func park(_ keeper: KeeperLink?) throws(QuireError) {
         guard let keeper else { return }
-        let bytes = Array(file.text.utf8)
-        guard !bytes.isEmpty else { return keeper.unpark(Self.item) }
+        // A file of nothing, or none, is one to fall back to as well.
+        let bytes = Array((file.text.isEmpty ? "\n" : file.text).utf8)
         let memory = try Memfd(name: "quired-configuration", byteCount: UInt64(bytes.count))
         try memory.descriptor.writeBytes(at: 0, bytes)
         try keeper.park(Self.item, [memory.descriptor.raw])
@@ -95,7 +98,7 @@ struct Settings: Sendable {
         (resolution[Keys.Quired.sharedDisk] ?? []).map { disk in
             SharedDisks.Disk(
                 name: disk.name, byteCount: disk.byteCount ?? 0,
-                group: disk.group.isEmpty ? PageStore.ownGroup(ProcessCalls.ownUID) : disk.group)
+                group: disk.group.isEmpty ? PageStore.ownGroup(Observers.owner) : disk.group)
         }
     }
 }

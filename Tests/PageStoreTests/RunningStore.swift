@@ -35,9 +35,17 @@ final class RunningStore {
     func waitUntilItServes() -> Bool { eventually { (try? figures()) != nil } }
     func figures() throws -> StoreFigures { try StoreClient.figures(path: path) }
 
-    /// What `quire config reload` does.
+    /// What `quire config reload` does: it asks again where one worker has gone and the next is not there yet.
     func reload() throws -> String {
-        try CommandSocket.ask("reload", at: StoreLink.commandPath(besideStore: path), "quired", "quired", patienceMilliseconds: 60_000)
+        let deadline = monotonicNanoseconds() + 20_000_000_000
+        while true {
+            do throws(QuireError) {
+                return try CommandSocket.ask("reload", at: StoreLink.commandPath(besideStore: path), "quired", "quired", patienceMilliseconds: 60_000)
+            } catch {
+                guard error.code == .retry || error.code == .closed, monotonicNanoseconds() < deadline else { throw error }
+                ProcessCalls.sleep(milliseconds: 10)
+            }
+        }
     }
     /// The keeper's, or that of the only process.
     func signal(_ number: Int32) { process.signal(number) }
