@@ -105,8 +105,9 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
     static let object: UInt64 = 0
     /// The marks: pages of zeros, which cost nothing.
     static let markObject = UInt64.max
-    /// The content was restored, all of it; and no guest has run with it since. Only the second is ever taken away.
-    private static let wholeMark: UInt32 = 0, unclaimedMark: UInt32 = 1
+    /// The content was restored, all of it; no guest has run with it since; and a guest from elsewhere has, so that nobody may read it
+    /// any more: what a guest does later (sleep, a reset) makes it none from here. Only the second is ever taken away.
+    private static let wholeMark: UInt32 = 0, unclaimedMark: UInt32 = 1, foreignMark: UInt32 = 2
 
     private struct State {
         var pool: TmemPool
@@ -115,8 +116,10 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
         var isUnclaimed: Bool
         /// The guest comes from somewhere else, as QEMU's command line says.
         var arrives: Bool
-        /// It has come from somewhere else, as its rings say, and found nothing that was for it.
-        var isForeign = false
+        /// It has come from somewhere else, as its rings say, and found nothing that was for it. Until a restore.
+        var isForeign: Bool
+        /// Of which the store knows.
+        var isMarkedForeign: Bool
         /// The guest uses the device.
         var isRunning = false
         /// A save or a restore is going on.
@@ -125,7 +128,7 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
         var failedAt: UInt64?
 
         /// Pages that are not the guest's.
-        var marks: UInt64 { generation == 1 ? 0 : isUnclaimed ? 2 : 1 }
+        var marks: UInt64 { (generation == 1 ? 0 : isUnclaimed ? 2 : 1) + (isMarkedForeign ? 1 : 0) }
     }
 
     public let byteCount: UInt64
@@ -166,8 +169,11 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
         // A disk that is there is gone on with, whatever its factor has become.
         if current == nil { try options.checkStore() }
         let (pool, generation) = if let current { current } else { (try Self.makePool(1, in: store, client), 1 as UInt32) }
-        let isUnclaimed = try Self.has(Self.unclaimedMark, pool)
-        state = Mutex(State(pool: pool, generation: generation, isUnclaimed: isUnclaimed, arrives: options.awaitsRestore))
+        let isUnclaimed = try Self.has(Self.unclaimedMark, pool), isForeign = try Self.has(Self.foreignMark, pool)
+        state = Mutex(
+            State(
+                pool: pool, generation: generation, isUnclaimed: isUnclaimed, arrives: options.awaitsRestore, isForeign: isForeign,
+                isMarkedForeign: isForeign))
         // A disk that has shrunk would have pages beyond its end.
         if try Self.hasPages(pool, from: byteCount / pageBytes) {
             throw QuireError(.invalid, "the store is of a larger swap disk than \(Size.exact(byteCount)): give its size")
@@ -185,6 +191,8 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
             TmemPool.Attributes(
                 kind: .persistent, scope: .private, name: "\(poolPrefix)\(generation)", client: client.isEmpty ? "vm" : client))
     }
+
+    private static let zeros = [UInt8](repeating: 0, count: TmemPool.pageBytes)
 
     private static func has(_ mark: UInt32, _ pool: TmemPool) throws(QuireError) -> Bool {
         var page = [UInt8](repeating: 0, count: TmemPool.pageBytes)
@@ -210,7 +218,11 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
         let awaits = state.withLock { state in
             state.isRunning = true
             if let arrives { state.arrives = arrives }
-            state.isForeign = start.origin == .elsewhere && !state.isUnclaimed
+            if start.origin == .elsewhere, !state.isUnclaimed, !state.isForeign {
+                state.isForeign = true
+                // Without room for it, this process is all that knows.
+                state.isMarkedForeign = (try? state.pool.put(Self.markObject, Self.foreignMark, unsafe Self.zeros.span.bytes)) != nil
+            }
             if state.isUnclaimed {
                 // In this order: a death between the two leaves it to the same guest.
                 start.settle()
@@ -252,7 +264,7 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
         let first = UInt32(offset / pageBytes)
         do throws(QuireError) {
             try buffer.forEachPiece(of: TmemPool.pageBytes) { (number, page) throws(QuireError) in
-                try pool.put(Self.object, first + UInt32(number), page)
+                try pool.putOnDisk(Self.object, first + UInt32(number), page)
             }
         } catch {
             if error.code == .noSpace { noteFull(error) }
@@ -377,14 +389,13 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
                 guard !state.isRunning else {
                     throw QuireError(.busy, "the guest was started meanwhile: it keeps the content that it had")
                 }
-                let zeros = [UInt8](repeating: 0, count: TmemPool.pageBytes)
-                try new.put(Self.markObject, Self.unclaimedMark, unsafe zeros.span.bytes)
+                try new.put(Self.markObject, Self.unclaimedMark, unsafe Self.zeros.span.bytes)
                 // From here on it is the disk, after a death, too.
-                try new.put(Self.markObject, Self.wholeMark, unsafe zeros.span.bytes)
+                try new.put(Self.markObject, Self.wholeMark, unsafe Self.zeros.span.bytes)
                 state.pool = new
                 state.generation = generation
                 state.isUnclaimed = true
-                state.isForeign = false
+                (state.isForeign, state.isMarkedForeign) = (false, false)
             }
             old.destroy()
             return pages

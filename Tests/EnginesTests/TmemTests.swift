@@ -609,6 +609,34 @@ import Testing
         audit(tmem)
     }
 
+    /// The last bytes under a cap, enough for a slab or for the tables that a page in it needs, and not for both: a put there fails, and
+    /// does not try for ever.
+    @Test func theLastBytesAreNoRoom() throws {
+        let fixture = try TmemFixture()
+        defer { fixture.close() }
+        var seams = TmemSeams()
+        // All of them in one stripe, so that it is known when the tables have to grow: with the 4096th.
+        seams.hash = PageHash(low: 77, high: 1 << 60)
+        let tmem = try fixture.open(seams: seams)
+        let disk = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "d", client: "a"))
+        // What does not compress fills its slabs of 16 to the last slot.
+        for index in 0..<UInt32(15) { try disk.put(0, index, bytes: TmemPages.page(UInt64(index), randomWords: 100)) }
+        for index in 15..<UInt32(4095) { try disk.put(0, index, bytes: TmemPages.page(UInt64(index))) }
+        let code = Monitor<QuireError.Code??>(nil)
+        let used = tmem.usage.usedBytes
+        try tmem.setCap(used + 100_000)
+        let thread = try JoinableThread("putter") {
+            let found = errorCode { try disk.put(0, 4095, bytes: TmemPages.page(4095)) }
+            code.update { $0 = .some(found) }
+        }
+        let answer = code.wait(until: monotonicNanoseconds() + 20_000_000_000) { $0 }
+        #expect(answer == .some(.noSpace))
+        if answer == nil { try tmem.setCap(nil) }
+        thread.join()
+        #expect(tmem.usage.usedBytes <= used + 100_000 || answer == nil)
+        audit(tmem)
+    }
+
     /// Who brings memory for a slab keeps nobody from slots that come free meanwhile, and takes one of these himself then.
     @Test func slabsComeWithoutALock() throws {
         let fixture = try TmemFixture()

@@ -549,9 +549,26 @@ private let zeros = [UInt8](repeating: 0, count: pageSize)
             #expect(isRefused(disk))
             disk.deviceStopping()
             #expect(message { try Self.saved(disk) } == "the swap disk waits for its content: quire tmem restore")
+            // Nor does a guest that sleeps, or begins anew, become the one before.
+            bench.start(disk, origin: .here)
+            #expect(isRefused(disk) && disk.snapshot.pools.first?.pages == UInt64(Self.content.count))
+            disk.deviceStopping()
             // The control: what a guest that is taken for the one before would read, and the snapshot's does not expect.
+            disk.store.pools[0].flush(.max, 2)
+        }
+        do {
+            let disk = try bench.disk()
             bench.start(disk, origin: .here)
             #expect(try bench.read(disk, page: 0) == noise(5000) && noise(5000) != Self.content[0])
+            disk.deviceStopping()
+            arrive(disk)
+            disk.deviceStopping()
+        }
+        do {
+            // A backend that died since knows it, too.
+            let disk = try bench.disk()
+            bench.start(disk, origin: .here)
+            #expect(isRefused(disk))
             disk.deviceStopping()
             #expect(try Self.restore(disk, then) == UInt64(Self.content.count))
             #expect(disk.snapshot.pools.first?.pages == UInt64(Self.content.count))

@@ -46,6 +46,10 @@ final class Leaves: SplitTableUser, Sendable {
     private let keys: (UInt64, UInt64)
     let stripes: [Stripe]
 
+    private static let perExtent = TmemFile.extentBytes / 64
+    /// What an extent of leaves takes, in bytes: more than one of contents.
+    static let extentBytes = perExtent * (16 + 64 + volatileBytes)
+
     init(_ file: TmemFile, _ budget: TmemBudget) throws(QuireError) {
         self.file = file
         table = try SplitTable(limit: TmemFile.leafLimit, budget: budget)
@@ -56,10 +60,10 @@ final class Leaves: SplitTableUser, Sendable {
         // Sound: this object keeps both mappings.
         unsafe volatile = mapping.view(0, count: TmemFile.leafLimit * Self.volatileBytes)
         unsafe lists = listMapping.view(0, count: TmemFile.poolLimit * Self.stripes * 8)
-        let extent = TmemFile.extentBytes / 64
+        let extent = Self.perExtent
         numbers = Numbers(
             count: file.leafCount, limit: TmemFile.leafLimit, extent: extent,
-            extentBytes: extent * (16 + 64 + Self.volatileBytes), budget: budget,
+            extentBytes: Self.extentBytes, budget: budget,
             populate: { (range: Range<Int>) throws(QuireError) in try file.populateLeaves(range) },
             note: { file.leafCount = $0 })
         stripes = (0..<Self.stripes).map { _ in Stripe() }

@@ -99,6 +99,7 @@ final class Slabs: Sendable {
         let deadline = monotonicNanoseconds() + Self.growthNanoseconds
         while true {
             let isGrowing = growing.load(ordering: .acquiring) > 0
+            if warmBytes > 0, let unit = allocate(slabClass) { return unit }
             for candidate in slabClass...Self.classes {
                 if let unit = takeFree(candidate) { return unit }
             }

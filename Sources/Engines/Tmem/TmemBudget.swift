@@ -32,6 +32,9 @@ final class TmemBudget: Sendable {
         return host.lackingBytes(taking: UInt64(bytes), needed: { reserve }) > 0
     }
 
+    /// Whether `take` would give so many, as far as can be said.
+    func hasRoom(_ bytes: Int) -> Bool { used <= cap - bytes && !isHostShort(of: bytes) }
+
     /// False, and nothing taken, when the cap or the reserve forbids it.
     func take(_ bytes: Int, isMetadata: Bool) -> Bool {
         let now = usedBytes.wrappingAdd(bytes, ordering: .relaxed).newValue

@@ -62,7 +62,8 @@ extension TmemStore {
             // Whoever wants a slab has these; here is somebody who wants to find more pages, for which they must go back first.
             if slabs.warmBytes > 0 {
                 slabs.chillAll()
-                return true
+                // Only where that is enough for a slab and an extent: else the same slab would be taken again, and the extent fail again.
+                if budget.hasRoom(TmemFile.slabBytes + Leaves.extentBytes) { return true }
             }
             let cap = budget.cap
             let slabCount = budget.used / TmemFile.slabBytes

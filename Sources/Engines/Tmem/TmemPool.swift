@@ -1,3 +1,4 @@
+import CCompress
 import Platform
 
 /// A pool of pages that the host keeps for guests. A key is the pool, a 64-bit object and a 32-bit index; a value is one
@@ -87,6 +88,20 @@ public final class TmemPool: Sendable {
     public func put(_ object: UInt64, _ index: UInt32, _ page: RawSpan) throws(QuireError) {
         try Self.check(index, page.byteCount)
         try store.put(record, object, index, page)
+    }
+
+    /// As `put`, for a disk, where a page that is not there reads as zeros: zeros always have room.
+    public func putOnDisk(_ object: UInt64, _ index: UInt32, _ page: RawSpan) throws(QuireError) {
+        do throws(QuireError) { try put(object, index, page) } catch {
+            // Nothing of the old page is left where a put has failed.
+            guard error.code == .noSpace, Self.isZeros(page) else { throw error }
+        }
+    }
+
+    private static func isZeros(_ page: RawSpan) -> Bool {
+        var word: UInt64 = 1
+        // The pointer is used within the call; a page has the length that is looked at.
+        return unsafe page.withUnsafeBytes { unsafe cc_same_filled($0.baseAddress!, &word) } && word == 0
     }
 
     /// Copies the page of a key to `page`, of 4096 bytes; false and `page` unchanged when there is none.
