@@ -496,6 +496,14 @@ public final class BackendProcess: Sendable {
         }
     }
 
+    private static let silence = "no guest is running; if one is, QEMU has lost track of its control disk (cured in QEMU 9.1): start the VM anew"
+    private var isControlSilent: Bool {
+        zip(options.devices, servers).contains { device, server in
+            if case .control = device.kind { return server.isSilent }
+            return false
+        }
+    }
+
     private func update(_ page: borrowing StatusPage.Writer, _ rate: inout RateWindow) {
         let statistics = engine.snapshot
         let now = monotonicNanoseconds()
@@ -519,7 +527,7 @@ public final class BackendProcess: Sendable {
             case .paused: .paused
             case .refused: .refused
             }
-        page.setState(state, reason: statistics.reason)
+        page.setState(state, reason: state == .noGuest && isControlSilent ? Self.silence : statistics.reason)
         page.setCosts(cpuNanoseconds: processCPUNanoseconds(), mapBytes: map.allocatedBytes)
         page.setUpdated(nanoseconds: now)
     }

@@ -47,15 +47,15 @@ public final class ControlDisk: BlockStorage, DeviceLifecycle {
     // MARK: - The device's life
 
     /// Whether QEMU holds so much in place that it can only be the guest's memory: all of it, or what a device needs of it that is only
-    /// being plugged.
+    /// being plugged. QEMU itself has next to nothing locked.
     static func isLocked(_ memory: GuestMemory, by frontEnd: Int32?) -> Bool {
-        frontEnd.map { ProcessCalls.lockedBytes(of: $0) >= memory.byteCount / 16 } ?? false
+        frontEnd.map { ProcessCalls.lockedBytes(of: $0) >= min(memory.byteCount / 16, 16 << 20) } ?? false
     }
 
     /// The reasons against a pass over guest memory that come without being told. An agent knows; without one the kernel's count of
     /// pages says it, a moment late.
     func look(_ memory: GuestMemory, _ link: AgentLink?) -> RecycleEngine.Pause {
-        if let isAssigned = link?.isAssigned { return isAssigned ? .assigned : [] }
+        if link?.isAssigned == true { return .assigned }
         return Self.isLocked(memory, by: state.read { $0.frontEnd }) ? .locked : []
     }
 
@@ -67,12 +67,13 @@ public final class ControlDisk: BlockStorage, DeviceLifecycle {
             $0.refusal = nil
         }
         engine.setPaused(.unnoticed, start.isUnnoticed)
+        // Before each pass the engine looks for itself (`look`): it may end.
         let isLocked = Self.isLocked(start.memory, by: start.frontEnd)
-        engine.setPaused(.locked, isLocked)
         dedup?.setPaused(.nested, start.frontEnd.map { NestedGuests.mayRun(process: $0) } ?? false)
         let rings = start.rings.flatMap(\.ranges)
         engine.start(memory: start.memory, rings: rings, nonce: start.nonce, connection: start.connection)
-        if !isLocked { dedup?.setMemory(start.memory) }
+        // The agent refuses memory that is locked, and its gate closes for a device that pins.
+        dedup?.setMemory(start.memory)
         let resumed = engine.snapshot.phase == .idle ? "" : ", the guest's table is registered already"
         let size = "\(start.memory.byteCount >> 20) MiB of guest RAM in \(start.memory.regions.count) regions"
         logger.info("device started: \(size)\(resumed)")

@@ -82,6 +82,10 @@ static unsigned passed_count;
 static uint32_t ours[64];
 static unsigned ours_count;
 
+/* QEMU's ends of connections to ours: who listened for them may die, and whoever serves them goes on. */
+static struct { uint64_t socket; int pid; } our_ends[64];
+static unsigned our_ends_next;
+
 static bool closed_by(unsigned r)
 {
 	return (r & GATE_DIRECT && r & (GATE_NATIVE_AIO | GATE_URING))
@@ -304,6 +308,22 @@ static bool is_ours(int pid)
 	return false;
 }
 
+static bool is_our_end(uint64_t socket, int pid)
+{
+	for (unsigned i = 0; i < sizeof our_ends / sizeof *our_ends; i++)
+		if (socket && our_ends[i].socket == socket && our_ends[i].pid == pid) return true;
+	return false;
+}
+
+/* There are a few for each device and no more: the oldest is of a connection that is over. */
+static void note_our_end(uint64_t socket, int pid)
+{
+	if (!socket || is_our_end(socket, pid)) return;
+	our_ends[our_ends_next].socket = socket;
+	our_ends[our_ends_next].pid = pid;
+	our_ends_next = (our_ends_next + 1) % (sizeof our_ends / sizeof *our_ends);
+}
+
 static bool is_dead(int pid) { return pid > 0 && sys3(SYS_kill, pid, 0, 0) == -ESRCH; }
 
 /* Their numbers may be somebody else's soon. */
@@ -325,6 +345,7 @@ static unsigned look_at_peers(const bool *open)
 	for (unsigned i = 0; i < passed_count; i++) {
 		struct passed p = passed[i];
 		if (open && !open[i]) p.socket = 0;
+		if (is_ours(p.pid)) note_our_end(p.socket, p.pid);
 		if (is_ours(p.pid) || (!p.socket && is_dead(p.pid))) continue;
 		if (ram_is_file(p.device, p.inode)) found |= GATE_PEER;
 		passed[kept++] = p;
@@ -372,7 +393,8 @@ bool gate_passed(int socket, int fd)
 	struct passed new = { peer.pid, file.st_dev, file.st_ino, end.st_ino };
 	sigset_t old;
 	agent_lock(&old);
-	bool foreign = !is_ours(new.pid), ram = foreign && ram_is_file(new.device, new.inode);
+	if (is_ours(new.pid)) note_our_end(new.socket, new.pid);
+	bool foreign = !is_our_end(new.socket, new.pid), ram = foreign && ram_is_file(new.device, new.inode);
 	if (foreign) {
 		bool noted = note_passed(&new);
 		atomic_fetch_or(&reasons, (ram ? GATE_PEER : 0) | (noted ? 0 : GATE_UNKNOWN));

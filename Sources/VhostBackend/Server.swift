@@ -20,12 +20,22 @@ public final class Server: Sendable {
     public var owner: Int32? { isListening ? (try? socket.peer())?.pid : nil }
 
     private let connected = Atomic<Bool>(false)
-    /// The process at the other end, as the kernel names it: nil while there is none.
+    /// The process at the other end, or that was there last, as the kernel names it; nil before the first.
     public var peer: (pid: Int32, uid: UInt32)? { peerNow.withLock { $0 } }
     private let peerNow = Mutex<(pid: Int32, uid: UInt32)?>(nil)
 
     /// Whether a front end is connected now.
     public var isConnected: Bool { connected.load(ordering: .relaxed) }
+
+    /// Since when a front end is connected that has not said anything; 0 if there is none.
+    private let silentSince = Atomic<UInt64>(0)
+    /// A front end is connected and has said nothing for so long that it will not, until its guest starts the device, if ever: QEMU
+    /// before 9.1 forgets a device whose back end died at certain moments.
+    public var isSilent: Bool {
+        let since = silentSince.load(ordering: .relaxed)
+        return since != 0 && monotonicNanoseconds() &- since > Self.silenceNanoseconds
+    }
+    private static let silenceNanoseconds: UInt64 = 2_000_000_000
 
     private let socket: UnixSocket
     private let isListening: Bool
@@ -83,10 +93,15 @@ public final class Server: Sendable {
         let peer = try? connection.peer()
         peerNow.withLock { $0 = peer.map { ($0.pid, $0.uid) } }
         connected.store(true, ordering: .relaxed)
-        defer { connected.store(false, ordering: .relaxed) }
+        silentSince.store(monotonicNanoseconds(), ordering: .relaxed)
+        defer {
+            connected.store(false, ordering: .relaxed)
+            silentSince.store(0, ordering: .relaxed)
+        }
         let session = try Session(
             socket: connection, device: device, logger: logger, protocolFeatures: features, pages: pages
         ) { [self] isHandling in
+            if isHandling { silentSince.store(0, ordering: .relaxed) }
             handlingSince.store(isHandling ? monotonicNanoseconds() : 0, ordering: .relaxed)
         }
         session.run()

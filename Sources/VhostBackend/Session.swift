@@ -511,6 +511,7 @@ public final class Session {
     /// Stops rings, and the device until the next start. The rings first: a request that is being answered is answered
     /// by a device that still runs.
     private func halt(_ rings: [Vring]) {
+        for ring in rings { ring.beginStop() }
         for ring in rings {
             ring.stop()
             ring.isStarted = false
@@ -532,6 +533,7 @@ public final class Session {
     /// nothing outside of its rings, it is enough that the one stands still that is named.
     private func reconfigure(_ ring: Vring? = nil, _ change: () -> Void) throws(QuireError) {
         let still = if let ring, device.lifecycle == nil { [ring] } else { rings }
+        for ring in still { ring.beginStop() }
         for ring in still { ring.stop() }
         suspendDevice()
         change()

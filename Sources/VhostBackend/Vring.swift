@@ -65,6 +65,9 @@ final class Vring {
     /// Serves from now on: the device runs.
     func release() { runner?.release() }
 
+    /// Has it end what it is at, so that several rings do at the same time.
+    func beginStop() { runner?.beginStop() }
+
     /// Stops serving and joins the thread: no request is being answered any more. Keeps the position in `base`.
     func stop() {
         guard let runner else { return }
@@ -97,6 +100,7 @@ private final class RingRunner: Sendable {
     private let wires: RingWires
     private let alarm: TruncationAlarm
     private let features: VirtioFeatures
+    private let logger: Logger
     private let stopEvent: EventDescriptor
     private let stopping = Atomic<Bool>(false)
     private let position: Mutex<UInt16>
@@ -113,6 +117,7 @@ private final class RingRunner: Sendable {
         self.wires = wires
         self.alarm = alarm
         self.features = features
+        self.logger = logger
         stopEvent = try EventDescriptor()
         position = Mutex(ring.nextAvailable)
         layout = ring.layout
@@ -134,14 +139,20 @@ private final class RingRunner: Sendable {
 
     func release() { gate.update { $0 = true } }
 
-    func stop() -> UInt16 {
+    func beginStop() {
         stopping.store(true, ordering: .releasing)
         release()
         stopEvent.signal()
+    }
+
+    func stop() -> UInt16 {
+        beginStop()
         thread.withLock { $0 }?.join()
         thread.withLock { $0 = nil }
         return position.withLock { $0 }
     }
+
+    private static let longNanoseconds: UInt64 = 5_000_000_000
 
     private var isStopping: Bool { stopping.load(ordering: .acquiring) || alarm.isRaised }
 
@@ -156,6 +167,8 @@ private final class RingRunner: Sendable {
         // False: the ring has to stop, and the request is nobody's yet.
         func answer(_ ring: inout SplitRing, _ chain: DescriptorChain) throws(QuireError) -> Bool {
             var written: UInt32
+            var began: UInt64?
+            var isSaid = false
             while true {
                 do throws(QuireError) {
                     written = try device.process(chain, queue: index, features: features)
@@ -163,6 +176,12 @@ private final class RingRunner: Sendable {
                 } catch {
                     guard error.code == .retry else { throw error }
                     if isStopping { return false }
+                    let now = monotonicNanoseconds()
+                    if !isSaid, now - (began ?? now) > Self.longNanoseconds {
+                        isSaid = true
+                        logger.warning("ring \(index) has been waiting for some seconds: \(error)")
+                    }
+                    began = began ?? now
                 }
             }
             // What was read or written may not have been guest memory: then nobody answers for it. The request stays in

@@ -1,4 +1,5 @@
 import Platform
+import TestSupport
 import Testing
 import VhostBackend
 
@@ -44,6 +45,18 @@ private typealias Request = FrontEnd.Request
         ring.reset()
         try frontEnd.start(ram, [ring])
         #expect(lifecycle.starts.last?.isUnnoticed == false)
+    }
+
+    /// A front end that says nothing is told from one that has.
+    @Test func silenceIsNoticed() throws {
+        let server = try TestServer(MemoryStorage())
+        #expect(!server.server.isSilent)
+        let frontEnd = try server.connect()
+        #expect(eventually { server.server.isSilent })
+        try frontEnd.handshake(.qemu7)
+        #expect(!server.server.isSilent)
+        frontEnd.disconnect()
+        #expect(eventually { !server.server.isConnected } && !server.server.isSilent)
     }
 
     /// A refusal is heard as well: nothing that was not offered is taken as agreed.

@@ -151,12 +151,14 @@ private final class BackEnd {
         rings[0].reset()
         try frontEnd.start(ram, [rings[0]], memory: false, inflight: frontEnd.getInflight(queues: 2))
         try frontEnd.stop([rings[0]])
-        #expect(backEnd.origins.count == 3 && backEnd.origins.allSatisfy { $0 == .here })
+        let before = backEnd.origins
+        #expect(before.count >= 3 && before.allSatisfy { $0 == .here })
 
         rings[0].reset()
         let base = Trace.index.leave(in: rings[1])
         try frontEnd.start(ram, rings, memory: false, bases: [0, base], inflight: frontEnd.getInflight(queues: 2))
-        #expect(backEnd.origins.count == 5 && backEnd.origins.suffix(2).allSatisfy { $0 == .elsewhere })
+        let since = backEnd.origins.dropFirst(before.count)
+        #expect(since.count >= 2 && since.allSatisfy { $0 == .elsewhere })
     }
 
     /// Nothing is told where nothing can be: without a region, with an earlier release's, with one that is not ours, with a lie in it.
