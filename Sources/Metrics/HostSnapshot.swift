@@ -89,8 +89,8 @@ public struct RuntimeDirectories: Sendable {
     private let bases: [String]
     /// Also in `quire` of every folder here: XDG_RUNTIME_DIR of all users.
     private let users: String?
-    /// Of one folder: a user can make as many as the file system takes.
-    private static let mostVMs = 4096
+    /// Of one folder: a user can make as many as the file system takes. As many of one who is not root as quired takes.
+    private static func mostVMs(of uid: UInt32) -> Int { uid == 0 || uid == ProcessCalls.ownUID ? 4096 : 256 }
 
     public init(_ bases: [String], users: String? = nil) {
         self.bases = bases
@@ -121,7 +121,7 @@ public struct RuntimeDirectories: Sendable {
                 continue
             }
             let directory = RuntimeDirectory(base: base)
-            let names = directory.running().prefix(Self.mostVMs).filter { found[VM.ID(uid: uid, name: $0)] == nil }
+            let names = directory.running().prefix(Self.mostVMs(of: uid)).filter { found[VM.ID(uid: uid, name: $0)] == nil }
             for report in StatusReport.read(names, in: directory) {
                 found[VM.ID(uid: uid, name: report.name)] = VM(uid: uid, report: report)
             }

@@ -51,7 +51,7 @@ final class WebServer {
         }
     }
 
-    /// How many connections there are.
+    /// How many connections there are at one address.
     final class Count: Sendable {
         private let value = Mutex(0)
         func enter() -> Bool { value.withLock { if $0 < Bounds.connections { $0 += 1; return true } else { return false } } }
@@ -84,13 +84,13 @@ final class WebServer {
     /// One thread: what takes time is done on the collector's.
     private let group = MultiThreadedEventLoopGroup(numberOfThreads: 1)
     private let web: Web
-    private let count = Count()
 
     init(_ web: Web) { self.web = web }
 
     /// Listens until it is closed, or all of this is ended.
     func listen(on address: Address, _ rules: Rules) throws -> Listener {
-        let web = self.web, count = self.count, connections = Listener.Connections()
+        // Of this address alone: who keeps all connections of one busy keeps nobody from the other.
+        let web = self.web, count = Count(), connections = Listener.Connections()
         let bootstrap = ServerBootstrap(group: group)
             .serverChannelOption(.backlog, value: 128)
             .serverChannelOption(.socketOption(.so_reuseaddr), value: 1)
