@@ -46,7 +46,8 @@ public struct ConfigurationFile: Sendable {
     }
 
     /// Whatever is wrong in it is in `findings`. Throws if it cannot be read or must not be believed.
-    public static func look(at path: String) throws(QuireError) -> ConfigurationFile {
+    /// `reader`: whose word it is; 0 also for a user that root's service has.
+    public static func look(at path: String, reader: UInt32 = ProcessCalls.ownUID) throws(QuireError) -> ConfigurationFile {
         let file: Descriptor
         // Of a pipe there would be nothing to read, and long to wait.
         do throws(QuireError) { file = try Descriptor.open(path, O_RDONLY | O_NONBLOCK) } catch {
@@ -54,7 +55,7 @@ public struct ConfigurationFile: Sendable {
         }
         let status = try file.status()
         guard status.isRegularFile else { throw QuireError(.invalid, "\(path) is no file: name a configuration with --config") }
-        try checkTrust(path, status, reader: ProcessCalls.ownUID)
+        try checkTrust(path, status, reader: reader)
         let bytes = try file.readAll(limit: limit + 1)
         guard bytes.count <= limit else { throw QuireError(.invalid, "\(path) has more than 1 MiB: that is no configuration") }
         guard let text = String(validating: bytes, as: UTF8.self), !bytes.contains(0) else {
@@ -76,10 +77,10 @@ public struct ConfigurationFile: Sendable {
 
     /// A file in which all is well. `path`: what was asked for, which has to be there (/dev/null: nothing is configured); nil: where
     /// it is by default, if it is.
-    public static func read(_ path: String?) throws(QuireError) -> ConfigurationFile {
+    public static func read(_ path: String?, reader: UInt32 = ProcessCalls.ownUID) throws(QuireError) -> ConfigurationFile {
         let name = path ?? standardPath
         if name == "/dev/null" || path == nil && !Files.exists(name) { return ConfigurationFile(path: name, text: "") }
-        let file = try look(at: name)
+        let file = try look(at: name, reader: reader)
         try file.check()
         return file
     }

@@ -162,7 +162,7 @@ public struct HostCheck: Sendable {
             let figures = try StoreClient.figures(path: places.store, patienceMilliseconds: 2000)
             return finding("quired", .ok, "quired serves at \(places.store): \(Size.text(figures.sharedPages * 4096)) of at most \(Size.text(figures.limitPages * 4096))")
         } catch {
-            return finding("quired", .note, "quired does not answer at \(places.store) (\(error)): only pages of zeros are merged", "systemctl enable --now quired, or by hand: quired --keep &")
+            return finding("quired", .note, "quired does not answer at \(places.store) (\(error)): only pages of zeros are merged", "systemd-sysusers && systemctl enable --now quired, or by hand: quired --keep &")
         }
     }
 

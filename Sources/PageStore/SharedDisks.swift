@@ -139,13 +139,18 @@ public final class SharedDisks: Sendable {
             let item = Self.item(disk.name)
             let file: Descriptor
             if let parked = keeper?.takeParked(item) {
-                // One of an earlier list, which nobody served since, may be another. It is kept, and the others are served.
-                do throws(QuireError) { disks[disk.name] = try Shared(disk, Tmem(parked, .init(reserve: reserve))) } catch {
+                let store = try Tmem(parked, .init(reserve: reserve))
+                // One of an earlier list, which nobody served since, may be another. It is kept, and the others are served. Whatever else
+                // is wrong may pass: guests wait, and the keeper tries again.
+                do throws(QuireError) { disks[disk.name] = try Shared(disk, store) } catch {
+                    guard error.code == .invalid else { throw error }
                     logger.error("the shared disk '\(disk.name)' is not served: \(error)")
                 }
                 continue
             } else {
                 file = try Tmem.makeFile(name: "quire-disk-\(disk.name)")
+                // Not kept before it is known that it can be had.
+                _ = try Tmem(file.duplicate())
                 try keeper?.park(item, [file.raw])
                 if keeper == nil {
                     logger.warning("what is on the shared disk '\(disk.name)' dies with this process: start quired with --keep")

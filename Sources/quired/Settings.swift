@@ -21,7 +21,7 @@ struct Settings: Sendable {
 
     /// What file and command line say now.
     static func read(_ config: String?, _ arguments: [String: RawValue]) throws(QuireError) -> Settings {
-        try Settings(ConfigurationFile.read(config), arguments)
+        try Settings(ConfigurationFile.read(config, reader: Observers.owner), arguments)
     }
 
     /// For a quired that starts. With a keeper, a file that is broken, or that asks for what cannot be, does not keep it from taking the

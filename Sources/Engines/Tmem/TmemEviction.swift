@@ -53,8 +53,9 @@ extension TmemStore {
         return (pages, freed)
     }
 
-    /// Room for another slab or extent under the cap, and under what the host has. False: there is nothing to take it from.
-    func makeRoom() -> Bool {
+    /// Room for another slab or extent under the cap, and under what the host has. False: there is nothing to take it from. `lacking`: bytes
+    /// that would do, where nothing else is lacking.
+    func makeRoom(_ lacking: Int = TmemFile.slabBytes + Leaves.extentBytes) -> Bool {
         let before = budget.used
         return room.withLock { _ in
             // Somebody made some while we waited.
@@ -63,7 +64,7 @@ extension TmemStore {
             if slabs.warmBytes > 0 {
                 slabs.chillAll()
                 // Only where that is enough for a slab and an extent: else the same slab would be taken again, and the extent fail again.
-                if budget.hasRoom(TmemFile.slabBytes + Leaves.extentBytes) { return true }
+                if budget.hasRoom(lacking) { return true }
             }
             let cap = budget.cap
             let slabCount = budget.used / TmemFile.slabBytes

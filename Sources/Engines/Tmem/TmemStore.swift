@@ -140,7 +140,7 @@ final class TmemStore: Sendable {
                 if let number = contents.acquire(fill: word, pool.number) {
                     return Contents.Acquired(number: number, isShared: false)
                 }
-                guard makeRoom() else { throw full() }
+                guard makeRoom(Leaves.extentBytes) else { throw full() }
             }
         }
         let hash = file.hasher.hash(span)
@@ -187,7 +187,7 @@ final class TmemStore: Sendable {
             }
             if grows { leaves.grow() }
             if !isFull { return old }
-            guard makeRoom() else { throw full() }
+            guard makeRoom(Leaves.extentBytes) else { throw full() }
         }
     }
 
