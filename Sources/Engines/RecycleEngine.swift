@@ -504,14 +504,19 @@ public final class RecycleEngine: Sendable {
     }
 }
 
-/// How many pages are claimed at once. Shrinks when a guest has waited, or when a batch took long; grows back.
+/// How many pages are claimed at once. Shrinks when a guest has waited, or when a batch took long; grows back. And how many
+/// an agent is asked for at once: a pass cannot be interrupted meanwhile, and asking costs as much as recycling some dozens.
 struct Batch: Sendable {
     static let maxPages = PageMap.maxClaimPages
     private static let minPages = 4
     /// A batch that takes longer is halved.
     private static let maxNanoseconds: UInt64 = 150_000
 
+    private static let orderPagesRange = 512...16_384
+    private static let orderNanoseconds: ClosedRange<UInt64> = 10_000_000...30_000_000
+
     private(set) var pages = maxPages
+    private(set) var orderPages = 4096
     private var waits: UInt64 = 0
 
     mutating func adapt(nanoseconds: UInt64, full: Bool, waits now: UInt64) {
@@ -521,5 +526,13 @@ struct Batch: Sendable {
             pages = min(Self.maxPages, pages * 2)
         }
         waits = now
+    }
+
+    mutating func adaptOrder(nanoseconds: UInt64, full: Bool) {
+        if nanoseconds > Self.orderNanoseconds.upperBound {
+            orderPages = max(Self.orderPagesRange.lowerBound, orderPages / 2)
+        } else if full, nanoseconds < Self.orderNanoseconds.lowerBound {
+            orderPages = min(Self.orderPagesRange.upperBound, orderPages * 2)
+        }
     }
 }

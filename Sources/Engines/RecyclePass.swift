@@ -26,7 +26,7 @@ final class Pass: CrewWork {
         var again: [RecycleRun] = []
         /// Pages that are due. While the agent is at work on them nobody can interrupt the pass.
         var dueCount = 0
-        var isFull: Bool { dueCount >= 2048 || due.count + again.count >= PageRun.maxRuns }
+        func isFull(_ batch: Batch) -> Bool { dueCount >= batch.orderPages || due.count + again.count >= PageRun.maxRuns }
     }
 
     struct Result: Sendable {
@@ -85,7 +85,7 @@ final class Pass: CrewWork {
                 guard page < table.pages.count else { break }
                 if let agent, !isAgentGone.load(ordering: .acquiring) {
                     try gather(page, &gathered, &found)
-                    if gathered.isFull { try order(&gathered, agent, worker, &found) }
+                    if gathered.isFull(found.batch) { try order(&gathered, agent, worker, &found) }
                     continue
                 }
                 let holes = try look(at: page, worker, &found)
@@ -170,12 +170,14 @@ final class Pass: CrewWork {
             guard !runs.isEmpty, !isOurs else { return 0 }
             let order = RecycleOrder(kind, now: now, claimPages: found.batch.pages, connection: agent.connection)
             let merged = runs.map { map.mergedCounts($0.gfns) }
+            let started = monotonicNanoseconds()
             let outcomes: [MoveOutcome]
             do throws(QuireError) { outcomes = try agent.recycler.recycle(runs, order) } catch {
                 if error.code == .busy { found.oldestAge = dueAge } else { isOurs = true }
                 return 0
             }
             let done = outcomes.reduce(0) { $0 + $1.done }
+            found.batch.adaptOrder(nanoseconds: monotonicNanoseconds() - started, full: done >= found.batch.orderPages)
             map.addRecycled(done)
             for (run, before) in zip(runs, merged) where before != MergedCount() {
                 map.noteRecycledMerged(before - map.mergedCounts(run.gfns))

@@ -64,7 +64,7 @@ struct Recycle: ParsableCommand {
             hostShares.append(("all recycled, without a guest", try HostCost(pageCount: pages, repetitions: options.quick ? 3 : 7).run(into: &$0)))
         }
         part("agent", bars: HostCost.bars(agent: true)) {
-            let cost = HostCost(pageCount: pages / 2, repetitions: options.quick ? 3 : 7, agentOf: agentPrograms)
+            let cost = HostCost(pageCount: pages / 2, repetitions: options.quick ? 3 : 21, agentOf: agentPrograms)
             hostShares.append(("all recycled by the agent", try cost.run(into: &$0)))
         }
         part("threads", bars: []) { try Threads(pageCount: pages, repetitions: options.quick ? 2 : 3).run(into: &$0) }
