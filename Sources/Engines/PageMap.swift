@@ -204,8 +204,25 @@ public final class PageMap: Sendable {
 
     /// Somebody wants nothing merged: kept here, so that a back end that comes back knows it.
     public var isUnmerged: Bool {
-        get { mapping.load32(Self.offset(\.flags)) & UInt32(QUIRE_MAP_UNMERGED.rawValue) != 0 }
-        set { mapping.store32(Self.offset(\.flags), newValue ? UInt32(QUIRE_MAP_UNMERGED.rawValue) : 0) }
+        get { has(QUIRE_MAP_UNMERGED) }
+        set { set(QUIRE_MAP_UNMERGED, newValue) }
+    }
+
+    // MARK: - Flags
+
+    /// The guest came with memory from elsewhere. So it is for the VM's life, whatever the guest does after and whichever back
+    /// end serves it then.
+    public var hasArrived: Bool { has(QUIRE_MAP_ARRIVED) }
+    public func noteArrival() { set(QUIRE_MAP_ARRIVED, true) }
+
+    private func has(_ flag: quire_map_flag) -> Bool { mapping.load32(Self.offset(\.flags)) & UInt32(flag.rawValue) != 0 }
+
+    /// The other flags stay, whoever changes one at the same time.
+    private func set(_ flag: quire_map_flag, _ isOn: Bool) {
+        let position = Self.offset(\.flags), bit = UInt32(flag.rawValue)
+        var flags: UInt32
+        repeat { flags = mapping.load32(position) } while !mapping.compareExchange32(
+            position, expected: flags, desired: isOn ? flags | bit : flags & ~bit)
     }
 
     // MARK: - Range locks

@@ -290,7 +290,7 @@ public final class BackendProcess: Sendable {
                 chosen.vm = options.name
                 logger[metadataKey: "device"] = "\(chosen.name)"
                 let log = logger
-                let storage = try SharedDisk(chosen) { log.warning("\($0)") }
+                let storage = try SharedDisk(chosen, map: map) { log.warning("\($0)") }
                 block = VirtioBlock(storage: storage, queueCount: chosen.queueCount, lifecycle: storage, logger: logger)
             }
             let socket: UnixSocket

@@ -1,3 +1,4 @@
+import Engines
 import GuestMemory
 import Platform
 import StoreProtocol
@@ -11,7 +12,9 @@ import VhostBackend
 ///
 /// A guest that arrives with memory of its own (`-incoming`, `-loadvm`, `loadvm`) knows the disk as it was: what it has mounted or
 /// cached goes with that content and no other. So it gets I/O errors unless it is said that this content is still here. Whether it
-/// arrives is on the command line of the QEMU that connects, and in the rings, as for the swap disk.
+/// arrives is on the command line of the QEMU that connects, and in the rings, as for the swap disk. The rings tell it once, and what
+/// the guest has cached outlasts its sleep, a start that looks like a new guest's, and this process: so the page map keeps it, for all
+/// disks of the VM until that ends. A disk has no store of its own that could.
 public final class SharedDisk: BlockStorage, DeviceLifecycle {
     public struct Options: Sendable, Equatable {
         public var name: String
@@ -108,38 +111,45 @@ public final class SharedDisk: BlockStorage, DeviceLifecycle {
     public let serial: String
     private let client: SharedDiskClient
     private let name: String
+    private let map: PageMap
     private let notice: @Sendable (String) -> Void
     /// It is what a guest that comes from elsewhere knows.
     private let isKnown: Bool
-    /// The guest knows another disk, or may.
-    private let isForeign = Atomic<Bool>(false)
+    /// The guest comes from elsewhere, as QEMU's command line says.
+    private let arrives = Atomic<Bool>(false)
 
-    /// `notice`: a line for the log, when quired goes away and comes back.
-    public init(_ options: Options, notice: @escaping @Sendable (String) -> Void) throws(QuireError) {
+    /// `map`: the VM's. `notice`: a line for the log, when quired goes away and comes back.
+    public init(_ options: Options, map: PageMap, notice: @escaping @Sendable (String) -> Void) throws(QuireError) {
         var options = options
         if options.identity == nil { try options.ask() }
         serial = String(options.name.prefix(20))
         byteCount = options.identity!.pages * pageBytes
         client = SharedDiskClient(path: options.path, options.hello, expected: options.identity, notice: notice)
         name = options.name
+        self.map = map
         self.notice = notice
         isKnown = options.known == .anything || options.known == .content(options.identity!.id)
     }
 
     public func deviceStarted(_ start: DeviceStart) {
-        let says = start.frontEnd.flatMap { QEMUCommandLine.bringsMemory(process: $0) }
-        // Where nobody can tell, what was found before holds.
-        guard let arrives = start.origin == .elsewhere ? true : says else { return }
-        isForeign.store(arrives && !isKnown, ordering: .sequentiallyConsistent)
-        if arrives, !isKnown {
-            notice("the guest came from elsewhere (a snapshot, a migration) and may know the shared disk '\(name)' with another content: every request is an I/O error")
+        // Where it can't be told, what was found before holds.
+        if let says = start.frontEnd.flatMap({ QEMUCommandLine.bringsMemory(process: $0) }) {
+            arrives.store(says, ordering: .sequentiallyConsistent)
+        }
+        // Also where this disk is the one that the guest knows: another of the VM's may not be, and show nothing in its rings.
+        if start.origin == .elsewhere { map.noteArrival() }
+        if isForeign {
+            notice("the guest came from elsewhere (a snapshot, a migration) and may know the shared disk '\(name)' with another content: every request is an I/O error until the VM ends")
         }
     }
     public func deviceStopping() {}
     public func loggingChanged(_ enabled: Bool) {}
 
+    /// The guest knows another disk, or may.
+    private var isForeign: Bool { !isKnown && (arrives.load(ordering: .sequentiallyConsistent) || map.hasArrived) }
+
     private func check() throws(QuireError) {
-        guard !isForeign.load(ordering: .sequentiallyConsistent) else {
+        guard !isForeign else {
             throw QuireError(.busy, "the shared disk '\(name)' is not the one that the guest knows")
         }
     }

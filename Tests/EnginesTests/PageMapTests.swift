@@ -134,6 +134,42 @@ import Testing
         #expect(raw.load64(64) == 4096 + 8 * 8192)
     }
 
+    /// A flag is set while another comes and goes, and what a later version keeps beside them stays.
+    @Test func flagsStayApart() throws {
+        let opened = try Opened()
+        let map = opened.map
+        let raw = try Mapping(opened.file, byteCount: 4096)
+        #expect(!map.isUnmerged && !map.hasArrived && raw.load32(72) == 0)
+        map.noteArrival()
+        #expect(map.hasArrived && !map.isUnmerged && raw.load32(72) == 2)
+        let later: UInt32 = 1 << 31
+        raw.store32(72, later | 2)
+        map.isUnmerged = true
+        #expect(map.hasArrived && map.isUnmerged && raw.load32(72) == later | 3)
+        map.isUnmerged = false
+        map.noteArrival()
+        #expect(map.hasArrived && !map.isUnmerged && raw.load32(72) == later | 2)
+        let again = try PageMap(opened.file.duplicate())
+        #expect(again.hasArrived && !again.isUnmerged)
+
+        let isDone = Monitor(false)
+        let other = try JoinableThread("flags") {
+            while !isDone.read({ $0 }) {
+                for _ in 0..<100 { map.isUnmerged.toggle() }
+            }
+        }
+        var lost = 0
+        for _ in 0..<20_000 {
+            map.noteArrival()
+            for _ in 0..<20 where !map.hasArrived { lost += 1 }
+            var flags: UInt32
+            repeat { flags = raw.load32(72) } while !raw.compareExchange32(72, expected: flags, desired: flags & ~2)
+        }
+        isDone.update { $0 = true }
+        other.join()
+        #expect(lost == 0)
+    }
+
     /// What the agent writes is read as it means it, and I/O waits while a window of the agent is open there only.
     @Test func mergedPagesAndRangeLocks() async throws {
         let opened = try Opened()

@@ -223,7 +223,10 @@ struct quire_claim {
 	quire_u64 reserved[5];       /* a cache line a worker */
 };
 
-enum quire_map_flag { QUIRE_MAP_UNMERGED = 1 /* nothing is to be merged: somebody asked for that */ };
+enum quire_map_flag {
+	QUIRE_MAP_UNMERGED = 1,      /* nothing is to be merged: somebody asked for that */
+	QUIRE_MAP_ARRIVED = 2,       /* the guest came from elsewhere (a snapshot, a migration), as its rings said; never cleared */
+};
 
 struct quire_map_header {
 	quire_u8  magic[8];          /*    0 QUIRE_MAP_MAGIC */
