@@ -33,6 +33,7 @@ struct Ledger: ~Copyable, Sendable {
 
     private typealias Header = quire_ledger_header
     private static let headerBytes = UInt64(MemoryLayout<Header>.size)
+    private static let byteCount = headerBytes + StoreRequest.gfnLimit * 4
     private static func offset<T>(_ field: KeyPath<Header, T>) -> Int { MemoryLayout<Header>.offset(of: field)! }
     /// Gfns in a piece at most.
     static let pieceGFNs: UInt64 = 16384
@@ -42,7 +43,7 @@ struct Ledger: ~Copyable, Sendable {
     let hasEnded: Bool
 
     static func makeFile(_ identity: Identity) throws(QuireError) -> Descriptor {
-        let file = try Memfd(name: "quire-ledger", byteCount: headerBytes + StoreRequest.gfnLimit * 4).takeDescriptor()
+        let file = try Memfd(name: "quire-ledger", byteCount: byteCount).takeDescriptor()
         try file.setMode(0o400)
         let header = try Mapping(file, byteCount: Int(headerBytes))
         header.store32(offset(\.version), UInt32(QUIRE_PARKED_VERSION))
@@ -57,6 +58,10 @@ struct Ledger: ~Copyable, Sendable {
     }
 
     init(_ descriptor: consuming Descriptor) throws(QuireError) {
+        // What is cut off would count as nothing, and a header that is would end this process.
+        guard try descriptor.status().byteCount == Self.byteCount else {
+            throw QuireError(.invalid, "a ledger does not have the size that ledgers have")
+        }
         let header = try Mapping(descriptor, byteCount: Int(Self.headerBytes))
         guard header.copyOut(0, count: 8) == Array(QUIRE_LEDGER_MAGIC.utf8),
             header.load32(Self.offset(\.version)) == UInt32(QUIRE_PARKED_VERSION)

@@ -356,10 +356,10 @@ package final class Machine: Sendable {
     func recount() throws(QuireError) {
         try state.withLock { (state) throws(QuireError) in
             var held = 0, merged = 0
-            try state.ledger.forEachPiece { (_, entries) in
+            try state.ledger.forEachPiece { (_, entries) throws(QuireError) in
                 for entry in entries where !entry.isNone {
-                    // Our own notes name slots that exist.
-                    precondition(share.recount(entry.slot), "a ledger names a slot outside of its store")
+                    // Our own notes name slots that exist. To end here where they do not would be to end at each start.
+                    guard share.recount(entry.slot) else { throw QuireError(.invalid, "a ledger names a slot outside of its store") }
                     if entry.isHeld { held += 1 } else { merged += 1 }
                 }
             }

@@ -71,6 +71,11 @@ static _Atomic unsigned reasons;
 static _Atomic uint64_t generation;
 static time_t looked;
 
+/*
+ * Three tables, for what happens when one is full differs. Of ours, and of connections to them, the oldest is forgotten: it is a
+ * stranger's then, and the gate closes when it is passed guest RAM. Who has guest RAM is never forgotten: the gate closes for good.
+ */
+
 /* Who was passed which file, and isn't ours. Guest RAM or not: that may be known only later. */
 #define PASSED_MAX 128
 static struct passed {
@@ -140,6 +145,7 @@ void gate_suspect(unsigned some)
 	unsigned after = before | some;
 	agent_unlock(&old);
 	if (closed_by(before) != closed_by(after) || (before ^ after) & GATE_ALL_OF_RAM) agent_wake();
+	step(QUIRE_STEP_SUSPECTED, NULL);
 }
 
 void gate_look_again(void)

@@ -12,12 +12,13 @@ extension Trait where Self == ConditionTrait {
     static var needsMerging: Self { .enabled(if: whyNothingIsMerged == nil, "\(whyNothingIsMerged ?? "")") }
 }
 
-/// The steps of a window. As `enum quire_agent_step`, which this test doesn't link.
+/// The steps of a window, and one of the gate. As `enum quire_agent_step`, which this test doesn't link.
 enum Step: Int, CaseIterable {
     case registerMinor, zapped, compared, mapped, wake, punch, unregister
     case protect, protected, copied, folded, foldWake
     case reset
     case exchange, claimed, recyclePunch, punched
+    case suspected
 
     static let ofMerge: [Step] = [.zapped, .compared, .mapped, .wake, .punch]
     static let ofFold: [Step] = [.protect, .protected, .copied, .folded, .foldWake]

@@ -9,7 +9,7 @@
  *   agent-standin SOCKET [key=value]...
  *     fd 3  guest RAM, a memfd; mapped from its first page on
  *     fd 4  struct shared
- *     fd 5  a socket, for passing descriptors (only for `receive` and `pass`): to the test, which is the backend
+ *     fd 5  a socket, for passing descriptors (only for `receive`, and `pass` without a number): to the test, which is the backend
  *     pages=N kinds=LETTERS write=N (one in N rounds writes) free=1 (pages are freed, for RESET) table=1 (their states
  *     are in the last page of guest RAM, for RECYCLE; not for m) delay=US (at each place in a window) leave=STEP (leaves that step out) punch_early=1 hang=SECONDS file=PATH (on a disk: for
  *     O_DIRECT) start=0
@@ -389,21 +389,47 @@ static int pass_to_stranger(long page)
 	return result < 0 ? result : stranger.seen;
 }
 
-/* To one whose listener is dead, as when it was told to daemonize, or when libvirt has listened for it. */
-static int orphan = -1;
-static int pass_to_orphan(void)
+/* A listener in a process of its own: its number. Who connects is served here, whether that lives or not. */
+static int listener = -1, served = -1;
+static int listen_apart(void)
 {
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
-	socklen_t size = sizeof address;
-	int listener = socket(AF_UNIX, SOCK_STREAM, 0), end = socket(AF_UNIX, SOCK_STREAM, 0);
+	socklen_t size = sizeof(int);
+	int listens = 0;
+	listener = socket(AF_UNIX, SOCK_STREAM, 0);
 	if (bind(listener, (struct sockaddr *)&address, sizeof address.sun_family)) return -errno;
 	pid_t child = fork();
-	if (child == 0) _exit(listen(listener, 1) != 0);
-	if (child < 0 || waitpid(child, NULL, 0) != child) return -errno;
+	if (child == 0) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		if (listen(listener, 1) == 0) pause();
+		_exit(1);
+	}
+	for (int i = 0; child > 0 && !listens && i < 50000; i++) {
+		if (getsockopt(listener, SOL_SOCKET, SO_ACCEPTCONN, &listens, &size)) return -errno;
+		nap(100);
+	}
+	return failing(child);
+}
+
+static int end_listener(pid_t child) { return kill(child, SIGKILL) || waitpid(child, NULL, 0) != child ? -errno : 0; }
+
+/* Our end of a connection to it. */
+static int connect_apart(void)
+{
+	struct sockaddr_un address;
+	socklen_t size = sizeof address;
+	int end = socket(AF_UNIX, SOCK_STREAM, 0);
 	if (getsockname(listener, (struct sockaddr *)&address, &size)) return -errno;
 	if (connect(end, (struct sockaddr *)&address, size)) return -errno;
-	orphan = accept(listener, NULL, NULL);
-	return orphan < 0 ? -errno : failing(pass(end, 3));
+	served = accept(listener, NULL, NULL);
+	return served < 0 ? -errno : end;
+}
+
+/* To one whose listener is dead, as when it was told to daemonize, or when libvirt has listened for it. */
+static int pass_to_orphan(void)
+{
+	int child = listen_apart(), ended = child < 0 ? child : end_listener(child), end = ended < 0 ? ended : connect_apart();
+	return end < 0 ? end : failing(pass(end, 3));
 }
 
 /* Room for so many descriptors more; negative: for as many as at first. */
@@ -472,6 +498,26 @@ static int spend_mappings(bool one_more)
 	return count;
 }
 
+/* Another thread obeys, which can be paused; `join` has its answer. */
+static int obey(const char *line);
+static pthread_t apart;
+static void *obey_apart(void *order) { return (void *)(intptr_t)obey(order); }
+
+static int begin_apart(const char *line)
+{
+	static char order[512];
+	const char *space = strchr(line, ' ');
+	snprintf(order, sizeof order, "%s", space ? space + 1 : "");
+	return -pthread_create(&apart, NULL, obey_apart, order);
+}
+
+static int join(void)
+{
+	void *answer;
+	int error = pthread_join(apart, &answer);
+	return error ? -error : (int)(intptr_t)answer;
+}
+
 /* Answers with a number: a result, or a negative errno. */
 static int obey(const char *line)
 {
@@ -502,10 +548,15 @@ static int obey(const char *line)
 	if (IS("open")) return failing(open(text, O_RDONLY));
 	if (IS("close")) return failing(close((int)a));
 	if (IS("setfl")) return failing(fcntl((int)a, F_SETFL, b ? O_DIRECT : 0));
-	if (IS("pass")) return failing(pass(5, 3));
+	if (IS("pass")) return failing(pass(a ? (int)a : 5, 3));
 	if (IS("stranger")) return pass_to_stranger(a);
 	if (IS("orphan")) return pass_to_orphan();
-	if (IS("hang_up")) return failing(close(orphan));
+	if (IS("listen")) return listen_apart();
+	if (IS("end")) return end_listener((pid_t)a);
+	if (IS("connect")) return connect_apart();
+	if (IS("hang_up")) return failing(close(served));
+	if (IS("apart")) return begin_apart(line);
+	if (IS("join")) return join();
 	if (IS("dup")) return failing(dup((int)a));
 	if (IS("limit")) return limit_descriptors(a);
 	if (IS("fuse")) return open_fuse(text);

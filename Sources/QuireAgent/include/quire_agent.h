@@ -36,6 +36,8 @@ enum quire_agent_step {
 	QUIRE_STEP_CLAIMED,          /* a place */
 	QUIRE_STEP_RECYCLE_PUNCH,
 	QUIRE_STEP_PUNCHED,          /* a place */
+	/* the pin gate */
+	QUIRE_STEP_SUSPECTED,        /* a place: it has been told of a reason; on the thread that has, before that goes on */
 };
 
 struct quire_agent_place {
@@ -46,8 +48,9 @@ struct quire_agent_place {
 };
 
 /*
- * For tests: called at every step of every window, on the thread that opens it; it may take its time. False leaves the step
- * out, which is how a test shows that it would notice. NULL, as in QEMU, where nobody can set it: every step is taken.
+ * For tests: called at every step of every window, on the thread that opens it, and of the gate; it may take its time.
+ * False leaves the step out, which is how a test shows that it would notice. NULL, as in QEMU, where nobody can set it:
+ * every step is taken.
  */
 extern bool (*quire_agent_test_step)(enum quire_agent_step, const struct quire_agent_place *);
 
