@@ -168,7 +168,7 @@ let package = Package(
         .testTarget(
             name: "PageStoreTests",
             dependencies: [
-                "CPlatform", "CQuireLayout", "Platform", "Host", "PageContent", "StoreProtocol", "PageStore",
+                "CPlatform", "CQuireLayout", "Platform", "Engines", "Host", "PageContent", "StoreProtocol", "PageStore",
                 "TestSupport",
                 .product(name: "Logging", package: "swift-log"),
             ],

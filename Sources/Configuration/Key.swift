@@ -74,6 +74,9 @@ public enum Keys {
             "Merge nothing more while the host has less memory left than so many percent of what merged pages would need if all guests wrote them at once.")
         public static let tmemReserve = Key("tmem-reserve", .size(0...1 << 43), HostReserve.usualBytes, isLive: true,
             "Put nothing more on shared disks while the host has less memory left than this, free swap included: writes are I/O errors then. 0: never.")
+        public static let tmemCap = Key(
+            "tmem-cap", .size(4096...1 << 43), otherwise: "no limit", example: 16 << 30, isLive: true,
+            "The most memory that swap disks of VMs and shared disks may use together. Writes above it are I/O errors; what is there stays.")
         public static let candidates = Key(
             "candidates", .size(4096...1 << 40), otherwise: "3/4096 of the host's memory", example: 32 << 20, isLive: true,
             "Memory for contents that were seen once.")
@@ -87,7 +90,7 @@ public enum Keys {
         public static let workers = Key(
             "workers", .number(1...64), otherwise: "one a processor, at most 4", example: 4, isLive: true, "Threads that answer.")
         public static let logLevel = Key("log-level", .logLevel, "notice", isLive: true, "How much is logged.")
-        public static let all: [any AnyKey] = [limit, reserve, tmemReserve, candidates, group, sharedDisk, workers, logLevel]
+        public static let all: [any AnyKey] = [limit, reserve, tmemReserve, tmemCap, candidates, group, sharedDisk, workers, logLevel]
     }
 
     /// Of a VM.

@@ -154,6 +154,8 @@ public final class BackendProcess: Sendable {
         public var statusPath: String?
         /// Where `quire` reaches us.
         public var commandPath: String?
+        /// Where quired listens.
+        public var store = StoreLink.standardPath()
         /// The read end of a pipe whose other end only the supervisor holds.
         public var supervisor: Int32?
         /// For QEMU 9.1 and later: more than 8 regions of memory.
@@ -172,14 +174,11 @@ public final class BackendProcess: Sendable {
     public struct Merging: Sendable {
         /// Where the agent in QEMU connects to.
         public var agentSocket: String
-        /// Where quired listens.
-        public var store: String
         /// The share group; empty: that of the VM's owner.
         public var group = ""
         public var engine: DedupEngine.Configuration
-        public init(agentSocket: String, store: String, engine: DedupEngine.Configuration) {
+        public init(agentSocket: String, engine: DedupEngine.Configuration) {
             self.agentSocket = agentSocket
-            self.store = store
             self.engine = engine
         }
     }
@@ -194,6 +193,7 @@ public final class BackendProcess: Sendable {
     private let engine: RecycleEngine
     private let disk: ControlDisk
     private let swap: SwapDisk?
+    private let swapQuota: TmemQuotaLink?
     private let servers: [Server]
     private let links: [String]
     /// Keeps owned RAM alive and its descriptors open.
@@ -251,7 +251,7 @@ public final class BackendProcess: Sendable {
                 path: merging.agentSocket, pages: pages, userfault: try? Descriptor.open("/dev/userfaultfd", O_RDWR),
                 logger: logger, peer: { frontEnds.peer })
             store = StoreLink(
-                path: merging.store, name: options.name, group: merging.group, map: map, link: link!, logger: logger)
+                path: options.store, name: options.name, group: merging.group, map: map, link: link!, logger: logger)
             if options.startsUnmerged { map.isUnmerged = true }
             dedup = try DedupEngine(merging.engine, pages: pages, merger: link!, store: store!)
             engine.setRecycler(link)
@@ -263,6 +263,7 @@ public final class BackendProcess: Sendable {
         disk = ControlDisk(engine: engine, dedup: dedup, map: map, logger: logger)
         engine.setLook { [disk, link] in disk.look($0, link) }
         var swap: SwapDisk?
+        var swapQuota: TmemQuotaLink?
         var servers: [Server] = []
         for device in options.devices {
             var logger = logger
@@ -283,7 +284,9 @@ public final class BackendProcess: Sendable {
                     file = try Tmem.makeFile(name: "quire-swap")
                     logger.warning("what the guest swaps dies with this process, and the guest's memory with it: pass tmem-fd=N, as quire run does")
                 }
-                let storage = try SwapDisk(chosen, store: Tmem(file, chosen.store), client: options.name, logger: logger)
+                let quota = TmemQuotaLink(path: options.store, name: options.name, logger: logger)
+                let storage = try SwapDisk(chosen, store: Tmem(file, chosen.store, quota: quota), client: options.name, logger: logger)
+                swapQuota = quota
                 block = VirtioBlock(storage: storage, queueCount: chosen.queueCount, lifecycle: storage, logger: logger)
                 swap = storage
             case .shared(var chosen):
@@ -305,6 +308,7 @@ public final class BackendProcess: Sendable {
         }
         self.servers = servers
         self.swap = swap
+        self.swapQuota = swapQuota
         frontEnds.set(servers)
         link?.setPeers(Set(servers.compactMap(\.owner)))
         self.links = links
@@ -472,7 +476,7 @@ public final class BackendProcess: Sendable {
     }
 
     private func report() {
-        guard let path = options.statusPath else { return }
+        guard let path = options.statusPath else { return reviewUntilTheEnd() }
         do throws(QuireError) {
             let page = try StatusPage.Writer(path: path, name: options.name, pid: getpid())
             var rate = RateWindow()
@@ -486,6 +490,7 @@ public final class BackendProcess: Sendable {
                 // Every second; with a shorter period, every period.
                 let interval = UInt64(min(1000, max(100, milliseconds))) * 1_000_000
                 update(page, &rate)
+                reviewQuota()
                 if let swap { page.setTmem(swap.snapshot) }
                 if dedup != nil { updateMerging(page, &merging) }
                 page.beat()
@@ -494,6 +499,14 @@ public final class BackendProcess: Sendable {
         } catch {
             logger.error("no status page: \(error)")
         }
+    }
+
+    /// What a report does besides, where there is nobody to report to.
+    private func reviewUntilTheEnd() {
+        while isEnding.wait(until: monotonicNanoseconds() + 1_000_000_000, { $0 ? () : nil }) == nil { reviewQuota() }
+    }
+    private func reviewQuota() {
+        if let swap, let swapQuota, swapQuota.isReviewDue { swap.store.reviewQuota() }
     }
 
     private static let silence = "no guest is running; if one is, QEMU has lost track of its control disk (cured in QEMU 9.1): start the VM anew"

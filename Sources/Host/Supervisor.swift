@@ -19,6 +19,8 @@ public struct Supervisor: ~Copyable {
         public var workers = 1
         public var backendPath: String
         public var logLevel = "notice"
+        /// quired's socket; nil: where it is by default.
+        public var store: String?
         /// Merging of equal pages; nil: QEMU runs without the agent.
         public var merging: Merging?
 
@@ -29,8 +31,6 @@ public struct Supervisor: ~Copyable {
             public var workers = 1
             /// Whether the kernel is asked what the guest writes.
             public var tracksWrites = true
-            /// quired's socket; nil: where it is by default.
-            public var store: String?
             public var group = ""
             /// False: the agent is there, and nothing is merged.
             public var isOn = true
@@ -246,13 +246,13 @@ public struct Supervisor: ~Copyable {
             "--log-level", tuning.logLevel ?? configuration.logLevel,
         ]
         arguments += ["--command-socket", commandPath]
+        if let store = configuration.store { arguments += ["--store", store] }
         if let merging = configuration.merging {
             arguments += [
                 "--agent-socket", agentSocketPath, "--merge-period", "\(tuning.mergePeriodMilliseconds)ms",
                 "--merge-workers", "\(tuning.mergeWorkers ?? merging.workers)",
             ]
             if !(tuning.tracksWrites ?? merging.tracksWrites) { arguments.append("--no-write-tracking") }
-            if let store = merging.store { arguments += ["--store", store] }
             if !merging.group.isEmpty { arguments += ["--group", merging.group] }
             if tuning.merges == false { arguments.append("--unmerged") }
         }

@@ -389,9 +389,9 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
                 guard !state.isRunning else {
                     throw QuireError(.busy, "the guest was started meanwhile: it keeps the content that it had")
                 }
-                try new.put(Self.markObject, Self.unclaimedMark, unsafe Self.zeros.span.bytes)
+                try new.putPatiently(Self.markObject, Self.unclaimedMark, unsafe Self.zeros.span.bytes)
                 // From here on it is the disk, after a death, too.
-                try new.put(Self.markObject, Self.wholeMark, unsafe Self.zeros.span.bytes)
+                try new.putPatiently(Self.markObject, Self.wholeMark, unsafe Self.zeros.span.bytes)
                 state.pool = new
                 state.generation = generation
                 state.isUnclaimed = true
@@ -424,7 +424,7 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
                 guard object == Self.object, UInt64(index) < diskPages else {
                     throw QuireError(.invalid, "the file has a page beyond the end of the disk")
                 }
-                try pool.put(object, index, unsafe page.span.bytes)
+                try pool.putPatiently(object, index, unsafe page.span.bytes)
             }
         }
         guard hasPool else { throw QuireError(.invalid, "the file is not of a swap disk: there is no pool in it") }

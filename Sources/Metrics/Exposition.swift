@@ -114,6 +114,12 @@ public enum Exposition {
             .whole(UInt64($0.unreadableDirectories))
         },
         Family(.gauge, "quire_store_up", "Whether quired tells its figures.") { .flag($0.store != nil) },
+        Family(.gauge, "quire_tmem_allowed_bytes", "Memory that swap disks and shared disks are allowed: what they use, and a little more.") {
+            $0.tmem.map { .whole($0.total) }
+        },
+        Family(.gauge, "quire_tmem_limit_bytes", "The most memory that they may use together (tmem-cap of quired).") {
+            $0.tmem?.cap.map { .whole($0) }
+        },
         Family(.gauge, "quire_collect_duration_seconds", "How long it took to read all of this.") { .real($0.seconds) },
     ]
 

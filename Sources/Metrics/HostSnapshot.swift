@@ -142,6 +142,8 @@ public struct HostSnapshot: Sendable {
     /// Nil where quired does not say; then `storeTrouble` is why.
     public var store: StoreFigures?
     public var groups: [GroupFigures] = []
+    /// Of all stores of transcendent memory; nil where quired does not say.
+    public var tmem: StoreReply.TmemAllowed?
     /// quired's disks that VMs share.
     public var sharedDisks: [SharedDiskReport] = []
     public var storeTrouble = ""
@@ -168,6 +170,7 @@ public struct HostSnapshot: Sendable {
         do throws(QuireError) {
             snapshot.store = try store.figures()
             snapshot.groups = try store.groups()
+            snapshot.tmem = try store.tmem()
             snapshot.sharedDisks = try SharedDiskReport.collect(at: SharedDiskClient.path(besideStore: store.path))
         } catch { snapshot.storeTrouble = error.description }
         snapshot.seconds = Double(monotonicNanoseconds() - started) / 1e9

@@ -129,17 +129,21 @@ public final class SharedDisks: Sendable {
     }
 
     /// Takes over what an earlier process parked, and makes what is not there yet. `store`: knows the groups. `reserve`: bytes that the
-    /// host is to have left, whatever is written.
+    /// host is to have left, whatever is written. `ledger`: of what all stores of the host may use.
     public init(
-        _ wanted: [Disk], reserve: UInt64 = HostReserve.usualBytes, store: PageStore, keeper: KeeperLink?, logger: Logger
+        _ wanted: [Disk], reserve: UInt64 = HostReserve.usualBytes, ledger: TmemLedger? = nil, store: PageStore, keeper: KeeperLink?,
+        logger: Logger
     ) throws(QuireError) {
         try Self.check(wanted) { store.knows(group: $0) }
         var disks: [String: Shared] = [:]
         for disk in wanted {
             let item = Self.item(disk.name)
-            let file: Descriptor
+            func open(_ file: consuming Descriptor) throws(QuireError) -> Tmem {
+                // No VM has a name like this.
+                try Tmem(file, .init(reserve: reserve), quota: ledger?.quota(of: "shared:" + disk.name))
+            }
             if let parked = keeper?.takeParked(item) {
-                let store = try Tmem(parked, .init(reserve: reserve))
+                let store = try open(parked)
                 // One of an earlier list, which nobody served since, may be another. It is kept, and the others are served. Whatever else
                 // is wrong may pass: guests wait, and the keeper tries again.
                 do throws(QuireError) { disks[disk.name] = try Shared(disk, store) } catch {
@@ -147,16 +151,16 @@ public final class SharedDisks: Sendable {
                     logger.error("the shared disk '\(disk.name)' is not served: \(error)")
                 }
                 continue
-            } else {
-                file = try Tmem.makeFile(name: "quire-disk-\(disk.name)")
-                // Not kept before it is known that it can be had.
-                _ = try Tmem(file.duplicate())
-                try keeper?.park(item, [file.raw])
-                if keeper == nil {
-                    logger.warning("what is on the shared disk '\(disk.name)' dies with this process: start quired with --keep")
-                }
             }
-            disks[disk.name] = try Shared(disk, Tmem(file, .init(reserve: reserve)))
+            let file = try Tmem.makeFile(name: "quire-disk-\(disk.name)")
+            let parked = try file.duplicate()
+            // Not parked before it is known that it can be had.
+            let store = try open(file)
+            try keeper?.park(item, [parked.raw])
+            if keeper == nil {
+                logger.warning("what is on the shared disk '\(disk.name)' dies with this process: start quired with --keep")
+            }
+            disks[disk.name] = try Shared(disk, store)
             logger.notice("shared disk '\(disk.name)': \(disk.byteCount >> 20) MiB for group '\(disk.group)'")
         }
         self.disks = disks
@@ -167,6 +171,9 @@ public final class SharedDisks: Sendable {
 
     /// From now on.
     public func setReserve(_ bytes: UInt64) { for shared in disks.values { shared.store.setReserve(bytes) } }
+
+    /// Now and then: what the ledger allows them, and they don't use, goes back.
+    public func reviewQuota() { for shared in disks.values { shared.store.reviewQuota() } }
 
     /// Those that a user may see, by name: what his VMs may attach, or all.
     public func visible(to uid: UInt32) -> [Shared] {

@@ -14,6 +14,8 @@ public final class StoreServer: Sendable {
         let uid: UInt32
         /// Set by HELLO, once.
         let machine = Mutex<Machine?>(nil)
+        /// Of a store of transcendent memory that asks what it may use: set by the first TMEM.
+        let tmem = Mutex<(name: String, owner: UInt64)?>(nil)
         init(_ socket: consuming UnixSocket, uid: UInt32) {
             self.socket = socket
             self.uid = uid
@@ -52,6 +54,7 @@ public final class StoreServer: Sendable {
     }
 
     private let store: PageStore
+    private let tmem: TmemLedger
     private let listener: UnixSocket
     private let logger: Logger
     private let poller: Poller
@@ -65,9 +68,10 @@ public final class StoreServer: Sendable {
 
     /// Starts serving.
     public init(
-        _ store: PageStore, listener: consuming UnixSocket, workers count: Int, logger: Logger
+        _ store: PageStore, tmem: TmemLedger, listener: consuming UnixSocket, workers count: Int, logger: Logger
     ) throws(QuireError) {
         self.store = store
+        self.tmem = tmem
         self.listener = listener
         self.logger = logger
         poller = try Poller()
@@ -174,6 +178,7 @@ public final class StoreServer: Sendable {
 
     private func drop(_ number: UInt64, _ connection: Connection) {
         if let machine = connection.machine.withLock({ $0.take() }) { store.disconnect(machine) }
+        if let (_, owner) = connection.tmem.withLock({ $0.take() }) { tmem.lose(owner: owner) }
         // Nobody else has this descriptor, so closing it removes it from the poller.
         state.withLock { $0.connections[number] = nil }
     }
@@ -231,6 +236,8 @@ public final class StoreServer: Sendable {
         case (.groups(let first), nil):
             try Self.checkMayObserve(connection)
             try reply(connection, .groups(Array(store.groupFigures().dropFirst(first).prefix(StoreReply.maxGroups))))
+        case (.tmem(let use), nil):
+            try reply(connection, .allowed(try allow(use, connection)))
         case (_, nil): throw ProtocolViolation("the first request must be HELLO")
         case (.hello, _?): throw ProtocolViolation("HELLO came twice")
         case (.memory(let regions), let machine?):
@@ -250,7 +257,23 @@ public final class StoreServer: Sendable {
             machine.noteZeroPages(zeroPages)
             try reply(connection, .figures(store.figures(of: machine)))
         case (.groups, _?): throw ProtocolViolation("GROUPS came after HELLO")
+        case (.tmem, _?): throw ProtocolViolation("TMEM came after HELLO")
         }
+    }
+
+    private func allow(_ use: StoreRequest.TmemUse, _ connection: Connection) throws -> StoreReply.TmemAllowed {
+        if use.name.isEmpty {
+            try Self.checkMayObserve(connection)
+            return tmem.look()
+        }
+        guard !Observers.isExporter(connection.uid) else { throw QuireError(.unsupported, "quire-exporter has no VMs") }
+        guard isStoreName(use.name) else { throw ProtocolViolation("'\(use.name)' is no VM's name") }
+        let (name, owner) = connection.tmem.withLock { tmem in
+            if tmem == nil { tmem = (use.name, self.tmem.makeOwner()) }
+            return tmem!
+        }
+        guard name == use.name else { throw ProtocolViolation("one connection asks for two VMs") }
+        return tmem.allow(use, uid: connection.uid, owner: owner)
     }
 
     private static func checkMayObserve(_ connection: Connection) throws(QuireError) {

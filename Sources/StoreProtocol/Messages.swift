@@ -15,6 +15,8 @@ public enum StoreRequest: Equatable, Sendable {
     case status(zeroPages: UInt32)
     /// Of all share groups but the first so many.
     case groups(passingOver: Int)
+    /// What a store of transcendent memory may use.
+    case tmem(TmemUse)
 
     public struct Hello: Equatable, Sendable {
         public var version = UInt32(QUIRE_STORE_VERSION)
@@ -70,6 +72,18 @@ public enum StoreRequest: Equatable, Sendable {
         }
     }
 
+    /// In bytes.
+    public struct TmemUse: Equatable, Sendable {
+        /// Of the VM; empty: nothing is asked for but how things are.
+        public var name = ""
+        public var used: UInt64 = 0
+        public var held: UInt64 = 0
+        public var wanted: UInt64 = 0
+        public init(name: String = "", used: UInt64 = 0, held: UInt64 = 0, wanted: UInt64 = 0) {
+            (self.name, self.used, self.held, self.wanted) = (name, used, held, wanted)
+        }
+    }
+
     public static let maxPages = Int(QUIRE_STORE_MAX_PAGES)
     public static let maxReportPages = Int(QUIRE_STORE_MAX_REPORT)
     public static let maxRuns = Int(QUIRE_STORE_MAX_RUNS)
@@ -78,6 +92,8 @@ public enum StoreRequest: Equatable, Sendable {
     public static let gfnLimit = UInt64(QUIRE_STORE_GFN_LIMIT)
 
     private static let nameBytes = 72
+    /// No sum of these is too large for a word.
+    public static let maxTmemBytes: UInt64 = 1 << 50
 
     // MARK: - Encoding
 
@@ -125,6 +141,12 @@ public enum StoreRequest: Equatable, Sendable {
             }
         case .status(let zeroPages): header(QUIRE_STORE_STATUS, Int(zeroPages))
         case .groups(let first): header(QUIRE_STORE_GROUPS, first)
+        case .tmem(let use):
+            header(QUIRE_STORE_TMEM, 0)
+            out.raw(paddedText(use.name, capacity: Self.nameBytes))
+            out.word64(use.used)
+            out.word64(use.held)
+            out.word64(use.wanted)
         }
         return out.bytes
     }
@@ -211,6 +233,12 @@ public enum StoreRequest: Equatable, Sendable {
         case QUIRE_STORE_GROUPS:
             try input.end()
             self = .groups(passingOver: count)
+        case QUIRE_STORE_TMEM:
+            let name = try input.text(Self.nameBytes)
+            let used = try input.word64(), held = try input.word64(), wanted = try input.word64()
+            try input.end()
+            guard max(used, held, wanted) <= Self.maxTmemBytes else { throw ProtocolViolation("more memory than there can be") }
+            self = .tmem(TmemUse(name: name, used: used, held: held, wanted: wanted))
         default: throw ProtocolViolation("there is no request \(kind)")
         }
     }
@@ -234,6 +262,7 @@ public enum StoreReply: Equatable, Sendable {
     case figures(StoreFigures)
     /// At most `maxGroups`.
     case groups([GroupFigures])
+    case allowed(TmemAllowed)
     /// One line for a person; and whether the same request may do better in a moment.
     case error(String, isBusy: Bool = false)
 
@@ -249,6 +278,20 @@ public enum StoreReply: Equatable, Sendable {
         public var unknownPages: UInt64 = 0
         public var secret: [UInt8] = []
         public init() {}
+    }
+
+    /// In bytes.
+    public struct TmemAllowed: Equatable, Sendable {
+        public var allowed: UInt64
+        /// What all are allowed together.
+        public var total: UInt64
+        /// Nil: there is no limit.
+        public var cap: UInt64?
+        /// quired does not know yet what others have.
+        public var isSettling: Bool
+        public init(allowed: UInt64, total: UInt64, cap: UInt64?, isSettling: Bool) {
+            (self.allowed, self.total, self.cap, self.isSettling) = (allowed, total, cap, isSettling)
+        }
     }
 
     public static let maxGroups = Int(QUIRE_STORE_MAX_GROUPS)
@@ -297,6 +340,11 @@ public enum StoreReply: Equatable, Sendable {
                 out.word32(0)
                 group.figures.write(to: &out)
             }
+        case .allowed(let tmem):
+            header(QUIRE_STORE_ALLOWED, tmem.isSettling ? 1 : 0)
+            out.word64(tmem.allowed)
+            out.word64(tmem.total)
+            out.word64(tmem.cap ?? .max)
         case .error(let text, let isBusy):
             header(QUIRE_STORE_ERROR, isBusy ? 1 : 0)
             out.raw(paddedText(text, capacity: Self.textBytes))
@@ -343,6 +391,9 @@ public enum StoreReply: Equatable, Sendable {
                 groups.append(GroupFigures(name: name, node: node, figures: try StoreFigures(&input)))
             }
             self = .groups(groups)
+        case QUIRE_STORE_ALLOWED:
+            let allowed = try input.word64(), total = try input.word64(), cap = try input.word64()
+            self = .allowed(TmemAllowed(allowed: allowed, total: total, cap: cap == .max ? nil : cap, isSettling: count == 1))
         case QUIRE_STORE_ERROR: self = .error(try input.text(Self.textBytes), isBusy: count == 1)
         default: throw ProtocolViolation("there is no reply \(kind)")
         }

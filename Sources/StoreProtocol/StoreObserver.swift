@@ -37,6 +37,12 @@ public struct StoreObserver: ~Copyable, Sendable {
         }
     }
 
+    /// What all stores of transcendent memory may use together, and are allowed.
+    public mutating func tmem() throws(QuireError) -> StoreReply.TmemAllowed {
+        guard case .allowed(let tmem) = try exchange(.tmem(StoreRequest.TmemUse())) else { throw StoreClient.unexpected }
+        return tmem
+    }
+
     private mutating func exchange(_ request: StoreRequest) throws(QuireError) -> StoreReply {
         let deadline = monotonicNanoseconds() + UInt64(patience) * 1_000_000
         let connection: Connection

@@ -158,6 +158,7 @@ struct QuireBackend: ParsableCommand {
         options.offersMemorySlots = memorySlots
         options.guestIsNotAtomic = singleThreadedTCG
         options.commandPath = commandSocket
+        if let store { options.store = store }
         options.startsUnmerged = unmerged
         if let agentSocket {
             // What is merged is described there alone: without it the next backend would not find a guest's bytes.
@@ -168,7 +169,7 @@ struct QuireBackend: ParsableCommand {
                 throw QuireError(.invalid, "--merge-period \(mergePeriod): give a time such as 10s or 500ms")
             }
             var merging = BackendProcess.Merging(
-                agentSocket: agentSocket, store: store ?? StoreLink.standardPath(),
+                agentSocket: agentSocket,
                 engine: try DedupEngine.Configuration(periodMilliseconds: value, workers: mergeWorkers, tracksWrites: !noWriteTracking))
             merging.group = group
             options.merging = merging

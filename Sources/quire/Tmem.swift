@@ -2,6 +2,7 @@ import ArgumentParser
 import Glibc
 import Host
 import Platform
+import StoreProtocol
 
 extension Quire {
     /// What the host keeps for guests: the swap disks of `quire run --swap`, the shared disks of quired.
@@ -71,6 +72,11 @@ extension Quire {
                     for disk in disks {
                         let attached = disk.attached.isEmpty ? "attached by no VM" : "attached by " + disk.attached.joined(separator: ", ")
                         print(Self.line(disk.name, disk.tmem) + "; group \(disk.group); \(attached)")
+                    }
+                    // For those who may ask; and where there is a limit.
+                    var quired = StoreObserver(path: StoreLink.standardPath(), patienceMilliseconds: 1000)
+                    if names.isEmpty, let all = try? quired.tmem(), let cap = all.cap {
+                        print("host: \(Size.text(all.total)) of at most \(Size.text(cap)) for all of these (quired --tmem-cap)")
                     }
                 }
             }

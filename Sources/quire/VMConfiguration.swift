@@ -26,6 +26,7 @@ struct VMConfiguration: Sendable {
         configuration.periodMilliseconds = settings.value(Keys.Backend.period)
         configuration.workers = settings.value(Keys.Backend.workers)
         configuration.logLevel = settings.value(Keys.Backend.logLevel)
+        configuration.store = settings[Keys.Backend.store]
         if let bytes = settings[Keys.Backend.swap] ?? (isService ? 0 : nil) {
             var swap = SwapDisk.Options(byteCount: bytes)
             // Queues of a domain's disk are in its definition.
@@ -43,7 +44,6 @@ struct VMConfiguration: Sendable {
             merging.workers = settings.value(Keys.Backend.mergeWorkers)
             merging.group = settings.value(Keys.Backend.group)
             merging.tracksWrites = settings.value(Keys.Backend.writeTracking)
-            merging.store = settings[Keys.Backend.store]
             merging.isOn = settings.value(Keys.Backend.merge)
             configuration.merging = merging
         }

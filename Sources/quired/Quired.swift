@@ -51,6 +51,13 @@ struct Quired: ParsableCommand {
     var tmemReserve: String?
 
     @Option(
+        name: .customLong("tmem-cap"),
+        help: ArgumentHelp(
+            "The most memory that swap disks of VMs and shared disks may use together: 16G (default: no limit). Writes above it are I/O errors.",
+            valueName: "size"))
+    var tmemCap: String?
+
+    @Option(
         name: .customLong("shared-disk"),
         help: ArgumentHelp(
             "A disk in memory that VMs of a share group attach (quire run --shared-disk NAME); of this user's VMs without a group. Repeatable.",
@@ -88,7 +95,7 @@ struct Quired: ParsableCommand {
         [
             Keys.Quired.limit.name: .argument(limit), Keys.Quired.candidates.name: .argument(candidates),
             Keys.Quired.group.name: .arguments(group), Keys.Quired.reserve.name: .argument(reserve),
-            Keys.Quired.tmemReserve.name: .argument(tmemReserve),
+            Keys.Quired.tmemReserve.name: .argument(tmemReserve), Keys.Quired.tmemCap.name: .argument(tmemCap),
             Keys.Quired.sharedDisk.name: .arguments(sharedDisk), Keys.Quired.workers.name: .argument(workers),
             Keys.Quired.logLevel.name: .argument(logLevel),
         ].compactMapValues { $0 }
@@ -120,7 +127,9 @@ struct Quired: ParsableCommand {
             }
         let path = try socketPath()
         let diskPath = SharedDiskClient.path(besideStore: path)
-        let disks = try SharedDisks(settings.disks, reserve: settings.tmemReserve, store: store, keeper: link, logger: logger)
+        let tmem = TmemLedger(cap: settings.tmemCap)
+        let disks = try SharedDisks(
+            settings.disks, reserve: settings.tmemReserve, ledger: tmem, store: store, keeper: link, logger: logger)
         let diskServer: SharedDiskServer? =
             disks.isEmpty
             ? nil
@@ -128,8 +137,8 @@ struct Quired: ParsableCommand {
                 disks, listener: listener(diskPath, link, Self.diskListenerItem), logger: logger,
                 commands: SharedDiskCommands(disks: disks).carryOut)
         let server = try StoreServer(
-            store, listener: listener(path, link, Self.listenerItem), workers: settings.workers, logger: logger)
-        let reloading = try Reloading(settings, config, arguments, store: store, disks: disks, keeper: link, logger: logger)
+            store, tmem: tmem, listener: listener(path, link, Self.listenerItem), workers: settings.workers, logger: logger)
+        let reloading = try Reloading(settings, config, arguments, store: store, disks: disks, tmem: tmem, keeper: link, logger: logger)
         let commands = try CommandSocket.Server(path: StoreLink.commandPath(besideStore: path), mode: 0o600, logger: logger) {
             request throws(QuireError) in
             guard request.text == "reload" else { throw QuireError(.unsupported, "this quired does not know the command '\(request.text)'") }
@@ -141,7 +150,11 @@ struct Quired: ParsableCommand {
         ServiceManager.notify("READY=1")
         var isReplaced = false
         serving: while !isReplaced {
-            isReplaced = waitReadable([signals.descriptor.raw, reloading.replacement.descriptor.raw]).contains(1)
+            isReplaced = waitReadable(
+                [signals.descriptor.raw, reloading.replacement.descriptor.raw],
+                timeoutMilliseconds: disks.isEmpty ? -1 : Self.reviewMilliseconds
+            ).contains(1)
+            disks.reviewQuota()
             while let event = signals.next() {
                 guard event.number == SIGHUP else {
                     isReplaced = false
@@ -174,6 +187,7 @@ struct Quired: ParsableCommand {
         if Observers.areTheHosts { try? Files.setAccess(path, mode: 0o666) }
         return listener
     }
+    private static let reviewMilliseconds: Int32 = 5000
     private static let listenerItem = "listener", diskListenerItem = "disk listener"
 
     private func socketPath() throws(QuireError) -> String {

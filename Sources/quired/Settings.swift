@@ -79,6 +79,8 @@ struct Settings: Sendable {
     var limitPages: Int { Int(resolution[Keys.Quired.limit] ?? UInt64(ProcessCalls.memoryBytes / 2)) / 4096 }
     var reservePercent: Int { resolution.value(Keys.Quired.reserve) }
     var tmemReserve: UInt64 { resolution.value(Keys.Quired.tmemReserve) }
+    /// Nil: no limit.
+    var tmemCap: UInt64? { resolution[Keys.Quired.tmemCap] }
     var workers: Int { resolution[Keys.Quired.workers] ?? min(4, ProcessCalls.processorCount) }
     var candidateBytes: Int { resolution[Keys.Quired.candidates].map { Int($0) } ?? PageStore.Configuration.usualCandidateBytes }
     var logLevel: Logger.Level { Logger.Level(rawValue: resolution.value(Keys.Quired.logLevel)) ?? .notice }
@@ -113,12 +115,13 @@ final class Reloading: Sendable {
     private let arguments: [String: RawValue]
     private let store: PageStore
     private let disks: SharedDisks
+    private let tmem: TmemLedger
     private let keeper: KeeperLink?
     private let logger: Logger
 
     init(
-        _ settings: Settings, _ config: String?, _ arguments: [String: RawValue], store: PageStore, disks: SharedDisks, keeper: KeeperLink?,
-        logger: Logger
+        _ settings: Settings, _ config: String?, _ arguments: [String: RawValue], store: PageStore, disks: SharedDisks, tmem: TmemLedger,
+        keeper: KeeperLink?, logger: Logger
     ) throws(QuireError) {
         replacement = try EventDescriptor()
         current = Mutex(settings)
@@ -126,6 +129,7 @@ final class Reloading: Sendable {
         self.arguments = arguments
         self.store = store
         self.disks = disks
+        self.tmem = tmem
         self.keeper = keeper
         self.logger = logger
     }
@@ -150,6 +154,7 @@ final class Reloading: Sendable {
             if new.limitPages != current.limitPages { store.setLimit(pages: new.limitPages) }
             if new.reservePercent != current.reservePercent { store.setReserve(percent: new.reservePercent) }
             if new.tmemReserve != current.tmemReserve { disks.setReserve(new.tmemReserve) }
+            if new.tmemCap != current.tmemCap { tmem.setCap(new.tmemCap) }
             store.setGroups(new.groups)
             var shared = logger
             shared.logLevel = new.logLevel

@@ -3,6 +3,7 @@ import Glibc
 import GuestMemory
 import Platform
 import Synchronization
+import TestSupport
 import Testing
 
 /// An engine with its page map, ended with the test.

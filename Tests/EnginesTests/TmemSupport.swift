@@ -2,6 +2,7 @@ import Engines
 import Glibc
 import Platform
 import TestSupport
+import Testing
 
 /// Pages to put: what they hold follows from a number, so that a test can say what must come back.
 enum TmemPages {
@@ -81,10 +82,11 @@ struct TmemFixture {
     var allocatedBytes: UInt64 { (try? FileStatus(of: file).allocatedBytes) ?? 0 }
 }
 
-/// The code of the error that `body` throws; nil: none.
-func errorCode(_ body: () throws -> Void) -> QuireError.Code? {
-    do {
-        try body()
-        return nil
-    } catch { return (error as? QuireError)?.code }
+/// What every pool is charged adds up to what contents take, and pages to keys.
+func audit(_ tmem: Tmem, _ pages: Int? = nil) {
+    let charged = tmem.pools.reduce(0) { $0 + Int($1.statistics.storedBytes) }
+    #expect(charged == tmem.unitBytes)
+    let usage = tmem.usage
+    if let pages { #expect(usage.pages == UInt64(pages)) }
+    #expect(usage.contentBytes <= UInt64(tmem.unitBytes) && usage.usedBytes >= usage.metadataBytes + usage.wasteBytes)
 }

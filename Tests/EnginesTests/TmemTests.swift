@@ -16,15 +16,6 @@ import Testing
         (.ephemeral, .private), (.ephemeral, .shared), (.persistent, .private), (.persistent, .shared),
     ]
 
-    /// What every pool is charged adds up to what contents take, and pages to keys.
-    private func audit(_ tmem: Tmem, _ pages: Int? = nil) {
-        let charged = tmem.pools.reduce(0) { $0 + Int($1.statistics.storedBytes) }
-        #expect(charged == tmem.unitBytes)
-        let usage = tmem.usage
-        if let pages { #expect(usage.pages == UInt64(pages)) }
-        #expect(usage.contentBytes <= UInt64(tmem.unitBytes) && usage.usedBytes >= usage.metadataBytes + usage.wasteBytes)
-    }
-
     /// All four kinds against a dictionary, without pressure: everything is found, by the next process too.
     @Test(arguments: [Tmem.Compression.lz4, .zstd(level: 1)]) func randomOperationsAgainstADictionary(
         _ compression: Tmem.Compression

@@ -83,9 +83,13 @@ extension Integration {
             }
         }
 
-        /// No room in the pool: I/O errors, and the guest lives. What it was told is written stays.
-        @Test func aFullPool() throws {
-            let guest = try Guest(Self.small.with { $0.options = ["--swap", "1G", "--swap-overcommit", "16", "--no-merge"] })
+        /// No room in the pool, by the VM's own limit or by that of all: I/O errors, and the guest lives. What it was told is written
+        /// stays.
+        @Test(arguments: [["--swap-overcommit", "16"], []]) func aFullPool(_ limit: [String]) throws {
+            let store = try Store(["--keep", "--tmem-cap", "64M"])
+            let guest = try Guest(Self.small.with {
+                $0.options = ["--swap", "1G", "--no-merge", "--store", limit.isEmpty ? store.path : store.path + ".none"] + limit
+            })
             try guest.watched {
                 let disk = try guest.swapOn()
                 // What it writes cannot be compressed, and 64 MiB do not hold it: the kernel ends it, or it waits. In a cgroup:
@@ -106,6 +110,8 @@ extension Integration {
                 #expect(try guest.sh("cat /tmp/hold; true").contains("WRONG") == false)
                 // The status page says what was up to a period ago.
                 try guest.wait(for: "the status to say why") { guest.status.tmem.reason.contains("no room") }
+                #expect(guest.status.tmem.reason.contains("tmem-cap of quired") == limit.isEmpty)
+                #expect(guest.status.tmem.usedBytes < 66 << 20)
                 #expect(guest.stderr.contains("the swap disk has no room"))
                 // And it goes on swapping when there is room again.
                 try guest.sh("swapoff \(disk); swapon -d \(disk)", within: Effort.patience * 2)

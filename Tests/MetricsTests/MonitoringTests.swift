@@ -19,7 +19,7 @@ import Testing
     @Test func everyMetricExists() throws {
         let folder = try Folder()
         let vms = try SyntheticVMs(2, base: folder.path + "/run")
-        let quired = try Quired(["--shared-disk", "scratch,size=64M"])
+        let quired = try Quired(["--shared-disk", "scratch,size=64M", "--tmem-cap", "1G"])
         let store = try SyntheticStoreVMs(["a"], path: quired.path)
         let exporter = try Exporter([vms.directory.base], store: quired.path)
         let text = try exporter.get("/metrics").body

@@ -18,3 +18,11 @@ public let products: String = {
     let own = Files.target(ofLink: "/proc/self/exe") ?? ""
     return own[..<(own.lastIndex(of: "/") ?? own.endIndex)] + "/"
 }()
+
+/// The code of the error that `body` throws; nil: none.
+public func errorCode(_ body: () throws -> Void) -> QuireError.Code? {
+    do {
+        try body()
+        return nil
+    } catch { return (error as? QuireError)?.code }
+}

@@ -327,7 +327,8 @@ struct quire_status {
 	quire_u64 tmem_cap_bytes;    /* 1160 0: no limit */
 	struct quire_status_pool tmem_pools[QUIRE_STATUS_POOLS]; /* 1168 */
 	quire_u8  tmem_reason[256];  /* 3472 one line for a person, zero-padded */
-	quire_u8  reserved[368];     /* 3728 */
+	quire_u64 started_ns;        /* 3728 when the backend was started, CLOCK_MONOTONIC, to a clock tick; 0: it does not say */
+	quire_u8  reserved[360];     /* 3736 */
 };
 
 enum quire_merge_state {
@@ -534,6 +535,10 @@ struct quire_agent_gate {
  *     STATUS    -                     STATUS    figures: of my group after HELLO; of the host for root and quired's user.
  *                                               count: pages of zeros that I have merged
  *     GROUPS    -                     GROUP_LIST  figures of each share group, without HELLO: for root and quired's user
+ *     TMEM      -                     ALLOWED   how much of the host's memory for transcendent memory may I use? Without
+ *                                               HELLO, as often as it takes. Without a name it is a question only, for root
+ *                                               and quired's user. What is allowed holds as long as the connection, and a
+ *                                               little longer, for a backend that takes the place of one that died
  *
  *     `life` becomes readable or hangs up when no process maps slots for this VM any more: a pidfd of QEMU. Everything
  *     that the VM holds is given back then, and only then: not when a backend dies.
@@ -567,12 +572,14 @@ enum quire_store_kind {
 	QUIRE_STORE_REPORT = 5,
 	QUIRE_STORE_STATUS = 6,
 	QUIRE_STORE_GROUPS = 7,
+	QUIRE_STORE_TMEM = 8,
 	QUIRE_STORE_WELCOME = 65,
 	QUIRE_STORE_DONE = 66,
 	QUIRE_STORE_SLOTS = 67,
 	QUIRE_STORE_FIGURES = 68,
 	QUIRE_STORE_ERROR = 69,
 	QUIRE_STORE_GROUP_LIST = 70,
+	QUIRE_STORE_ALLOWED = 71,
 };
 
 struct quire_store_header {
@@ -668,6 +675,22 @@ struct quire_store_group {
 	quire_u64 figures[47];       /* 80 as in quire_store_figures, from `machines` on */
 };
 
+struct quire_store_tmem {
+	struct quire_store_header header;
+	quire_u8  name[72];          /*  8 of the VM, zero-padded */
+	quire_u64 used_bytes;        /* 80 */
+	quire_u64 held_bytes;        /* 88 what I was allowed before */
+	quire_u64 wanted_bytes;      /* 96 what I would like to be allowed */
+};
+
+/* The answer to TMEM. header.count 1: quired has just begun and does not know yet what others have: ask again in a moment. */
+struct quire_store_allowed {
+	struct quire_store_header header;
+	quire_u64 allowed_bytes;     /*  8 all in all, from now on */
+	quire_u64 total_bytes;       /* 16 that all together are allowed */
+	quire_u64 cap_bytes;         /* 24 that all together may use; UINT64_MAX: no limit */
+};
+
 struct quire_store_error {
 	struct quire_store_header header; /* count 1: busy, the same may do better in a moment */
 	quire_u8  text[504];         /* 8 one line, zero-padded */
@@ -736,6 +759,7 @@ QUIRE_ASSERT(offsetof(struct quire_status, merge_reason) == 880);
 QUIRE_ASSERT(sizeof(struct quire_status_pool) == 144);
 QUIRE_ASSERT(offsetof(struct quire_status, tmem_pools) == 1168);
 QUIRE_ASSERT(offsetof(struct quire_status, tmem_reason) == 3472);
+QUIRE_ASSERT(offsetof(struct quire_status, started_ns) == 3728);
 QUIRE_ASSERT(sizeof(struct quire_agent_hello) == 40);
 QUIRE_ASSERT(offsetof(struct quire_agent_attach, peers) == 32);
 QUIRE_ASSERT(offsetof(struct quire_agent_attach, regions) == 64);
@@ -758,6 +782,8 @@ QUIRE_ASSERT(sizeof(struct quire_store_figures) == 384);
 QUIRE_ASSERT(offsetof(struct quire_store_figures, histogram) == 128);
 QUIRE_ASSERT(sizeof(struct quire_store_error) == 512);
 QUIRE_ASSERT(sizeof(struct quire_store_group) == 456);
+QUIRE_ASSERT(sizeof(struct quire_store_tmem) == 104);
+QUIRE_ASSERT(sizeof(struct quire_store_allowed) == 32);
 QUIRE_ASSERT(sizeof(struct quire_store_group) - 80 == sizeof(struct quire_store_figures) - 8);
 QUIRE_ASSERT(sizeof(struct quire_slot_table_header) == QUIRE_PAGE_BYTES);
 QUIRE_ASSERT(sizeof(struct quire_ledger_header) == QUIRE_PAGE_BYTES);

@@ -42,13 +42,18 @@ public final class Tmem: Sendable {
     /// into it is found again, settings of pools and clients included, and a cap or a freeze that was set by hand: that counts over
     /// the configuration. Only one process may have it open: `.busy`
     /// otherwise (which a process that was killed isn't any more). Takes 100 ns or so for each page that is there.
-    /// Throws `.invalid` when the file is none of ours, of another version, or damaged.
-    public convenience init(_ file: consuming Descriptor, _ configuration: Configuration = .init()) throws(QuireError) {
-        try self.init(file, configuration, seams: TmemSeams())
+    /// Throws `.invalid` when the file is none of ours, of another version, or damaged. `quota`: who says how much the store may use
+    /// of what all stores may; nil: nobody does. Its owner calls `reviewQuota` now and then.
+    public convenience init(
+        _ file: consuming Descriptor, _ configuration: Configuration = .init(), quota: (any TmemQuota)? = nil
+    ) throws(QuireError) {
+        try self.init(file, configuration, quota: quota, seams: TmemSeams())
     }
 
-    package init(_ file: consuming Descriptor, _ configuration: Configuration = .init(), seams: TmemSeams) throws(QuireError) {
-        let store = try TmemStore(TmemFile(file), configuration, seams)
+    package init(
+        _ file: consuming Descriptor, _ configuration: Configuration = .init(), quota: (any TmemQuota)? = nil, seams: TmemSeams
+    ) throws(QuireError) {
+        let store = try TmemStore(TmemFile(file), configuration, quota, seams)
         self.store = store
         faces = Mutex(Dictionary(uniqueKeysWithValues: store.pools.map { ($0.number, TmemPool(store, $0)) }))
     }
@@ -131,6 +136,8 @@ public final class Tmem: Sendable {
     /// What is left to the host, in bytes.
     public var reserve: UInt64 { store.budget.reserve }
     public func setReserve(_ bytes: UInt64) { store.setReserve(bytes) }
+    /// Gives back what the quota allows and is not used, and tells what is used to who has forgotten it. Waits for the quota's answer.
+    public func reviewQuota() { store.budget.reviewQuota() }
     /// Why puts of the last minute found no room, where it was the host that had none: one line. What is to be done is no matter of
     /// this store then.
     public var hostShortage: String? { store.recentHostShortage }

@@ -84,10 +84,18 @@ public final class TmemPool: Sendable {
     /// Puts a page of 4096 bytes. A page that the key had is replaced, for a crash too: old or new, whole. When this
     /// returns, a persistent page outlives this process.
     /// Throws `.noSpace` when there is no room and `.closed` when the pool was destroyed: the key has no page then, not even
-    /// the old one. Throws `.invalid` for what is no key or no page.
+    /// the old one. Throws `.invalid` for what is no key or no page; `.retry` when it is not known yet whether there is room
+    /// (`TmemQuota`): nothing was done.
     public func put(_ object: UInt64, _ index: UInt32, _ page: RawSpan) throws(QuireError) {
         try Self.check(index, page.byteCount)
         try store.put(record, object, index, page)
+    }
+
+    /// As `put`, by somebody with time: waits until it is known whether there is room.
+    public func putPatiently(_ object: UInt64, _ index: UInt32, _ page: RawSpan) throws(QuireError) {
+        while true {
+            do throws(QuireError) { return try put(object, index, page) } catch { if error.code != .retry { throw error } }
+        }
     }
 
     /// As `put`, for a disk, where a page that is not there reads as zeros: zeros always have room.

@@ -35,8 +35,8 @@ final class TmemStore: Sendable {
         get { file.isFrozen }
         set { file.isFrozen = newValue }
     }
-    /// When a put last failed for lack of the host's memory; 0: none did.
-    private let hostShortAt = Atomic<UInt64>(0)
+    /// When a put last failed for lack of the host's memory, and what there was none of.
+    private let shortage = Mutex<(at: UInt64, what: String)?>(nil)
     /// What persistent pools without a promise may use together.
     let unpromisedLimit = Atomic<Int>(.max)
     /// Held, for as long as it takes, by whoever makes, ends or changes a pool or a cap.
@@ -48,14 +48,14 @@ final class TmemStore: Sendable {
     let room = Mutex<Void>(())
     let compaction = Mutex<Compaction?>(nil)
 
-    init(_ file: TmemFile, _ configuration: Tmem.Configuration, _ seams: TmemSeams) throws(QuireError) {
+    init(_ file: TmemFile, _ configuration: Tmem.Configuration, _ quota: (any TmemQuota)?, _ seams: TmemSeams) throws(QuireError) {
         guard configuration.overcommit >= 1, configuration.overcommit.isFinite else {
             throw QuireError(.invalid, "an over-commit factor is at least 1")
         }
         self.file = file
         self.seams = seams
         overcommitFactor = Mutex(configuration.overcommit)
-        budget = TmemBudget(available: seams.availableBytes)
+        budget = TmemBudget(available: seams.availableBytes, quota: quota)
         slabs = try Slabs(file, budget, seams)
         contents = try Contents(file, slabs, configuration.compression, budget, seams)
         leaves = try Leaves(file, budget)
@@ -70,24 +70,32 @@ final class TmemStore: Sendable {
 
     /// Of a put for which there is neither a slot nor memory.
     private func full() -> QuireError {
-        if budget.used <= budget.cap - TmemFile.slabBytes, budget.isHostShort(of: TmemFile.slabBytes) {
-            hostShortAt.store(monotonicNanoseconds(), ordering: .relaxed)
-            return Self.noSpace(hostShortage)
-        }
-        return Self.noSpace("the store of transcendent memory is full")
+        guard let what = hostShortage else { return Self.noSpace("the store of transcendent memory is full") }
+        shortage.withLock { $0 = (monotonicNanoseconds(), what) }
+        return Self.noSpace(what)
     }
-    private var hostShortage: String { "the host has less than \(Size.exact(budget.reserve)) of memory left (tmem-reserve)" }
+
+    /// What the host has none of for another slab, where it isn't the store's own cap that is reached.
+    private var hostShortage: String? {
+        if budget.isQuotaShort(of: TmemFile.slabBytes) {
+            return "the host's limit for transcendent memory is reached (tmem-cap of quired)"
+        }
+        guard budget.used <= budget.cap - TmemFile.slabBytes, budget.isHostShort(of: TmemFile.slabBytes) else { return nil }
+        return "the host has less than \(Size.exact(budget.reserve)) of memory left (tmem-reserve)"
+    }
 
     /// Why puts of the last minute failed, if it was for lack of the host's memory.
     var recentHostShortage: String? {
-        let at = hostShortAt.load(ordering: .relaxed)
-        return at != 0 && monotonicNanoseconds() < at + Self.shortageSaidFor ? "a page found no room: \(hostShortage)" : nil
+        shortage.withLock { shortage in
+            guard let shortage, monotonicNanoseconds() < shortage.at + Self.shortageSaidFor else { return nil }
+            return "a page found no room: \(shortage.what)"
+        }
     }
     private static let shortageSaidFor: UInt64 = 60_000_000_000
 
     func setReserve(_ bytes: UInt64) {
         budget.setReserve(bytes)
-        hostShortAt.store(0, ordering: .relaxed)
+        shortage.withLock { $0 = nil }
     }
 
     @inline(__always) private func place(_ pool: PoolRecord, _ object: UInt64, _ index: UInt32) -> (Leaves.Key, UInt32, Int) {
@@ -126,6 +134,8 @@ final class TmemStore: Sendable {
                 unsafe page.withUnsafeBytes { unsafe contents.writeLate(acquired.number, $0.baseAddress!) }
             }
         } catch {
+            // Nothing was done, and whoever asked will ask again.
+            if error.code == .retry { throw error }
             pool.count(.putsFailed, stripe)
             if !seams.keepsOldPage { take(pool, key, hash, 1 << slot) }
             throw error
@@ -140,7 +150,7 @@ final class TmemStore: Sendable {
                 if let number = contents.acquire(fill: word, pool.number) {
                     return Contents.Acquired(number: number, isShared: false)
                 }
-                guard makeRoom(Leaves.extentBytes) else { throw full() }
+                guard try makeRoom(Leaves.extentBytes) else { throw full() }
             }
         }
         let hash = file.hasher.hash(span)
@@ -148,7 +158,7 @@ final class TmemStore: Sendable {
         while true {
             if let acquired = unsafe contents.acquire(page, hash, pool.number, anywhere: anywhere) { return acquired }
             if anywhere { throw full() }
-            anywhere = !makeRoom()
+            anywhere = try !makeRoom()
         }
     }
 
@@ -187,7 +197,7 @@ final class TmemStore: Sendable {
             }
             if grows { leaves.grow() }
             if !isFull { return old }
-            guard makeRoom(Leaves.extentBytes) else { throw full() }
+            guard try makeRoom(Leaves.extentBytes) else { throw full() }
         }
     }
 
