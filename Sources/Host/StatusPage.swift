@@ -147,6 +147,8 @@ public struct StatusSnapshot: Sendable, Equatable {
     public var mapBytes: UInt64 = 0
     /// CLOCK_MONOTONIC.
     public var updatedNanoseconds: UInt64 = 0
+    /// When the backend was started, by the same clock; 0 where it does not say.
+    public var startedNanoseconds: UInt64 = 0
     public var restarts: UInt64 = 0
     public var reason = ""
     public var name = ""
@@ -203,6 +205,7 @@ public enum StatusPage {
     static let tmemCapAt = offset(\.tmem_cap_bytes)
     static let tmemPoolsAt = offset(\.tmem_pools)
     static let tmemReasonAt = offset(\.tmem_reason)
+    static let startedAt = offset(\.started_ns)
     public static let maxPools = Int(QUIRE_STATUS_POOLS)
     static let poolNameBytes = 64
     static let poolFlagsAt = MemoryLayout<quire_status_pool>.offset(of: \.flags)!
@@ -225,6 +228,7 @@ public enum StatusPage {
         s.periodMilliseconds = page.load32(periodAt)
         s.mapBytes = page.load64(mapBytesAt)
         s.updatedNanoseconds = page.load64(updatedAt)
+        s.startedNanoseconds = page.load64(startedAt)
         s.restarts = page.load64(restartsAt)
         s.reason = page.loadText(reasonAt, capacity: reasonBytes)
         s.name = page.loadText(nameAt, capacity: nameBytes)
@@ -276,7 +280,7 @@ public enum StatusPage {
     public struct Writer: ~Copyable, Sendable {
         private let page: Mapping
 
-        /// Takes the page over: all fields zero, then name and pid of this process, then magic and version. What the
+        /// Takes the page over: all fields zero, then name, pid and start of this process, then magic and version. What the
         /// supervisor has written stays. The heartbeat starts at 0: `beat()` says that the backend is ready.
         public init(path: String, name: String, pid: Int32) throws(QuireError) {
             self.init(taking: try StatusPage.map(path), name: name, pid: pid)
@@ -298,6 +302,7 @@ public enum StatusPage {
             setMerging(MergeSnapshot())
             setTmem(TmemSnapshot())
             page.storeText(nameAt, capacity: nameBytes, name)
+            page.store64(startedAt, ProcessCalls.startTime(of: pid) ?? 0)
             page.store32(versionAt, UInt32(QUIRE_STATUS_VERSION))
             page.copyIn(magicAt, magic)
             page.store32(pidAt, UInt32(bitPattern: pid))

@@ -215,8 +215,7 @@ public struct StatusReport: Sendable, Equatable, Codable {
     private static func read(_ name: String, in directory: RuntimeDirectory, _ copier: borrowing StatusPage.Copier) -> StatusReport {
         do {
             let page = try copier.snapshot(directory.statusPath(name))
-            return StatusReport(
-                name: name, page: page, started: ProcessCalls.startTime(of: page.pid), now: monotonicNanoseconds())
+            return StatusReport(name: name, page: page, started: started(page), now: monotonicNanoseconds())
         } catch {
             // Created, but no backend has taken it over yet.
             if error.code == .closed || error.errno == 2 {
@@ -226,19 +225,33 @@ public struct StatusReport: Sendable, Equatable, Codable {
         }
     }
 
+    /// When the backend was started; nil if it is dead. The page says so, as a file in /proc takes nearly as long to read as all else
+    /// that there is of a VM; but the page of an older backend does not.
+    private static func started(_ page: StatusSnapshot) -> UInt64? {
+        if page.startedNanoseconds == 0 { return ProcessCalls.startTime(of: page.pid) }
+        return ProcessCalls.isAlive(page.pid) ? page.startedNanoseconds : nil
+    }
+
     /// All running VMs, or those of `names`; throws for a name that is not running.
     public static func collect(_ names: [String], in directory: RuntimeDirectory) throws(QuireError) -> [StatusReport] {
+        try collect(names, in: directory) { $0 }
+    }
+
+    /// What `body` makes of them, some at a time and on all CPUs, in their order.
+    private static func collect<Made: Sendable>(
+        _ names: [String], in directory: RuntimeDirectory, _ body: @escaping @Sendable ([StatusReport]) -> [Made]
+    ) throws(QuireError) -> [Made] {
         if names.isEmpty {
-            return inParts(directory.names, few: 32) { read($0.filter(directory.isRunning), in: directory) }
+            return inParts(directory.names, few: 16) { body(read($0.filter(directory.isRunning), in: directory)) }
         }
         for name in names where !directory.isRunning(name) {
             throw QuireError(.invalid, "no VM '\(name)' is running: quire status lists those that are")
         }
-        return read(names, in: directory)
+        return inParts(names, few: 16) { body(read($0, in: directory)) }
     }
 
     /// What is said of transcendent memory alone, of a VM or of a shared disk.
-    private struct TmemEntry: Encodable, Sendable {
+    private struct TmemEntry: Encodable {
         let name: String
         var group: String? = nil
         var attached: [String]? = nil
@@ -249,29 +262,42 @@ public struct StatusReport: Sendable, Equatable, Codable {
         init(_ disk: SharedDiskReport) { (name, group, attached, content, tmem) = (disk.name, disk.group, disk.attached, disk.content, disk.tmem) }
     }
 
-    private static func array(_ entries: [any Encodable & Sendable]) -> String {
-        struct Entry: Encodable {
-            let value: any Encodable
-            func encode(to encoder: any Encoder) throws { try value.encode(to: encoder) }
+    /// The elements of an array, as one text; no text for none.
+    private static func elements(_ entries: [some Encodable]) -> [String] {
+        // An array has a bracket on a line of its own at both ends.
+        entries.isEmpty ? [] : [String(jsonText(entries).dropFirst(2).dropLast(2))]
+    }
+
+    /// An array of all these elements, as `jsonText` has it.
+    private static func array(_ parts: [String]) -> String {
+        var text = "[\n"
+        // Room for all of it at once: it may be a megabyte.
+        text.reserveCapacity(parts.reduce(4) { $0 + $1.utf8.count + 2 })
+        for (index, part) in parts.enumerated() {
+            if index > 0 { text += ",\n" }
+            text += part
         }
-        let parts = inParts(entries, few: 32) { some in
-            let encoder = JSONEncoder()
-            encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
-            // Numbers and text always encode. An array has a bracket on a line of its own at both ends.
-            let array = (try? encoder.encode(some.map(Entry.init))) ?? Data()
-            return [String(decoding: array.dropFirst(2).dropLast(2), as: UTF8.self)]
-        }
-        return "[\n" + parts.joined(separator: ",\n") + "\n]"
+        text += "\n]"
+        return text
     }
 
     /// The VMs, then the shared disks.
     public static func json(_ reports: [StatusReport], _ disks: [SharedDiskReport] = []) -> String {
-        array(reports + disks.map(TmemEntry.init))
+        array(elements(reports) + elements(disks.map(TmemEntry.init)))
+    }
+
+    /// The same of all running VMs, or of those of `names`; throws for a name that is not running. Each thread encodes what it has
+    /// read: that takes longer than the reading.
+    public static func json(
+        _ names: [String], in directory: RuntimeDirectory, _ disks: [SharedDiskReport] = []
+    ) throws(QuireError) -> String {
+        let parts = try collect(names, in: directory) { elements($0) }
+        return array(parts + elements(disks.map(TmemEntry.init)))
     }
 
     /// Only names and what is said of transcendent memory; then the shared disks.
     public static func tmemJSON(_ reports: [StatusReport], _ disks: [SharedDiskReport]) -> String {
-        array(reports.map(TmemEntry.init) + disks.map(TmemEntry.init))
+        array(elements(reports.map(TmemEntry.init)) + elements(disks.map(TmemEntry.init)))
     }
 
     /// The reports of VMs that `json` wrote.

@@ -44,23 +44,31 @@ import CPlatform
     public func join() { pthread_join(handle, nil) }
 }
 
-/// What `body` makes of `items`, in their order: of a part of them on each CPU, where there are twice `few` and more.
+/// What `body` makes of `items`, in their order: of `few` of them at a time, on all CPUs where there are twice as many and more.
+/// Each thread takes the next few when it is done with some: one that comes late, or has to share its CPU, keeps nobody waiting. And
+/// what a few need of memory, the next few have again, which costs less than new memory does.
 public func inParts<Item: Sendable, Made: Sendable>(
     _ items: [Item], few: Int, _ body: @escaping @Sendable (ArraySlice<Item>) -> [Made]
 ) -> [Made] {
-    let count = max(1, min(sysconf(Int32(_SC_NPROCESSORS_ONLN)), 8, items.count / few))
-    let parts = (0..<count).map { items[items.count * $0 / count..<items.count * ($0 + 1) / count] }
-    let made = Monitor([Int: [Made]]())
-    let threads = (1..<count).compactMap { index in
-        try? JoinableThread("part-\(index)") {
+    let parts = stride(from: 0, to: items.count, by: few).map { items[$0..<min($0 + few, items.count)] }
+    let state = Monitor((next: 0, made: [[Made]](repeating: [], count: parts.count)))
+    @Sendable func work() {
+        while true {
+            let index = state.read { state in
+                defer { state.next += 1 }
+                return state.next
+            }
+            guard index < parts.count else { return }
             let some = body(parts[index])
-            made.update { $0[index] = some }
+            state.read { $0.made[index] = some }
         }
     }
-    let first = body(parts[0])
+    // Where there is no thread to be had, this one does it all.
+    let count = min(ProcessCalls.processorCount, 8, items.count / few)
+    let threads = (1..<max(1, count)).compactMap { try? JoinableThread("part-\($0)", work) }
+    work()
     for thread in threads { thread.join() }
-    // Where there was no thread to be had, it is done here.
-    return parts.indices.flatMap { index in index == 0 ? first : made.read { $0[index] } ?? body(parts[index]) }
+    return state.read { $0.made }.flatMap { $0 }
 }
 
 /// A mutex with the state that it protects, and a condition to wait for a change of it.

@@ -80,7 +80,8 @@ public enum ProcessCalls {
     /// Sends a signal; false if there is no such process (or it is not ours).
     @discardableResult public static func signal(_ pid: pid_t, _ signal: Int32) -> Bool { kill(pid, signal) == 0 }
 
-    public static func isAlive(_ pid: pid_t) -> Bool { pid > 0 && (kill(pid, 0) == 0 || cp_errno() == EPERM) }
+    /// Whether there is such a process, whoever may signal it.
+    public static func isAlive(_ pid: pid_t) -> Bool { pid > 0 && (kill(pid, 0) == 0 || cp_errno() != ESRCH) }
 
     /// What a process has locked in memory, in bytes (mlock, VFIO), and what is pinned for it (iommufd, vDPA); 0 if that cannot be seen.
     public static func lockedBytes(of pid: pid_t) -> UInt64 {
@@ -153,7 +154,7 @@ public enum ProcessCalls {
 
     /// When the process was started, in nanoseconds of the monotonic clock; nil if it is gone. proc(5), field 22.
     public static func startTime(of pid: pid_t) -> UInt64? {
-        // One read, and bytes: it is asked for each of many VMs.
+        // One read, and bytes: it may be asked for each of many VMs.
         guard let file = try? Descriptor.open("/proc/\(pid)/stat", O_RDONLY),
             let bytes = try? file.readBytes(at: 0, count: 1024), let paren = bytes.lastIndex(of: UInt8(ascii: ")"))
         else { return nil }

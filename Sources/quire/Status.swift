@@ -47,15 +47,16 @@ extension Quire {
         var names: [String] = []
 
         func run() throws {
-            let reports = try failing { () throws(QuireError) -> [StatusReport] in
-                try StatusReport.collect(names, in: RuntimeDirectory.standard())
-            }
+            let directory = try failing { () throws(QuireError) -> RuntimeDirectory in try RuntimeDirectory.standard() }
             var disks: [SharedDiskReport] = []
             if names.isEmpty {
                 // A quired that stands still keeps nobody from seeing his VMs.
                 do { disks = try SharedDiskReport.collect() } catch { writeStandardError("quire: \(error)") }
             }
-            if json { return print(StatusReport.json(reports, disks)) }
+            if json {
+                return print(try failing { () throws(QuireError) -> String in try StatusReport.json(names, in: directory, disks) })
+            }
+            let reports = try failing { () throws(QuireError) -> [StatusReport] in try StatusReport.collect(names, in: directory) }
             let colours = ProcessCalls.isTerminal(1) && ProcessCalls.environment("NO_COLOR") == nil
             if reports.isEmpty {
                 print("No VM is running. Start one with: quire run -- qemu-system-x86_64 -m 2G …")

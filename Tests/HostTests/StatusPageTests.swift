@@ -8,7 +8,8 @@ struct StatusPageTests {
     @Test func carriesEveryField() throws {
         let folder = try TemporaryFolder()
         let path = folder.path + "/status"
-        let writer = try StatusPage.Writer(path: path, name: "vm", pid: 77)
+        let pid = ProcessCalls.ownPID
+        let writer = try StatusPage.Writer(path: path, name: "vm", pid: pid)
         writer.setRAM(bytes: 1, resident: 2)
         writer.setRecycled(now: 3, total: 4, rateMillipages: 5)
         writer.setGuest(freeMarkedPages: 6, waits: 7, refilledPages: 8)
@@ -53,7 +54,8 @@ struct StatusPageTests {
         var expected = StatusSnapshot()
         expected.merging = merging
         expected.tmem = tmem
-        expected.pid = 77
+        expected.pid = pid
+        expected.startedNanoseconds = try #require(ProcessCalls.startTime(of: pid))
         expected.heartbeat = 2
         expected.ramBytes = 1
         expected.residentBytes = 2
@@ -74,10 +76,11 @@ struct StatusPageTests {
         // Against the header's documented offsets, not our own constants.
         let raw = try Mapping(Descriptor.open(path, O_RDONLY), byteCount: 4096, access: .readOnly)
         #expect(raw.copyOut(0, count: 8) == Array("QUIREVMS".utf8))
-        #expect(raw.load32(8) == 3 && raw.load32(12) == 77 && raw.load64(16) == 2)
+        #expect(raw.load32(8) == 3 && raw.load32(12) == UInt32(pid) && raw.load64(16) == 2)
         #expect(raw.load64(56) == 5 && raw.load32(96) == 3 && raw.load64(112) == 12)
         #expect(raw.load32(1136) == 3 && raw.load32(1140) == 16 && raw.load64(1160) == 18 && raw.load64(1168 + 144 + 72) == 1001)
         #expect(raw.loadText(1168 + 144, capacity: 64) == "pool1" && raw.loadText(3472, capacity: 256) == "voll")
+        #expect(raw.load64(3728) == expected.startedNanoseconds && raw.load64(3728) > 0)
         #expect(raw.loadText(128, capacity: 256) == "grund" && raw.loadText(384, capacity: 128) == "vm")
     }
 

@@ -112,7 +112,7 @@ struct StatusReportTests {
             "\"map_bytes\" : 0", "\"reason\" : \"\"", "\"sharing_pages\" : 25600", "\"zero_pages\" : 12800",
             "\"diverged_pages\" : 256", "\"saved_bytes\" : 156237824", "\"mapping_limit\" : 57339",
         ] { #expect(text.contains(line), "\(line)") }
-        #expect(StatusReport.json([]).filter { !$0.isWhitespace } == "[]")
+        #expect(StatusReport.json([]) == jsonText([StatusReport]()))
     }
 
     @Test func collectsRunningVMs() throws {
@@ -141,9 +141,43 @@ struct StatusReportTests {
         three.remove()
     }
 
-    /// So many that every CPU takes a part: nothing is lost at the seams, and what is wrong with some stays with them.
+    /// The backend's page says since when it runs, and an older backend's does not. Whether it runs, no page says.
+    @Test func uptimeIsThePagesWhereItSaysSo() throws {
+        let folder = try TemporaryFolder()
+        let directory = RuntimeDirectory(base: folder.path)
+        let claim = try directory.claim("one")
+        var backend = try ChildProcess(["sleep", "60"])
+        let writer = try StatusPage.Writer(path: claim.statusPath, name: "one", pid: backend.pid)
+        writer.setState(.active, reason: "")
+        let page = try Mapping(Descriptor.open(claim.statusPath, O_RDWR), byteCount: StatusPage.byteCount)
+        let started = try #require(ProcessCalls.startTime(of: backend.pid))
+        func runs(since started: UInt64) -> Bool {
+            let before = monotonicNanoseconds()
+            let report = StatusReport.read("one", in: directory)
+            let after = monotonicNanoseconds()
+            return report.state == .active
+                && (Double(before - started) / 1e9...Double(after - started) / 1e9).contains(report.uptimeSeconds)
+        }
+        #expect(runs(since: started))
+        page.store64(3728, 1)
+        #expect(runs(since: 1) && !runs(since: started))
+        page.store64(3728, 0)
+        #expect(runs(since: started))
+        backend.signal(SIGKILL)
+        backend.wait()
+        for value in [0, started] {
+            page.store64(3728, value)
+            #expect(StatusReport.read("one", in: directory).state == .down)
+        }
+        claim.remove()
+    }
+
+    /// So many that every CPU takes parts: nothing is lost at the seams, and what is wrong with some stays with them.
     @Test func collectsManyVMs() throws {
         let folder = try TemporaryFolder()
+        // What dead owners have left behind, more than a part of it.
+        for number in 0..<20 { try Files.makeDirectory(folder.path + "/left-\(number)", mode: 0o700) }
+        #expect(try StatusReport.json([], in: RuntimeDirectory(base: folder.path)) == jsonText([StatusReport]()))
         let vms = try SyntheticVMs(131, base: folder.path)
         for name in ["vm-001", "vm-090"] { _ = try folder.write(name + "/status", "?") }
         let reports = try StatusReport.collect([], in: vms.directory)
@@ -152,9 +186,16 @@ struct StatusReportTests {
         for (index, report) in reports.enumerated() where report.state != .unknown {
             #expect(report.recycledPages == 10_000 + UInt64(index + 1) * 3 && report.tmem.pools.count == reports[0].tmem.pools.count)
         }
-        for count in [1, 2, 63, 64, 65, 131] {
-            let some = Array(reports.prefix(count))
-            #expect(try StatusReport.parse(json: StatusReport.json(some)) == some)
+        for count in [0, 1, 15, 16, 17, 32, 131] {
+            let names = Array(vms.names.prefix(count))
+            let text = try StatusReport.json(names, in: vms.directory)
+            let parsed = try StatusReport.parse(json: text)
+            // None named: all of them.
+            #expect(parsed.map(\.name) == (count == 0 ? vms.names : names))
+            #expect(jsonText(parsed) == text)
         }
+        #expect(
+            message { try StatusReport.json(["vm-000", "none"], in: vms.directory) }
+                == "no VM 'none' is running: quire status lists those that are")
     }
 }
