@@ -40,7 +40,8 @@ package final class TmemQuotaLink: TmemQuota {
     /// `path`: of quired's socket. `name`: the VM's.
     package init(path: String, name: String, logger: Logger) {
         self.path = path
-        self.name = name.isEmpty ? "vm" : name
+        // Two of one name would count as one.
+        self.name = name.isEmpty ? "vm-\(ProcessCalls.ownPID)" : name
         self.logger = logger
     }
 

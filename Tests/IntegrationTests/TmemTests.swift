@@ -24,10 +24,12 @@ extension Integration {
             try guest.watched {
                 let disks = [try guest.swapOn(mebibytes: 64), try guest.swapOn("more")]
                 let pools = { [try guest.swapPool(), try store.sharedDisk("more").tmem.pools[0]] }
-                let load = try guest.console.start("quire-load sweep \(Self.much) \(Self.seconds) --threads 2")
+                // One QEMU for minutes, the other to see that it does, too.
+                let times = qemu == .distribution ? 6 : 1
+                let load = try guest.console.start("quire-load sweep \(Self.much) \(Self.seconds * times) --threads 2")
                 try guest.wait(for: "the guest to swap to both disks") { try pools().allSatisfy { $0.pages > 8000 } }
                 let before = try pools()
-                for _ in 0..<Effort.kills {
+                for _ in 0..<Effort.kills * times {
                     let backend = guest.backendPID, worker = store.worker
                     try guest.console.drain(Int32.random(in: 300...1200))
                     ProcessCalls.signal(worker, SIGKILL)
@@ -39,7 +41,7 @@ extension Integration {
                             && store.worker != worker
                     }
                 }
-                let (text, status) = try guest.console.finish(load, within: Guest.patience(for: Self.seconds) * 2)
+                let (text, status) = try guest.console.finish(load, within: Guest.patience(for: Self.seconds * times) * 2)
                 #expect(status == 0 && text.contains("ok "), "\(text)\n\(store.errors)")
                 let after = try pools()
                 print("\(qemu): \(text.filter { $0 != "\n" }); at first \(before.map(\.pages)) pages swapped, \(before.map { $0.storedBytes >> 20 }) MiB; read \(after.map(\.hits)) since the last deaths")
