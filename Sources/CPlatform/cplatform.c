@@ -101,13 +101,15 @@ int cp_unix_listen(const char *path, int type, int backlog)
 	return fd;
 }
 
-int cp_unix_connect(const char *path, int type)
+int cp_unix_connect(const char *path, int type, int timeout_ms)
 {
 	struct sockaddr_un address;
+	struct timeval timeout = { timeout_ms / 1000, timeout_ms % 1000 * 1000 };
 	if (unix_address(path, &address) < 0) return -1;
 	int fd = socket(AF_UNIX, type | SOCK_CLOEXEC, 0);
 	if (fd < 0) return -1;
-	if (connect(fd, (struct sockaddr *)&address, sizeof address) < 0) {
+	if ((timeout_ms > 0 && setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof timeout) < 0)
+	    || connect(fd, (struct sockaddr *)&address, sizeof address) < 0) {
 		int e = errno;
 		close(fd);
 		errno = e;

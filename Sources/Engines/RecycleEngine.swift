@@ -512,7 +512,7 @@ struct Batch: Sendable {
     /// A batch that takes longer is halved.
     private static let maxNanoseconds: UInt64 = 150_000
 
-    private static let orderPagesRange = 512...16_384
+    private static let orderPagesRange = 512...8192
     private static let orderNanoseconds: ClosedRange<UInt64> = 10_000_000...30_000_000
 
     private(set) var pages = maxPages

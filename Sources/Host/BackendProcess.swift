@@ -506,7 +506,7 @@ public final class BackendProcess: Sendable {
         while isEnding.wait(until: monotonicNanoseconds() + 1_000_000_000, { $0 ? () : nil }) == nil { reviewQuota() }
     }
     private func reviewQuota() {
-        if let swap, let swapQuota, swapQuota.isReviewDue { swap.store.reviewQuota() }
+        if let swap, let swapQuota, swapQuota.isReviewDue { swap.review() }
     }
 
     private static let silence = "no guest is running; if one is, QEMU has lost track of its control disk (cured in QEMU 9.1): start the VM anew"

@@ -220,8 +220,7 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
             if let arrives { state.arrives = arrives }
             if start.origin == .elsewhere, !state.isUnclaimed, !state.isForeign {
                 state.isForeign = true
-                // Without room for it, this process is all that knows.
-                state.isMarkedForeign = (try? state.pool.put(Self.markObject, Self.foreignMark, unsafe Self.zeros.span.bytes)) != nil
+                markForeign(&state)
             }
             if state.isUnclaimed {
                 // In this order: a death between the two leaves it to the same guest.
@@ -236,6 +235,17 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
                 "the guest came from elsewhere (a snapshot, a migration) and its swap disk did not: every request is an I/O error (quire tmem restore, while the guest is paused)")
         }
     }
+    /// Without room for the mark, this process is all that knows.
+    private func markForeign(_ state: inout State) {
+        state.isMarkedForeign = (try? state.pool.put(Self.markObject, Self.foreignMark, unsafe Self.zeros.span.bytes)) != nil
+    }
+
+    /// Now and then: what the quota allows and is not used goes back; and what could not be noted in the store is tried again.
+    func review() {
+        store.reviewQuota()
+        state.withLock { if $0.isForeign, !$0.isMarkedForeign { markForeign(&$0) } }
+    }
+
     public func deviceStopping() { state.withLock { $0.isRunning = false } }
     public func loggingChanged(_ enabled: Bool) {}
 
@@ -385,13 +395,14 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
         let new = try Self.makePool(generation, in: store, client)
         do throws(QuireError) {
             let pages = try fill(new, from: source)
+            // Beside it the other mark takes no more memory: under the lock nobody is waited for.
+            try new.putPatiently(Self.markObject, Self.unclaimedMark, unsafe Self.zeros.span.bytes)
             try state.withLock { state throws(QuireError) in
                 guard !state.isRunning else {
                     throw QuireError(.busy, "the guest was started meanwhile: it keeps the content that it had")
                 }
-                try new.putPatiently(Self.markObject, Self.unclaimedMark, unsafe Self.zeros.span.bytes)
                 // From here on it is the disk, after a death, too.
-                try new.putPatiently(Self.markObject, Self.wholeMark, unsafe Self.zeros.span.bytes)
+                try new.put(Self.markObject, Self.wholeMark, unsafe Self.zeros.span.bytes)
                 state.pool = new
                 state.generation = generation
                 state.isUnclaimed = true

@@ -8,19 +8,20 @@ import Synchronization
 ///
 /// A quired that is started again, or stands still, is waited for, as long as that takes: a few seconds. Where there is none the VM
 /// takes what it wants, as if there were no limit: a guest's swap is not to fail for a daemon that is not there, and the host's
-/// reserve holds all the same. quired is asked again later, and then counts what is in use by then.
+/// reserve holds all the same. quired is looked for every second, and then counts what is in use by then.
 ///
-/// No call takes longer than a request to a disk may: see `VhostUserDevice`.
+/// No call takes longer than a request to a disk may: see `VhostUserDevice`. And a connection is kept, answered or not: one that was
+/// never accepted would take its place in quired's queue for as long as quired stands still, and the next one another.
 package final class TmemQuotaLink: TmemQuota {
     private struct State: ~Copyable {
         var client: TmemClient?
-        /// A question was sent, and not answered yet. Any answer is to the last question there was.
-        var isAsked = false
+        /// A question was sent, and not answered yet: how many bytes it was for.
+        var asked: UInt64?
         /// There was one, and nobody has given it up.
         var wasThere = false
         /// Since when somebody has been waiting for it.
         var waitingSince: UInt64?
-        /// There is none: not to be looked for before.
+        /// It was given up, until it answers: not to be looked for before. 0: it was not.
         var retryAt: UInt64 = 0
         var trouble = ""
     }
@@ -31,10 +32,10 @@ package final class TmemQuotaLink: TmemQuota {
     private let state = Mutex(State())
     private let reviewedAt = Atomic<UInt64>(0)
 
-    private static let patienceMilliseconds: Int32 = 80
+    private static let patienceMilliseconds: Int32 = 60, connectMilliseconds: Int32 = 30
     /// As long as quired may take to be there again, and to hear of what others hold.
     private static let waitNanoseconds: UInt64 = 5_000_000_000
-    private static let retryNanoseconds: UInt64 = 10_000_000_000
+    private static let retryNanoseconds: UInt64 = 1_000_000_000
     private static let reviewNanoseconds: UInt64 = 5_000_000_000
 
     /// `path`: of quired's socket. `name`: the VM's.
@@ -49,23 +50,28 @@ package final class TmemQuotaLink: TmemQuota {
         let most = StoreRequest.maxTmemBytes
         let use = StoreRequest.TmemUse(name: name, used: min(used, most), held: min(held, most), wanted: min(wanted, most))
         return state.withLock { state in
-            guard state.client != nil || monotonicNanoseconds() >= state.retryAt else { return wanted }
+            guard monotonicNanoseconds() >= state.retryAt else { return wanted }
             do throws(QuireError) {
-                if state.client == nil { state.client = try TmemClient(path: path) }
-                if !state.isAsked {
-                    try state.client!.ask(use)
-                    state.isAsked = true
+                while true {
+                    if state.client == nil { state.client = try TmemClient(path: path, patienceMilliseconds: Self.connectMilliseconds) }
+                    if state.asked == nil {
+                        try state.client!.ask(use)
+                        state.asked = use.wanted
+                    }
+                    guard let answer = try state.client!.answer(patienceMilliseconds: Self.patienceMilliseconds) else {
+                        return wait(&state, wanted)
+                    }
+                    let asked = state.asked!
+                    (state.asked, state.wasThere, state.waitingSince, state.retryAt, state.trouble) = (nil, true, nil, 0, "")
+                    if answer.allowed >= wanted { return answer.allowed }
+                    // It is to an earlier question, which was for less: no refusal.
+                    if asked < use.wanted { continue }
+                    // That ends by itself.
+                    return answer.isSettling ? nil : answer.allowed
                 }
-                guard let answer = try state.client!.answer(patienceMilliseconds: Self.patienceMilliseconds) else {
-                    return wait(&state, wanted)
-                }
-                (state.isAsked, state.wasThere, state.trouble) = (false, true, "")
-                if answer.isSettling, answer.allowed < wanted { return wait(&state, wanted) }
-                state.waitingSince = nil
-                return answer.allowed
             } catch {
                 state.client = nil
-                state.isAsked = false
+                state.asked = nil
                 note(error, &state)
                 return state.wasThere ? wait(&state, wanted) : giveUp(&state, wanted)
             }
@@ -75,15 +81,15 @@ package final class TmemQuotaLink: TmemQuota {
     /// Nil: it is worth while to ask again.
     private func wait(_ state: inout State, _ wanted: UInt64) -> UInt64? {
         let now = monotonicNanoseconds()
+        // It stands still yet.
+        if state.retryAt != 0 { return giveUp(&state, wanted) }
         if let since = state.waitingSince, now - since > Self.waitNanoseconds { return giveUp(&state, wanted) }
         state.waitingSince = state.waitingSince ?? now
-        ProcessCalls.sleep(milliseconds: 10)
         return nil
     }
 
     private func giveUp(_ state: inout State, _ wanted: UInt64) -> UInt64 {
-        state.client = nil
-        (state.isAsked, state.wasThere, state.waitingSince) = (false, false, nil)
+        (state.wasThere, state.waitingSince) = (false, nil)
         state.retryAt = monotonicNanoseconds() + Self.retryNanoseconds
         return wanted
     }
@@ -100,8 +106,8 @@ package final class TmemQuotaLink: TmemQuota {
     package var isReviewDue: Bool {
         let now = monotonicNanoseconds()
         let isNews = state.withLock { state -> Bool in
-            if state.isAsked { return true }
-            return state.client?.hasNews ?? state.wasThere
+            if state.asked != nil { return true }
+            return state.client?.hasNews ?? true
         }
         guard isNews || now - reviewedAt.load(ordering: .relaxed) > Self.reviewNanoseconds else { return false }
         reviewedAt.store(now, ordering: .relaxed)

@@ -170,8 +170,9 @@ public struct HostSnapshot: Sendable {
         do throws(QuireError) {
             snapshot.store = try store.figures()
             snapshot.groups = try store.groups()
-            snapshot.tmem = try store.tmem()
             snapshot.sharedDisks = try SharedDiskReport.collect(at: SharedDiskClient.path(besideStore: store.path))
+            // An older quired knows nothing of it.
+            snapshot.tmem = try? store.tmem()
         } catch { snapshot.storeTrouble = error.description }
         snapshot.seconds = Double(monotonicNanoseconds() - started) / 1e9
         return snapshot

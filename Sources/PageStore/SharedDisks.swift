@@ -165,6 +165,8 @@ public final class SharedDisks: Sendable {
         }
         self.disks = disks
         self.store = store
+        // Before anybody is given what they use.
+        reviewQuota()
     }
 
     public var isEmpty: Bool { disks.isEmpty }

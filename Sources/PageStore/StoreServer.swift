@@ -91,6 +91,7 @@ public final class StoreServer: Sendable {
         try poller.add(stop.descriptor.raw, token: Source.stop.token)
         for machine in store.machines { watch(machine) }
         try poller.add(self.listener.descriptor.raw, token: Source.listener.token)
+        tmem.settle()
         start.update { $0 = self }
     }
 

@@ -58,6 +58,9 @@ public final class TmemLedger: Sendable {
         state = Mutex(State(cap: cap, settledAt: clock() + Self.settlingNanoseconds))
     }
 
+    /// From now on backends can say what they hold.
+    package func settle() { state.withLock { $0.settledAt = clock() + Self.settlingNanoseconds } }
+
     /// In bytes; nil: no limit. What is allowed already stays, also above it.
     public func setCap(_ bytes: UInt64?) { state.withLock { $0.cap = bytes } }
 
@@ -85,7 +88,8 @@ public final class TmemLedger: Sendable {
                 }
             }
             allowed = max(allowed, use.used)
-            if state.shares.count < Self.maxShares || state.shares[holder] != nil {
+            // Whom we cannot keep in mind gets no more than he has.
+            if state.shares.count >= Self.maxShares, state.shares[holder] == nil { allowed = use.used } else {
                 state.shares[holder] = Share(bytes: allowed, owner: owner, lostAt: nil)
             }
             return StoreReply.TmemAllowed(allowed: allowed, total: others + allowed, cap: state.cap, isSettling: isSettling)

@@ -24,8 +24,9 @@ public struct UnixSocket: ~Copyable, Sendable {
 
     public consuming func takeDescriptor() -> Descriptor { descriptor }
 
-    public static func connect(to path: String, kind: Kind = .stream) throws(QuireError) -> UnixSocket {
-        let raw = unsafe cp_unix_connect(path, kind.type)
+    /// `patienceMilliseconds`: above 0 how long this, and each send, waits for a peer that accepts or reads nothing.
+    public static func connect(to path: String, kind: Kind = .stream, patienceMilliseconds: Int32 = 0) throws(QuireError) -> UnixSocket {
+        let raw = unsafe cp_unix_connect(path, kind.type, patienceMilliseconds)
         guard raw >= 0 else { throw .system("cannot connect to \(path)") }
         return UnixSocket(adopting: Descriptor(owning: raw))
     }
@@ -43,7 +44,7 @@ public struct UnixSocket: ~Copyable, Sendable {
             guard unsafe cp_is_socket(path) else {
                 throw QuireError(.busy, "\(path) exists and is not a socket: remove it or choose another path")
             }
-            let probe = unsafe cp_unix_connect(path, kind.type)
+            let probe = unsafe cp_unix_connect(path, kind.type, 0)
             if probe >= 0 {
                 close(probe)
                 throw QuireError(.busy, "\(path) is in use by a running process: stop it or choose another path")

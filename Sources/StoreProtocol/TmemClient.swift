@@ -5,7 +5,10 @@ import Platform
 public struct TmemClient: ~Copyable, Sendable {
     private let socket: UnixSocket
 
-    public init(path: String) throws(QuireError) { socket = try UnixSocket.connect(to: path, kind: .messages) }
+    /// `patienceMilliseconds`: how long it waits for a quired that accepts nobody.
+    public init(path: String, patienceMilliseconds: Int32) throws(QuireError) {
+        socket = try UnixSocket.connect(to: path, kind: .messages, patienceMilliseconds: patienceMilliseconds)
+    }
 
     public borrowing func ask(_ use: StoreRequest.TmemUse) throws(QuireError) { try socket.sendMessage(StoreRequest.tmem(use).encoded()) }
 

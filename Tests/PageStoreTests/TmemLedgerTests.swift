@@ -92,7 +92,7 @@ import TestSupport
         defer { Files.remove(config) }
         try Self.write(config, "[quired]\ntmem-cap = \"16M\"\n")
         let store = try RunningStore(["--keep"], config: config)
-        let a = try TmemClient(path: store.path), b = try TmemClient(path: store.path)
+        let a = try TmemClient(path: store.path, patienceMilliseconds: 1000), b = try TmemClient(path: store.path, patienceMilliseconds: 1000)
         func ask(_ client: borrowing TmemClient, _ name: String, used: UInt64 = 0, held: UInt64 = 0, wanted: UInt64) throws -> StoreReply.TmemAllowed {
             try client.ask(.init(name: name, used: used, held: held, wanted: wanted))
             let answer = try client.answer(patienceMilliseconds: 5000)
@@ -108,18 +108,81 @@ import TestSupport
         #expect(try store.reload() == "quired.tmem-cap: \"16M\" -> \"20M\"")
         #expect(try ask(b, "b", held: 6 << 20, wanted: 12 << 20).allowed == 10 << 20)
         // Nonsense.
-        #expect(errorCode { _ = try ask(TmemClient(path: store.path), "../a", wanted: 1) } == .invalid)
-        #expect(errorCode { _ = try ask(TmemClient(path: store.path), "c", used: .max, wanted: 1) } == .invalid)
+        #expect(errorCode { _ = try ask(TmemClient(path: store.path, patienceMilliseconds: 1000), "../a", wanted: 1) } == .invalid)
+        #expect(errorCode { _ = try ask(TmemClient(path: store.path, patienceMilliseconds: 1000), "c", used: .max, wanted: 1) } == .invalid)
         #expect(errorCode { _ = try ask(b, "a", wanted: 1) } == .invalid)
         // The next quired hears of both before it gives away anything.
         store.kill()
         #expect(eventually { a.hasNews })
-        let c = try TmemClient(path: store.path), d = try TmemClient(path: store.path)
+        let c = try TmemClient(path: store.path, patienceMilliseconds: 1000), d = try TmemClient(path: store.path, patienceMilliseconds: 1000)
         let early = try ask(c, "c", wanted: 20 << 20)
         #expect(early.isSettling && early.allowed == 0)
         #expect(try ask(d, "a", used: 1 << 20, held: 10 << 20, wanted: 10 << 20).allowed == 10 << 20)
         #expect(try eventually { try !ask(c, "c", wanted: 20 << 20).isSettling })
         #expect(try ask(c, "c", wanted: 20 << 20).allowed == 10 << 20)
+    }
+
+    /// An answer that comes late is to what was asked then, and no refusal of what is asked now; and one to nobody.
+    @Test func lateAnswers() throws {
+        let store = try RunningStore(["--keep", "--tmem-cap", "64M"])
+        let link = TmemQuotaLink(path: store.path, name: "a", logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() })
+        #expect(eventually { link.allow(used: 0, held: 0, wanted: 1 << 20) == 1 << 20 })
+        let worker = store.worker
+        ProcessCalls.signal(worker, SIGSTOP)
+        #expect(eventually { link.allow(used: 0, held: 1 << 20, wanted: 1 << 20) == nil })
+        #expect(link.isReviewDue)
+        ProcessCalls.signal(worker, SIGCONT)
+        ProcessCalls.sleep(milliseconds: 300)
+        #expect(link.allow(used: 1 << 20, held: 1 << 20, wanted: 5 << 20) == 5 << 20)
+        // One that stands still for too long is done without, and counts again when it goes on.
+        ProcessCalls.signal(worker, SIGSTOP)
+        #expect(eventually { link.allow(used: 5 << 20, held: 5 << 20, wanted: 100 << 20) == 100 << 20 })
+        #expect(link.allow(used: 5 << 20, held: 100 << 20, wanted: 200 << 20) == 200 << 20)
+        ProcessCalls.signal(worker, SIGCONT)
+        #expect(eventually { link.allow(used: 5 << 20, held: 200 << 20, wanted: 200 << 20) == 64 << 20 })
+    }
+
+    /// Whoever comes to a quired that accepts nobody is told so, and not kept.
+    @Test func aQueueThatIsFull() throws {
+        let store = try RunningStore(["--keep"])
+        ProcessCalls.signal(store.worker, SIGSTOP)
+        defer { ProcessCalls.signal(store.worker, SIGCONT) }
+        var waiting: [Int32] = []
+        defer { for raw in waiting { close(raw) } }
+        var refused: Int32?
+        while waiting.count < 1000, refused == nil {
+            do throws(QuireError) {
+                let socket = try UnixSocket.connect(to: store.path, kind: .messages, patienceMilliseconds: 30)
+                waiting.append(socket.takeDescriptor().release())
+            } catch { refused = error.errno }
+        }
+        #expect(refused == EAGAIN && waiting.count > 100)
+        let link = TmemQuotaLink(path: store.path, name: "a", logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() })
+        #expect(link.allow(used: 0, held: 0, wanted: 1 << 20) == 1 << 20)
+    }
+
+    /// While there is room nobody is refused, however many want more at the same moment.
+    @Test func manyAtOnce() throws {
+        let store = try RunningStore(["--keep", "--tmem-cap", "1G"])
+        let link = TmemQuotaLink(path: store.path, name: "a", logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() })
+        let tmem = try Tmem(Tmem.makeFile(name: "test-quota"), quota: link)
+        let pool = try tmem.createPool(.init(kind: .persistent, scope: .private, name: "d", client: "a"))
+        let refusals = Mutex<[String]>([])
+        let threads = try (0..<4).map { number in
+            try JoinableThread("writer") {
+                var page = [UInt8](repeating: 0, count: 4096)
+                var random = SplitMix(UInt64(number))
+                for index in 0..<UInt32(3000) {
+                    // Incompressible, or a word that needs a leaf and nothing else.
+                    for at in 0..<4096 where index % 2 == 0 || at < 8 { page[at] = UInt8(truncatingIfNeeded: random.next()) }
+                    do throws(QuireError) { try pool.putPatiently(UInt64(number), index * 16, unsafe page.span.bytes) } catch {
+                        refusals.withLock { $0.append(error.message) }
+                    }
+                }
+            }
+        }
+        for thread in threads { thread.join() }
+        #expect(refusals.withLock { $0 } == [] && pool.statistics.pages == 12_000)
     }
 
     /// Two VMs' stores, which ask as backends do, write at once, across the death of quired: all in all never more than the cap. The

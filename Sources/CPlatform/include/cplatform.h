@@ -118,7 +118,8 @@ ssize_t cp_recv_with_fds(int socket, void *buffer, size_t length, int *fds, int 
 ssize_t cp_send_with_fds(int socket, const void *buffer, size_t length, const int *fds, int fd_count);
 /* `type` is SOCK_STREAM or SOCK_SEQPACKET. -1 with errno; ENAMETOOLONG if the path does not fit. */
 int cp_unix_listen(const char *path, int type, int backlog);
-int cp_unix_connect(const char *path, int type);
+/* Above 0: how long it, and each send after it, waits for a peer that takes nothing; then EAGAIN. */
+int cp_unix_connect(const char *path, int type, int timeout_ms);
 int cp_socket_pair(int ends[2]);                   /* SOCK_SEQPACKET, close-on-exec */
 int cp_peer(int socket, pid_t *pid, uid_t *uid);   /* SO_PEERCRED: who connected, as the kernel says */
 static inline int cp_seqpacket(void) { return SOCK_SEQPACKET; }

@@ -40,6 +40,8 @@ final class TmemBudget: Sendable {
     /// Whether more would be above what the store is allowed, while it is below its own cap.
     func isQuotaShort(of bytes: Int) -> Bool { used > allowance.bytes - bytes && used <= cap - bytes }
 
+    /// What the store is allowed now, of what all may use.
+    var allowed: Int { allowance.bytes }
     /// Asks to be allowed more, where that is what is lacking; false: there is no more. Throws `.retry` where nobody has answered yet.
     func extend(by lacking: Int) throws(QuireError) -> Bool { try allowance.extend(used: used, lacking: lacking, cap: cap) }
     func reviewQuota() { allowance.review { used } }

@@ -56,10 +56,10 @@ extension TmemStore {
     /// Room for another slab or extent under the cap, and under what the host has. False: there is nothing to take it from. `lacking`: bytes
     /// that would do, where nothing else is lacking. Throws `.retry` where it is not known yet what the store may use.
     func makeRoom(_ lacking: Int = TmemFile.slabBytes + Leaves.extentBytes) throws(QuireError) -> Bool {
-        let before = budget.used
+        let before = budget.used, allowed = budget.allowed
         return try room.withLock { (_) throws(QuireError) -> Bool in
             // Somebody made some while we waited.
-            if budget.used < before { return true }
+            if budget.used < before || budget.allowed > allowed { return true }
             // Before anything is taken from anybody.
             if try budget.extend(by: lacking) { return true }
             // Whoever wants a slab has these; here is somebody who wants to find more pages, for which they must go back first.

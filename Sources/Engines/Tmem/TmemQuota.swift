@@ -13,10 +13,17 @@ public protocol TmemQuota: Sendable {
 final class TmemAllowance: Sendable {
     private let quota: (any TmemQuota)?
     private let allowed: Atomic<Int>
-    /// Held by whoever asks; with the time before which it is of no use, since there was nothing to be had.
-    private let asking = Mutex<UInt64>(0)
+    /// Held by whoever asks.
+    private let asking = Mutex(Asking())
+    private struct Asking {
+        /// It is of no use before: there was nothing to be had.
+        var refusedUntil: UInt64 = 0
+        /// Nor before this: there was no answer, and whoever comes next is not to wait as long.
+        var silentUntil: UInt64 = 0
+    }
 
     private static let refusedNanoseconds: UInt64 = 100_000_000
+    private static let silentNanoseconds: UInt64 = 50_000_000
 
     init(_ quota: (any TmemQuota)?) {
         self.quota = quota
@@ -31,15 +38,17 @@ final class TmemAllowance: Sendable {
     /// False: there is no more. `used`: now, in bytes; `lacking`: what it takes. Throws `.retry` where the answer takes longer.
     func extend(used: Int, lacking: Int, cap: Int) throws(QuireError) -> Bool {
         guard let quota, used + lacking > bytes, used + lacking <= cap else { return false }
-        return try asking.withLock { (notBefore) throws(QuireError) -> Bool in
-            // Somebody else has asked meanwhile.
+        return try asking.withLock { (asking) throws(QuireError) -> Bool in
+            // A review has brought it meanwhile.
             if used + lacking <= bytes { return true }
-            guard monotonicNanoseconds() >= notBefore else { return false }
-            guard ask(quota, used, wanted: min(cap, used + max(lacking, Self.step(used)))) else {
+            let now = monotonicNanoseconds()
+            guard now >= asking.refusedUntil else { return false }
+            guard now >= asking.silentUntil, ask(quota, used, wanted: min(cap, used + max(lacking, Self.step(used)))) else {
+                if now >= asking.silentUntil { asking.silentUntil = monotonicNanoseconds() + Self.silentNanoseconds }
                 throw QuireError(.retry, "quired has not said yet whether the host has room for another page")
             }
             if used + lacking <= bytes { return true }
-            notBefore = monotonicNanoseconds() + Self.refusedNanoseconds
+            asking.refusedUntil = monotonicNanoseconds() + Self.refusedNanoseconds
             return false
         }
     }
@@ -47,12 +56,12 @@ final class TmemAllowance: Sendable {
     /// Gives back what is allowed and not used, but for a step; and says what is, to whoever does not know it yet.
     func review(used: () -> Int) {
         guard let quota else { return }
-        asking.withLock { notBefore in
+        asking.withLock { asking in
             let most = used() + 2 * Self.step(used())
             // First: what is taken from here on is within it.
             if bytes > most { allowed.store(most - Self.step(used()), ordering: .sequentiallyConsistent) }
             let now = used()
-            if ask(quota, now, wanted: max(now, bytes)) { notBefore = 0 }
+            if ask(quota, now, wanted: max(now, bytes)) { asking = Asking() }
         }
     }
 

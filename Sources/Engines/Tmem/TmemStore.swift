@@ -134,8 +134,11 @@ final class TmemStore: Sendable {
                 unsafe page.withUnsafeBytes { unsafe contents.writeLate(acquired.number, $0.baseAddress!) }
             }
         } catch {
-            // Nothing was done, and whoever asked will ask again.
-            if error.code == .retry { throw error }
+            // Nothing was done, and whoever asked will ask again: with no lock held, and not at once.
+            if error.code == .retry {
+                ProcessCalls.sleep(milliseconds: 10)
+                throw error
+            }
             pool.count(.putsFailed, stripe)
             if !seams.keepsOldPage { take(pool, key, hash, 1 << slot) }
             throw error
