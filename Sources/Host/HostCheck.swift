@@ -43,7 +43,7 @@ public struct HostCheck: Sendable {
     public static let mappingLimit = 1_048_576
 
     public func run() -> [Finding] {
-        [userfaultfd(), tracking(), mappings(), kvm(), hugePages(), kernelMerging(), runtime(), backend(), agent(), store(), qemu(), libvirt(), confinement()]
+        [userfaultfd(), tracking(), overcommit(), mappings(), kvm(), hugePages(), kernelMerging(), runtime(), backend(), agent(), store(), qemu(), libvirt(), confinement()]
     }
 
     public static func json(_ findings: [Finding]) -> String { jsonText(findings) }
@@ -90,6 +90,14 @@ public struct HostCheck: Sendable {
         return finding(
             "write-tracking", .note, "the kernel (\(read("/proc/sys/kernel/osrelease") ?? "?")) does not tell what guests write: all of their memory is read for it",
             "Linux 6.7 or later makes merging cheap")
+    }
+
+    /// What the agent in QEMU finds as well, and closes its gate for.
+    private func overcommit() -> Finding {
+        guard read("/proc/sys/vm/overcommit_memory") == "2" else { return finding("overcommit", .ok, "vm.overcommit_memory is not 2") }
+        return finding(
+            "overcommit", .problem, "the host overcommits no memory (vm.overcommit_memory is 2): equal pages are not merged",
+            "sysctl -w vm.overcommit_memory=0; echo vm.overcommit_memory=0 > /etc/sysctl.d/90-overcommit.conf keeps it")
     }
 
     private func mappings() -> Finding {
@@ -201,9 +209,18 @@ public struct HostCheck: Sendable {
         return finding("libvirt", .ok, "libvirt runs, with its hook in place")
     }
 
-    /// AppArmor's files: of each of libvirt's profiles that this host has, the part that is the host's own has to name Quire.
+    /// AppArmor's files: of each of libvirt's profiles that this host has, the part that is the host's own has to name Quire. What modules
+    /// SELinux has loaded only `semodule -l` knows: there it is a note, whatever is loaded.
     private func confinement() -> Finding {
-        guard read("/sys/module/apparmor/parameters/enabled") == "Y" else { return finding("confinement", .ok, "AppArmor is off") }
+        if read("/sys/fs/selinux/enforce") == "1", exists("/etc/libvirt") {
+            let folder = examples == "packaging" ? "packaging/selinux" : examples
+            return finding(
+                "confinement", .note, "SELinux is enforced: without Quire's module, domains that are enabled do not start, or are not merged",
+                "if semodule -l does not list quire: checkmodule -M -m -o quire.mod \(folder)/quire.te; "
+                    + "semodule_package -o quire.pp -m quire.mod -f \(folder)/quire.fc; semodule -i quire.pp; "
+                    + "restorecon -RF /usr/bin/quire* /run/quire")
+        }
+        guard read("/sys/module/apparmor/parameters/enabled") == "Y" else { return finding("confinement", .ok, "neither AppArmor nor SELinux confines libvirt") }
         // Who may not read what is loaded goes by the files. One line a profile, and each domain that runs has one.
         let loaded = try? Files.read(places.root + "/sys/kernel/security/apparmor/profiles", limit: 1 << 22)
         if let loaded, !loaded.contains("libvirtd "), !loaded.contains("virtqemud ") {

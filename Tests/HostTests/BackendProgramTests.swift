@@ -1,3 +1,4 @@
+import FoundationEssentials
 import Glibc
 import Host
 import Platform
@@ -6,6 +7,30 @@ import Testing
 
 /// quire-backend as a program that somebody starts by hand: what it takes, and how it says no.
 @Suite struct BackendProgramTests {
+    /// What the program writes to a descriptor of its own, and how it ends.
+    private func run(_ arguments: [String], writingTo number: Int32) throws -> (text: String, end: ProcessEnd) {
+        var pipe = try Pipe()
+        let writer = pipe.takeWriter(), reader = pipe.takeReader()
+        var options = ChildProcess.Options()
+        options.passing = [.init(from: writer.raw, to: number)]
+        var child = try ChildProcess([products + "quire-backend"] + arguments, options)
+        _ = consume writer
+        let text = String(decoding: try reader.readAll(limit: 1 << 16), as: UTF8.self)
+        return (text, child.wait())
+    }
+
+    /// GET_FEATURES, with which QEMU begins: its number, the protocol's version, no payload. The answer is 8 bytes of features; of
+    /// those a vhost-user back end has bit 30, that it speaks of protocol features.
+    private func expectFeatures(_ frontEnd: borrowing UnixSocket) throws {
+        try frontEnd.send([1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
+        let isAnswered = !waitReadable([frontEnd.descriptor.raw], timeoutMilliseconds: 20_000).isEmpty
+        #expect(isAnswered)
+        var passed = UnixSocket.PassedDescriptors()
+        let answer = try isAnswered ? frontEnd.receive(count: 20, maxDescriptors: 1, into: &passed) ?? [] : []
+        #expect(answer.prefix(12) == [1, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0])
+        #expect(answer.count == 20 && answer[15] & 0x40 != 0)
+    }
+
     /// A socket that is connected already is the only front end there will be: it is answered, and the program ends when it has gone.
     @Test func servesAConnectedSocketToItsEnd() throws {
         var ends: [Int32] = [-1, -1]
@@ -18,15 +43,7 @@ import Testing
         var child = try ChildProcess([products + "quire-backend", "--fd", "3"], options)
         _ = consume far
 
-        // GET_FEATURES, with which QEMU begins: its number, the protocol's version, no payload. The answer is 8 bytes of features; of
-        // those a vhost-user back end has bit 30, that it speaks of protocol features.
-        try near.send([1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
-        let isAnswered = !waitReadable([near.descriptor.raw], timeoutMilliseconds: 20_000).isEmpty
-        #expect(isAnswered)
-        var passed = UnixSocket.PassedDescriptors()
-        let answer = try isAnswered ? near.receive(count: 20, maxDescriptors: 1, into: &passed) ?? [] : []
-        #expect(answer.prefix(12) == [1, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0])
-        #expect(answer.count == 20 && answer[15] & 0x40 != 0)
+        try expectFeatures(near)
 
         near.shutDown()
         let hasEnded = eventually(milliseconds: 20_000) { child.poll() != nil }
@@ -35,18 +52,48 @@ import Testing
         #expect(child.wait() == .exited(0))
     }
 
+    /// SIGTERM ends one that listens, whether or not a front end is connected; once is enough.
+    @Test(arguments: [true, false]) func endsOnSIGTERM(isConnected: Bool) throws {
+        let folder = try TemporaryFolder()
+        let path = folder.path + "/control.sock"
+        var options = ChildProcess.Options()
+        options.parentDeathSignal = SIGKILL
+        var child = try ChildProcess([products + "quire-backend", "--socket-path", path], options)
+        let isListening = eventually(milliseconds: 20_000) { message { try UnixSocket.connect(to: path) } == nil }
+        #expect(isListening)
+        if isListening {
+            // Its answer says that it has come as far as waiting for signals.
+            let frontEnd = try UnixSocket.connect(to: path)
+            try expectFeatures(frontEnd)
+            if !isConnected { frontEnd.shutDown() }
+            child.signal(SIGTERM)
+            let hasEnded = eventually(milliseconds: 20_000) { child.poll() != nil }
+            #expect(hasEnded)
+            frontEnd.shutDown()
+        }
+        child.signal(SIGKILL)
+        #expect(child.wait() == .exited(0))
+    }
+
+    /// What whoever looks for back ends reads, as QEMU's docs/interop/vhost-user.json has it: the type that the file beside
+    /// it (qemu-config/50-quire.json) names, and features of that type.
+    @Test func printsItsCapabilities() throws {
+        struct Capabilities: Decodable {
+            var type: String
+            var features: [String]
+        }
+        let (text, end) = try run(["--print-capabilities"], writingTo: 1)
+        #expect(end == .exited(0))
+        let found = try JSONDecoder().decode(Capabilities.self, from: Data(text.utf8))
+        #expect(found.type == "block" && found.features == ["read-only", "blk-file"])
+    }
+
     /// One line on stderr, and a status that is not 0: what QEMU's conventions ask of a back end that cannot start.
     @Test func saysNoInOneLine() throws {
         let folder = try TemporaryFolder()
         func refuses(_ arguments: [String], _ expected: String) throws {
-            var pipe = try Pipe()
-            let writer = pipe.takeWriter(), reader = pipe.takeReader()
-            var options = ChildProcess.Options()
-            options.passing = [.init(from: writer.raw, to: 2)]
-            var child = try ChildProcess([products + "quire-backend"] + arguments, options)
-            _ = consume writer
-            let text = String(decoding: try reader.readAll(limit: 1 << 16), as: UTF8.self)
-            #expect(child.wait() == .exited(1), "\(arguments)")
+            let (text, end) = try run(arguments, writingTo: 2)
+            #expect(end == .exited(1), "\(arguments)")
             #expect(text == "quire-backend: \(expected)\n")
         }
         let path = folder.path + "/none/control.sock"

@@ -14,10 +14,13 @@ import Testing
         var places = HostCheck.Places(backend: "/bin/sh", agent: "/bin/sh", store: folder.path + "/none")
         places.root = folder.path
         _ = try folder.write("proc/sys/vm/max_map_count", "65530\n")
+        _ = try folder.write("proc/sys/vm/overcommit_memory", "2\n")
         _ = try folder.write("sys/kernel/mm/ksm/run", "1\n")
         _ = try folder.write("sys/kernel/mm/transparent_hugepage/shmem_enabled", "always within_size advise [never] deny force\n")
         var found = HostCheck(places).run()
         #expect(level(found, "max-map-count") == .note)
+        #expect(level(found, "overcommit") == .problem)
+        #expect(found.first { $0.id == "overcommit" }?.advice.hasPrefix("sysctl -w vm.overcommit_memory=0; ") == true)
         #expect(level(found, "ksm") == .note)
         #expect(level(found, "huge-pages") == .note)
         #expect(level(found, "kvm") == .note)
@@ -28,6 +31,7 @@ import Testing
         for finding in found where finding.level != .ok { #expect(!finding.advice.isEmpty, "\(finding)") }
 
         _ = try folder.write("proc/sys/vm/max_map_count", "2000000\n")
+        _ = try folder.write("proc/sys/vm/overcommit_memory", "1\n")
         _ = try folder.write("sys/kernel/mm/ksm/run", "0\n")
         _ = try folder.write("sys/kernel/mm/transparent_hugepage/shmem_enabled", "always within_size [advise] never deny force\n")
         for path in ["/etc/libvirt", "/etc/libvirt/hooks", "/etc/libvirt/hooks/qemu.d"] { try Files.makeDirectory(folder.path + path, mode: 0o700) }
@@ -35,6 +39,7 @@ import Testing
         places.agent = nil
         found = HostCheck(places).run()
         #expect(level(found, "max-map-count") == .ok)
+        #expect(level(found, "overcommit") == .ok)
         #expect(level(found, "ksm") == .ok)
         #expect(level(found, "huge-pages") == .ok)
         #expect(level(found, "backend") == .problem)
@@ -85,6 +90,32 @@ import Testing
         _ = try folder.write("etc/apparmor.d/local/usr.sbin.libvirtd", "/usr/bin/quire PUx,\n")
         #expect(try found().advice == qemu)
         _ = try folder.write("etc/apparmor.d/local/abstractions/libvirt-qemu", "/run/quire/*/qemu/*.sock rw,\n")
+        #expect(try found().level == .ok)
+    }
+
+    /// Where SELinux is enforced nobody but root can tell whether the module is loaded: a note says how to look, and what to type then.
+    @Test func enforcedSELinux() throws {
+        let folder = try TemporaryFolder()
+        for path in ["/sys", "/sys/fs", "/sys/fs/selinux", "/etc"] { try Files.makeDirectory(folder.path + path, mode: 0o700) }
+        var places = HostCheck.Places(backend: "/usr/bin/quire-backend", agent: nil, store: folder.path + "/none")
+        places.root = folder.path
+        func found() throws -> HostCheck.Finding { try #require(HostCheck(places).run().first { $0.id == "confinement" }) }
+
+        // Without libvirt it confines no QEMU.
+        _ = try folder.write("sys/fs/selinux/enforce", "1")
+        #expect(try found().level == .ok)
+        try Files.makeDirectory(folder.path + "/etc/libvirt", mode: 0o700)
+        #expect(try found().level == .note)
+        #expect(try found().text.hasPrefix("SELinux is enforced: "))
+        for words in [
+            "semodule -l", "checkmodule -M -m -o quire.mod /usr/share/doc/quire/examples/quire.te; ", " -f /usr/share/doc/quire/examples/quire.fc; ",
+            "semodule -i quire.pp; ", "restorecon -RF /usr/bin/quire* /run/quire",
+        ] { #expect(try found().advice.contains(words), "\(words)") }
+        places.backend = "/home/me/quire/.build/release/quire-backend"
+        #expect(try found().advice.contains(" packaging/selinux/quire.te; "))
+
+        // Permissive.
+        _ = try folder.write("sys/fs/selinux/enforce", "0")
         #expect(try found().level == .ok)
     }
 }

@@ -209,15 +209,20 @@ import Testing
         ("<memoryBacking><allocation mode='immediate'/></memoryBacking>", "", "immediate"),
         ("<memoryBacking><source type='file'/></memoryBacking>", "", "source type 'file'"),
         ("<launchSecurity type='sev'/>", "", "encrypted"),
-        ("<cputune><vcpusched vcpus='0' scheduler='fifo' priority='1'/></cputune>", "", "real time"),
+        ("<cputune><vcpusched vcpus='0' scheduler='fifo' priority='1'/></cputune>", "", "real time (<vcpusched>)"),
+        ("<cputune><emulatorsched scheduler='rr' priority='1'/></cputune>", "", "real time (<emulatorsched>)"),
+        ("<cputune><iothreadsched iothreads='1' scheduler='fifo' priority='1'/></cputune>", "", "real time (<iothreadsched>)"),
         ("<cpu><numa><cell id='0' memory='1' memAccess='private'/></numa></cpu>", "", "NUMA cell 0"),
         ("", "<hostdev mode='subsystem' type='pci'/>", "VFIO"),
         ("", "<hostdev mode='subsystem' type='mdev'/>", "VFIO"),
         ("", "<hostdev mode='capabilities' type='storage'/>", "a host device (storage)"),
         ("", "<interface type='hostdev'/>", "VFIO"),
+        ("", "<interface type='vdpa'><source dev='/dev/vhost-vdpa-0'/></interface>", "an interface of type vdpa, which pins"),
         ("", "<disk type='nvme'><target dev='vda'/></disk>", "VFIO"),
+        ("", "<disk type='vhostvdpa'><source dev='/dev/vhost-vdpa-0'/><target dev='vda'/></disk>", "a disk of type vhostvdpa, which pins"),
         ("", "<memory model='nvdimm'/>", "nvdimm"),
         ("", "<memory model='dimm'><source><pagesize>2048</pagesize></source></memory>", "pagesize"),
+        ("", "<memory model='dimm' access='private'/>", "remove access='private'"),
         (
             "<qemu:commandline xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><qemu:arg value='memory-backend-file,id=x'/></qemu:commandline>",
             "", "memory-backend"
@@ -233,6 +238,14 @@ import Testing
         let said = message { try domain.enabled(Self.request) }
         #expect(said?.hasPrefix("web1: ") == true && said?.contains(obstacle.2) == true, "\(said ?? "no error")")
         #expect(said?.contains("\n") != true)
+    }
+
+    @Test func refusesOtherMachines() throws {
+        let text = Self.domain().replacing("arch='x86_64'", with: "arch='aarch64'")
+        #expect(message { try Domain(text).enabled(Self.request) } == "web1: its guest is aarch64: Quire works with x86_64 guests")
+        // Batch is no real time.
+        let batch = "<cputune><emulatorsched scheduler='batch'/></cputune>"
+        #expect(try Domain(Self.domain(batch)).obstacles.isEmpty)
     }
 
     @Test func refusesOtherHypervisors() throws {
