@@ -82,7 +82,7 @@ extension Integration.Libvirt {
     }
 
     /// Whatever libvirt has made of a domain, after `disable` it is what it was, byte for byte: other machines, disks of its own, root ports
-    /// that are all taken, boot orders, a command line and a memory backing that were there.
+    /// that are all taken, boot orders, a command line, a memory backing and a password that were there.
     @Test func shapes() throws {
         struct Shape { var name: String, machine = "q35", boot = "", backing = "", devices = "", commandLine = "" }
         func disk(_ target: String, _ bus: String, device: String = "disk", _ more: String = "") -> String {
@@ -94,6 +94,7 @@ extension Integration.Libvirt {
         }.joined()
         let arguments = "<qemu:arg value='-global'/><qemu:arg value='ICH9-LPC.disable_s3=1'/><qemu:env name='SHAPE' value='1'/>"
         let direct = "<driver name='qemu' type='raw' cache='none' io='native'/>"
+        let password = "secret1"
         let shapes = [
             Shape(name: "pc", machine: "pc", devices: disk("hda", "ide") + disk("vda", "virtio")),
             Shape(
@@ -105,8 +106,11 @@ extension Integration.Libvirt {
             Shape(name: "order", devices: disk("vda", "virtio", "<boot order='2'/>") + disk("sda", "sata", device: "cdrom", "<boot order='1'/>")),
             Shape(name: "arguments", commandLine: "<qemu:commandline>\(arguments)</qemu:commandline>"),
             Shape(name: "anonymous", backing: "<memoryBacking><source type='anonymous'/></memoryBacking>"),
+            Shape(name: "password", devices: "<graphics type='vnc' passwd='\(password)'/>"),
         ]
         let host = try LibvirtHost()
+        // With what libvirt shows nobody who does not ask for it: it must not get lost, either.
+        func definition(_ name: String) throws -> String { try host.virsh("dumpxml", "--inactive", "--security-info", name) }
         for shape in shapes {
             let xml = """
                 <domain type='\(QEMU.hasKVM ? "kvm" : "qemu")' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
@@ -117,10 +121,10 @@ extension Integration.Libvirt {
                 """
             try host.virsh("define", host.write("shape.xml", xml))
             // In libvirt's own order: what it adds itself it puts elsewhere when it reads it again.
-            try host.virsh("define", host.write("shape.xml", host.definition(shape.name)))
-            let before = try host.definition(shape.name)
+            try host.virsh("define", host.write("shape.xml", definition(shape.name)))
+            let before = try definition(shape.name)
             try host.quire("enable", "--swap", "64M", "--disk", "scratch", shape.name)
-            let enabled = try host.definition(shape.name)
+            let enabled = try definition(shape.name)
             #expect(enabled.occurrences(of: "<disk type='vhostuser'") == 3, "\(enabled)")
             // Of a domain that is enabled already it says, too, what works in part.
             let again = try host.quire("enable", shape.name)
@@ -130,8 +134,10 @@ extension Integration.Libvirt {
                 let port = "model='pcie-root-port'"
                 #expect(enabled.occurrences(of: port) > before.occurrences(of: port), "\(enabled)")
             }
+            #expect([before, enabled].allSatisfy { $0.contains("passwd='\(password)'") } == (shape.name == "password"), "\(enabled)")
+            #expect(try !host.definition(shape.name).contains(password))
             try host.quire("disable", shape.name)
-            let after = try host.definition(shape.name)
+            let after = try definition(shape.name)
             let changes = after.split(separator: "\n").difference(from: before.split(separator: "\n"))
             #expect(after == before, "\(shape.name): \(changes.map { "\($0)" }.joined(separator: "\n"))")
         }
@@ -151,7 +157,7 @@ extension Integration.Libvirt {
         try host.wait(for: "equal pages to be merged", console) { merges() }
 
         // With QEMU stopped no page comes back, so it is in the middle for as long as this takes.
-        let qemu = try #require(Int32(try host.sh("cat /run/libvirt/qemu/web1.pid").filter(\.isNumber))), backend = host.status("web1").pid
+        let qemu = try host.pid("libvirt/qemu/web1"), backend = host.status("web1").pid
         ProcessCalls.signal(qemu, SIGSTOP)
         defer { ProcessCalls.signal(qemu, SIGCONT) }
         try host.sh("(/run/programs/quire libvirt detach --json web1; echo status $?) >/run/detach.log 2>&1 &")

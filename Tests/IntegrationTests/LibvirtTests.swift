@@ -15,6 +15,24 @@ extension Integration {
             return text[end...].dropFirst(2).first != "Z"
         }
 
+        /// Of libvirt's defaults none is off: a user without rights, seccomp's filters, a /dev of its own. Quire works behind them.
+        private func isConfined(_ host: LibvirtHost, _ name: String) throws {
+            func number(_ field: String, of pid: Int32) throws -> Int {
+                let line = try Files.read("/proc/\(pid)/status").split(separator: "\n").first { $0.hasPrefix(field + ":") } ?? ""
+                let value = line.split { $0.isWhitespace }.dropFirst().first.flatMap { Int($0) }
+                return try #require(value, "\(field) of \(pid)")
+            }
+            func mounts(of pid: Int32) throws -> String { try #require(Files.target(ofLink: "/proc/\(pid)/ns/mnt")) }
+            let qemu = try host.pid("libvirt/qemu/\(name)"), libvirtd = try host.pid("libvirtd")
+            #expect(try number("Uid", of: qemu) != 0)
+            #expect(try number("Seccomp", of: qemu) == 2)
+            // Not only those that a container has put on all of us.
+            #expect(try number("Seccomp_filters", of: qemu) > number("Seccomp_filters", of: libvirtd))
+            #expect(try mounts(of: qemu) != mounts(of: libvirtd))
+            // The control: another process that began in there.
+            #expect(try mounts(of: host.pid("virtlogd")) == mounts(of: libvirtd))
+        }
+
         private func recycles(_ host: LibvirtHost, _ name: String, _ console: Console) throws {
             try host.wait(for: "an active guest", console) { host.status(name).state == .active }
             try console.sh("quire-load hold 100 0 >/dev/null")
@@ -38,6 +56,7 @@ extension Integration {
             #expect(try host.definition("web1") == enabled)
 
             var console = try host.boot("web1")
+            try isConfined(host, "web1")
             try console.sh("insmod /lib/quire/quire.ko")
             try recycles(host, "web1", console)
             let backend = host.status("web1").pid
@@ -146,6 +165,8 @@ extension Integration {
                 #expect(status == 0 && text.contains("ok "), "\(text)")
             }
             try host.wait(for: "recycling to pause") { host.status("web2").state == .paused }
+            #expect(try host.refusal(["/run/programs/quire", "libvirt", "detach", "web2"])
+                .contains("the backend of 'web2' is not supervised any more: power-cycle the domain"))
             // Its backend goes with QEMU, and the domain starts again as if nothing had been.
             try host.virsh("destroy", "web2")
             let console = try host.boot("web2")
@@ -479,6 +500,8 @@ extension Integration {
             #expect(Files.list(host.runtime.base) == [])
             #expect(unsafe rename(programs + "away", programs + "quire-backend") == 0)
 
+            try endsWithoutDomain(host)
+
             // A copy under another name and UUID is not taken for the domain.
             let copy = enabled.replacing("<name>web1</name>", with: "<name>copy</name>")
                 .replacing(#/<uuid>.*<\/uuid>/#, with: "<uuid>00000000-1111-2222-3333-444444444444</uuid>")
@@ -511,6 +534,35 @@ extension Integration {
             try host.virsh("define", host.write("other.xml", enabled.replacing("added=\"access source\"", with: "added=\"access\"")))
             try host.quire("disable", "web1")
             #expect(try host.definition("web1") != before)
+        }
+
+        /// A start that fails after *prepare*, and a QEMU that is killed: *release* ends the backend of either. (Without the hook nothing
+        /// does: `leftovers`.)
+        private func endsWithoutDomain(_ host: LibvirtHost) throws {
+            let file = "/var/lib/libvirt/images/lost", prepared = "/run/prepared"
+            try host.define(
+                "web2", memory: 64, disk: "<disk type='file' device='disk'><source file='\(file)'/><target dev='vda' bus='virtio'/></disk>")
+            try host.quire("enable", "web2")
+            // After our hook, by its name: who runs then.
+            let witness = "/etc/libvirt/hooks/qemu.d/witness"
+            try host.sh(
+                """
+                printf '#!/bin/sh\\n[ "$2" != prepare ] || ls /run/quire >\(prepared)\\ncat >/dev/null\\n' >\(witness)
+                chmod 755 \(witness)
+                """)
+            #expect(try host.failure("start", "--paused", "web2").contains(file))
+            #expect(try host.sh("cat \(prepared)") == "web2\n")
+            try host.wait(for: "the backend to be ended") { Files.list(host.runtime.base) == [] }
+            try host.sh("rm \(witness) \(prepared)")
+
+            // The control: it was for want of that file.
+            try host.sh("truncate -s 1M \(file)")
+            try host.virsh("start", "--paused", "web2")
+            #expect(host.runtime.running() == ["web2"])
+            ProcessCalls.signal(try host.pid("libvirt/qemu/web2"), SIGKILL)
+            try host.wait(for: "the backend to be ended, too") { Files.list(host.runtime.base) == [] }
+            try host.wait(for: "libvirt to know") { try host.virsh("domstate", "web2").hasPrefix("shut off") }
+            try host.virsh("undefine", "web2")
         }
 
         /// The example of qemu-config is what `enable` makes, and it boots, as a transient domain.

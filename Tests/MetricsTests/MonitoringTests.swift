@@ -16,6 +16,18 @@ import Testing
         #expect(tested == 0, "\(output)")
     }
 
+    /// For each there is a line of what to do, and a test in which it fires.
+    @Test func everyAlertIsExplained() throws {
+        let head = "  - alert: "
+        let alerts = try Files.read(Self.rules).split(separator: "\n").filter { $0.hasPrefix(head) }.map { String($0.dropFirst(head.count)) }
+        #expect(alerts.count >= 12)
+        let rows = try Files.read(top + "/docs/metrics.md").split(separator: "\n").filter { $0.hasPrefix("| Quire") }
+        let explained = rows.flatMap { row in row.split(separator: "|")[0].split { ", ".contains($0) }.map(String.init) }
+        #expect(explained.sorted() == alerts.sorted())
+        let tests = try Files.read(top + "/Tests/MetricsTests/alerts-test.yml")
+        for alert in alerts { #expect(tests.contains("    alertname: \(alert)\n    exp_alerts:\n    - "), "nothing fires \(alert)") }
+    }
+
     @Test func everyMetricExists() throws {
         let folder = try Folder()
         let vms = try SyntheticVMs(2, base: folder.path + "/run")

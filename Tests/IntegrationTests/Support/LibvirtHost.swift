@@ -193,6 +193,13 @@ final class LibvirtHost {
 
     func definition(_ name: String) throws -> String { try virsh("dumpxml", "--inactive", name) }
 
+    /// The process that a file below /run tells of: `libvirtd`, `libvirt/qemu/DOMAIN`.
+    func pid(_ file: String) throws -> Int32 {
+        let text = try Files.read("\(root)/run/\(file).pid", limit: 32)
+        guard let pid = Int32(text.filter(\.isNumber)) else { throw Trouble("no process in \(file).pid: \(text)") }
+        return pid
+    }
+
     func status(_ name: String) -> StatusReport { StatusReport.read(name, in: runtime) }
 
     func wait(for what: String, _ console: Console? = nil, _ condition: () throws -> Bool) throws {
