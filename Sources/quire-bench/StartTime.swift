@@ -45,7 +45,8 @@ struct StartTime {
         table.row("without Quire", plain.spread)
         table.row("enabled", enabled.spread)
         table.row("difference of pairs", more.spread)
-        table.note("256 MiB, emulated, a libvirtd of its own; with the start of virsh.")
+        table.note("256 MiB, emulated, a libvirtd of its own; with the start of virsh. No systemd is here: the hook starts quire serve itself.")
+        table.note("What systemd and a service's sandbox take besides, `make test` prints for a booted Debian (build/test-services.log).")
         report.add("start", ["plain_ms": plain.json, "enabled_ms": enabled.json, "difference_ms": more.json], table: table)
         report.add(Self.bar(median(more)))
     }

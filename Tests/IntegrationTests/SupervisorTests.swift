@@ -7,14 +7,23 @@ extension Integration {
     /// What `quire run` owes its user beyond recycling.
     @Suite(.serialized) struct Supervision {
         /// The supervisor is killed: the guest goes on, the backend recycles no more (nobody would notice if it froze),
-        /// keeps the control disk alive, and goes when QEMU has gone. Nothing is left behind but the folder of a dead VM,
+        /// keeps the control disk alive, has all that was swapped and takes more, and goes when QEMU has gone. Nothing is left behind but the folder of a dead VM,
         /// which the next one of that name takes over.
         @Test func supervisorKilled() throws {
             let folder = try Folder()
-            let guest = try Guest(in: folder)
+            let guest = try Guest(Machine(options: ["--swap", "64M"]), in: folder)
             try guest.watched {
                 try guest.loadModule()
                 try guest.waitForActive()
+                let disk = try guest.swapDisk()
+                func write(at mebibyte: Int) throws {
+                    try guest.sh("dd if=/tmp/noise of=\(disk) bs=64k count=64 seek=\(mebibyte * 16) oflag=direct 2>/dev/null")
+                }
+                func compare(at mebibyte: Int) throws {
+                    try guest.sh("dd if=\(disk) bs=64k count=64 skip=\(mebibyte * 16) iflag=direct 2>/dev/null | cmp - /tmp/noise")
+                }
+                try guest.sh("head -c 4194304 /dev/urandom >/tmp/noise")
+                try write(at: 0)
                 try guest.startChurn()
                 try guest.waitForRecycling()
                 let qemu = guest.qemuPID, backend = guest.backendPID
@@ -25,6 +34,9 @@ extension Integration {
                 let total = guest.status.recycledTotalPages
                 try guest.expectChurnGoesOn()
                 #expect(guest.status.recycledTotalPages == total)
+                try compare(at: 0)
+                try write(at: 8)
+                try compare(at: 8)
                 // The control disk is still served: unloading asks it.
                 try guest.stopChurn()
                 try guest.sh("rmmod quire")
