@@ -92,6 +92,65 @@ extension Integration {
             }
         }
 
+        /// A backend does nothing that its service may not (packaging/systemd): with no capability it recycles, merges, brings pages
+        /// back and has a guest swap; it makes no system call but those of the unit's filter, and has no memory that can be written
+        /// and executed. The control: a filter that lacks one of its calls.
+        @Test func needsNoMoreThanItsService() throws {
+            let folder = try Folder(), store = try Store()
+            let trace = folder.path + "/trace", wrapper = folder.path + "/quire-backend"
+            // The tracer is not the backend's parent: its process is the one that was started.
+            try Descriptor.open(wrapper, O_RDWR | O_CREAT, mode: 0o755).replaceContent(
+                """
+                #!/bin/sh
+                exec setpriv --no-new-privs --bounding-set=-all --inh-caps=-all --ambient-caps=-all \
+                    strace -D -f -qq -e signal=none -o \(trace) -- \(Program.backend) "$@"
+                """)
+            let guest = try Guest(
+                Machine(options: ["--swap", "64M", "--store", store.path, "--merge-period", "100ms", "--backend", wrapper]), in: folder)
+            try guest.watched {
+                #expect(try Files.read("/proc/\(guest.backendPID)/status").contains("CapEff:\t0000000000000000"))
+                try guest.loadModule()
+                try guest.waitForActive()
+                try guest.waitForRecycling()
+                let disk = try guest.swapDisk()
+                try guest.sh("dd if=/bin/busybox of=\(disk) bs=64k count=8 oflag=direct 2>/dev/null")
+                try guest.sh("dd if=\(disk) bs=64k count=8 iflag=direct 2>/dev/null | cmp -n 524288 - /bin/busybox")
+                try guest.wait(for: "merged pages") {
+                    let merging = guest.status.merging
+                    return merging.sharingPages + merging.zeroPages > 100
+                }
+                try CommandSocket.ask("unmerge", of: guest.machine.name, in: guest.runtime)
+                try guest.expectQuietLog()
+            }
+            let lines = try Files.read(trace, limit: 1 << 28).split(separator: "\n")
+            let made = Set(
+                lines.compactMap { line -> String? in
+                    let call = line.drop { $0.isNumber }.drop { $0 == " " }
+                    let name = (call.hasPrefix("<... ") ? call.dropFirst(5) : call).prefix { $0.isLowercase || $0.isNumber || $0 == "_" }
+                    return name.isEmpty ? nil : String(name)
+                })
+            let unit = try Files.read(Program.top + "/packaging/systemd/quire-backend@.service").split(separator: "\n")
+            let filter = try #require(unit.first { $0.hasPrefix("SystemCallFilter=") }).dropFirst("SystemCallFilter=".count)
+            // A group's calls are a line each; some are groups.
+            func calls(_ names: [Substring]) throws -> Set<String> {
+                var all: Set<String> = []
+                for name in names {
+                    guard name.hasPrefix("@") else {
+                        all.insert(String(name))
+                        continue
+                    }
+                    let group = try host("systemd-analyze", "syscall-filter", String(name)).split(separator: "\n").dropFirst()
+                    all.formUnion(try calls(group.map { $0.drop { $0 == " " } }.filter { !$0.hasPrefix("#") }))
+                }
+                return all
+            }
+            let allowed = try calls(filter.split(separator: " "))
+            #expect(made.count > 30 && made.isSuperset(of: ["ioctl", "memfd_create", "pidfd_open", "sendmsg"]), "\(made.sorted())")
+            #expect(made.subtracting(allowed) == [])
+            #expect(made.subtracting(allowed.subtracting(["pidfd_open"])) == ["pidfd_open"])
+            #expect(!lines.contains { $0.contains("PROT_WRITE|PROT_EXEC") })
+        }
+
         /// A second VM of the same name, and RAM that cannot be given back: one line each, and no QEMU.
         @Test func misuse() throws {
             let folder = try Folder()
