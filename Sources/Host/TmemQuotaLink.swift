@@ -47,8 +47,7 @@ package final class TmemQuotaLink: TmemQuota {
     }
 
     package func allow(used: UInt64, held: UInt64, wanted: UInt64) -> UInt64? {
-        let most = StoreRequest.maxTmemBytes
-        let use = StoreRequest.TmemUse(name: name, used: min(used, most), held: min(held, most), wanted: min(wanted, most))
+        let use = StoreRequest.TmemUse.limited(name: name, used: used, held: held, wanted: wanted)
         return state.withLock { state in
             guard monotonicNanoseconds() >= state.retryAt else { return wanted }
             do throws(QuireError) {

@@ -35,7 +35,9 @@ public final class TmemLedger: Sendable {
         var total: UInt64 { shares.values.reduce(0) { $0 + $1.bytes } }
 
         mutating func forgetLost(_ now: UInt64) {
-            shares = shares.filter { $0.value.lostAt.map { now < $0 + TmemLedger.lostNanoseconds } ?? true }
+            for (holder, share) in shares {
+                if let lostAt = share.lostAt, now >= lostAt + TmemLedger.lostNanoseconds { shares[holder] = nil }
+            }
         }
     }
 
@@ -132,8 +134,7 @@ extension TmemLedger {
         }
 
         func allow(used: UInt64, held: UInt64, wanted: UInt64) -> UInt64? {
-            let most = StoreRequest.maxTmemBytes
-            let use = StoreRequest.TmemUse(name: name, used: min(used, most), held: min(held, most), wanted: min(wanted, most))
+            let use = StoreRequest.TmemUse.limited(name: name, used: used, held: held, wanted: wanted)
             // Backends that were here before us have the time to say what they hold.
             while true {
                 let answer = ledger.allow(use, uid: Observers.owner, owner: owner)

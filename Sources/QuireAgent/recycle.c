@@ -82,8 +82,10 @@ static bool claim_eight(const struct recycling *r, _Atomic uint8_t *states)
 	if ((uintptr_t)states % 8) return false;
 	_Atomic uint64_t *eight = (_Atomic uint64_t *)states;
 	uint64_t seen = atomic_load_explicit(eight, memory_order_relaxed);
-	return seen == (seen & 0xff) * ones && wanted(r, seen & 0xff)
-	       && atomic_compare_exchange_strong(eight, &seen, QUIRE_STATE_CLAIMED * ones);
+	if (seen != (seen & 0xff) * ones || !wanted(r, seen & 0xff)) return false;
+	if (step(QUIRE_STEP_EIGHT, NULL)) return atomic_compare_exchange_strong(eight, &seen, QUIRE_STATE_CLAIMED * ones);
+	atomic_store(eight, QUIRE_STATE_CLAIMED * ones);
+	return true;
 }
 
 /*

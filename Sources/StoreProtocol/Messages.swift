@@ -82,6 +82,12 @@ public enum StoreRequest: Equatable, Sendable {
         public init(name: String = "", used: UInt64 = 0, held: UInt64 = 0, wanted: UInt64 = 0) {
             (self.name, self.used, self.held, self.wanted) = (name, used, held, wanted)
         }
+
+        /// What no limit is set to may be more than a message can say.
+        public static func limited(name: String, used: UInt64, held: UInt64, wanted: UInt64) -> TmemUse {
+            func limited(_ bytes: UInt64) -> UInt64 { min(bytes, StoreRequest.maxTmemBytes) }
+            return TmemUse(name: name, used: limited(used), held: limited(held), wanted: limited(wanted))
+        }
     }
 
     public static let maxPages = Int(QUIRE_STORE_MAX_PAGES)

@@ -142,6 +142,25 @@ import Testing
         #expect(verdict == "lost" || (step == .exchange && verdict == "hang"))
     }
 
+    /// Eight pages are claimed by one exchange, and the guest takes one of them between the look and that: it keeps the page, and the
+    /// others go. The control: by a plain store it would lose it.
+    @Test(arguments: [true, false]) func oneOfEightIsTaken(_ isExchanged: Bool) throws {
+        let rig = try rig(isExchanged ? [] : ["leave=\(Step.eight.rawValue)"])
+        for page in 0..<16 {
+            _ = try rig.tell("fill \(page) 5")
+            rig.setMark(page, 1)
+        }
+        _ = try rig.tell("pause \(Step.eight.rawValue)")
+        try rig.connection.begin(.recycle, [rig.states(0, 16)], Order())
+        #expect(try rig.tell("paused") == 1)
+        rig.setMark(3, 0)
+        _ = try rig.tell("go")
+        let outcome = try #require(rig.connection.end()?[0])
+        #expect((0..<16).allSatisfy { page in page == 3 || rig.mark(page) == 0xff && !rig.isInFile(page) })
+        let isKept = rig.mark(3) == 0 && rig.isInFile(3) && rig.byte(3) == 5
+        #expect(isKept == isExchanged && outcome.done == (isExchanged ? 15 : 16), "\(outcome)")
+    }
+
     // MARK: - A backend that dies
 
     /// What tells the front end that the backend is dead is told when the agent is done with what it was asked for.

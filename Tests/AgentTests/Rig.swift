@@ -17,7 +17,7 @@ enum Step: Int, CaseIterable {
     case registerMinor, zapped, compared, mapped, wake, punch, unregister
     case protect, protected, copied, folded, foldWake
     case reset
-    case exchange, claimed, recyclePunch, punched
+    case exchange, eight, claimed, recyclePunch, punched
     case suspected
 
     static let ofMerge: [Step] = [.zapped, .compared, .mapped, .wake, .punch]

@@ -90,6 +90,7 @@ static bool step(enum quire_agent_step step, const struct quire_agent_place *pla
 	case QUIRE_STEP_COPIED:
 	case QUIRE_STEP_MAPPED:
 	case QUIRE_STEP_EXCHANGE:
+	case QUIRE_STEP_EIGHT:
 	case QUIRE_STEP_CLAIMED:
 	case QUIRE_STEP_PUNCHED:
 		if (delay && rand_r(&seed) & 16) nap(delay);

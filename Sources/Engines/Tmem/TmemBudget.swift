@@ -3,8 +3,7 @@ import Synchronization
 
 /// What a store uses of the host's memory, in bytes, the cap on it, what it is allowed of what all stores may use together, and what
 /// the host has left in any case: where it has none, one more slab of ours ends with a process that is killed, and not with a put
-/// that fails. Memory is taken by slabs and by extents of
-/// metadata, so this is touched rarely and may be one word for all threads.
+/// that fails. Memory is taken by slabs and by extents of metadata, so this is touched rarely and may be one word for all threads.
 final class TmemBudget: Sendable {
     private let usedBytes = Atomic<Int>(0)
     private let limit = Atomic<Int>(.max)

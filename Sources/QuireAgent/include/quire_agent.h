@@ -33,6 +33,7 @@ enum quire_agent_step {
 	QUIRE_STEP_RESET,            /* a place */
 	/* recycle */
 	QUIRE_STEP_EXCHANGE,         /* left out: claims by a plain store */
+	QUIRE_STEP_EIGHT,            /* the same of eight pages at once, after the look at them */
 	QUIRE_STEP_CLAIMED,          /* a place */
 	QUIRE_STEP_RECYCLE_PUNCH,
 	QUIRE_STEP_PUNCHED,          /* a place */
