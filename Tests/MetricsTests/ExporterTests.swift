@@ -158,15 +158,17 @@ import Testing
     @Test func answersConformToOpenAPI() throws {
         let quired = try Quired(["--shared-disk", "scratch,size=64M"])
         let store = try SyntheticStoreVMs(["a"], path: quired.path)
-        let exporter = try exporter(store: quired.path)
+        let token = "correct-horse-battery-staple"
+        let exporter = try exporter(["--http-token-file", folder.write("token", token + "\n")], store: quired.path)
         let served = try exporter.get("/api/v1/openapi.json").body
         #expect(served == (try Files.read(top + "/docs/openapi.json")))
         let uid = ProcessCalls.ownUID
-        let check = ["/usr/bin/python3", top + "/Tests/MetricsTests/openapi-check", exporter.url, "\(uid)", "vm-009"]
+        let check = ["/usr/bin/python3", top + "/Tests/MetricsTests/openapi-check", exporter.url, token, "\(uid)", "vm-009"]
         let (status, text) = try command(check)
         #expect(status == 0, "\(text)")
         // The control: it finds what does not conform.
-        #expect(try command(check + ["--control"]).status == 1)
+        let spoiled = try command(check + ["--control"])
+        #expect(spoiled.status == 1 && spoiled.text.contains("was unexpected") && spoiled.text.contains("documents ['200', '400', '401', '413'"), "\(spoiled)")
         withExtendedLifetime(store) {}
     }
 
