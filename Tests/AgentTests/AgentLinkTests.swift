@@ -24,10 +24,7 @@ import Testing
             var metadata = Logger.Metadata()
             var logLevel = Logger.Level.info
             subscript(metadataKey key: String) -> Logger.Metadata.Value? { get { nil } set {} }
-            func log(
-                level: Logger.Level, message: Logger.Message, metadata: Logger.Metadata?, source: String, file: String,
-                function: String, line: UInt
-            ) { sink("\(message)") }
+            func log(event: LogEvent) { sink("\(event.message)") }
         }
 
         init(

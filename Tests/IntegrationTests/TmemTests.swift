@@ -68,9 +68,9 @@ extension Integration {
                     var place = max(at, data.lowerBound)
                     while place < data.upperBound {
                         var byte: UInt8 = 0
-                        if pread(file.raw, &byte, 1, off_t(place + 777)) == 1, byte != 0 {
+                        if unsafe pread(file.raw, &byte, 1, off_t(place + 777)) == 1, byte != 0 {
                             byte ^= 4
-                            _ = pwrite(file.raw, &byte, 1, off_t(place + 777))
+                            _ = unsafe pwrite(file.raw, &byte, 1, off_t(place + 777))
                             flipped += 1
                         }
                         place += 4096 * 100

@@ -37,7 +37,7 @@ import Testing
         // A's QEMU ends: what it had goes, without a word from its backend.
         a.vm.end()
         #expect(try eventually { try quired.figures().sharingPages == 64 })
-        #expect(try eventually { message { try a.client.figures() } != nil })
+        #expect(eventually { message { try a.client.figures() } != nil })
         b.vm.end()
         #expect(try eventually { try quired.figures().machines == 0 })
         #expect(try quired.figures().storeBytes == 0)
