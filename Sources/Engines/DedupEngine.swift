@@ -211,14 +211,23 @@ public final class DedupEngine: Sendable {
         }
     }
 
+    /// How long a device may take to start again, which belongs to a new process or a QEMU that has just been told to go on.
+    private static let startNanoseconds: UInt64 = 5_000_000_000
+
     /// The same, and returns when it is done. Throws why it cannot be done.
     public func unmerge(until deadline: UInt64) throws(QuireError) {
         let count = beginUnmerge()
-        let result = control.wait(until: deadline) { control -> Result<Void, QuireError>? in
+        func done(_ control: Control) -> Result<Void, QuireError>? {
             if let failure = control.unmergeFailure { return .failure(failure) }
-            return control.unmerges > count ? .success(()) : nil
+            return control.unmerges > count || control.memory == nil && !control.isBusy && !map.isMergedAnywhere ? .success(()) : nil
         }
-        guard let result else { throw QuireError(.busy, "pages are still being brought back: ask again") }
+        let soon = min(deadline, monotonicNanoseconds() + Self.startNanoseconds)
+        if let result = control.wait(until: soon, { done($0) }) { return try result.get() }
+        try control.read { (control) throws(QuireError) in
+            guard control.memory == nil else { return }
+            throw QuireError(.busy, "the guest does not run: its pages come back as soon as it does")
+        }
+        guard let result = control.wait(until: deadline, { done($0) }) else { throw QuireError(.busy, "pages are still being brought back: ask again") }
         try result.get()
     }
 

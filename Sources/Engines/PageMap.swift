@@ -202,6 +202,13 @@ public final class PageMap: Sendable {
         return found
     }
 
+    /// Whether a page is merged now. Costs a look at each page around those that ever were.
+    public var isMergedAnywhere: Bool {
+        var found = false
+        forEachMerged { _, _ in found = true }
+        return found
+    }
+
     /// Somebody wants nothing merged: kept here, so that a back end that comes back knows it.
     public var isUnmerged: Bool {
         get { has(QUIRE_MAP_UNMERGED) }

@@ -143,7 +143,8 @@ extension Integration.Libvirt {
         }
     }
 
-    /// The backend dies in the middle of a detach: the domain is as it was before, and merges again. Once more, and it is done.
+    /// The backend dies in the middle of a detach, or the guest is suspended: the domain is as it was before, and merges again. Once
+    /// more, and it is done.
     @Test func detachThatFails() throws {
         let host = try LibvirtHost()
         try host.configure("[backend]\nmerge-period = \"250ms\"\n")
@@ -168,8 +169,26 @@ extension Integration.Libvirt {
         let said = try host.sh("cat /run/detach.log")
         #expect(said.contains("status 1") && said.contains("\"result\" : \"failed\"") && !said.contains("quire merge"), "\(said)")
         try host.wait(for: "it to merge again", console) { merges() && host.status("web1").pid != backend }
-        #expect(try host.virsh("dumpxml", "web1").contains("/run/quire/web1/qemu/control.sock"))
-        try host.quire("detach", "web1")
+        func hasControlDisk() throws -> Bool { try host.virsh("dumpxml", "web1").contains("/run/quire/web1/qemu/control.sock") }
+        #expect(try hasControlDisk())
+
+        let detach = ["/run/programs/quire", "libvirt", "detach", "web1"]
+        try host.virsh("suspend", "web1")
+        let suspended = try host.refusal(detach)
+        #expect(suspended.contains("the guest does not run: its pages come back as soon as it does"), "\(suspended)")
+        try host.virsh("resume", "web1")
+        try host.wait(for: "it to merge after it was suspended", console) { merges() }
+        // With nothing to bring back it is the guest alone that does not let go. What somebody has un-merged by hand stays that way.
+        try host.sh("/run/programs/quire unmerge web1")
+        try host.virsh("suspend", "web1")
+        let held = try host.refusal(detach)
+        #expect(held.contains("has not let the control disk go: unload its quire module, or wait until it has booted"), "\(held)")
+        #expect(try hasControlDisk() && host.status("web1").pid != 0)
+        try host.virsh("resume", "web1")
+        #expect(host.status("web1").merging.reason.contains("un-merged on demand"))
+
+        try host.wait(for: "the detach to succeed", console) { (try? host.quire("detach", "web1")) != nil }
+        #expect(try !hasControlDisk())
         #expect(Files.list(host.runtime.base) == [])
         #expect(try console.sh("md5sum /tmp/a /tmp/b") == sums)
     }
