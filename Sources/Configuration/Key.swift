@@ -108,10 +108,11 @@ public enum Keys {
         public static let writeTracking = Key("write-tracking", .flag, true, isLive: true,
             "Ask the kernel what the guest writes. False reads all of memory instead, as on a kernel before Linux 6.7.")
         public static let group = Key(
-            "group", .group, "", "Share equal pages with VMs of this group; without one, with those of the same user.")
+            "group", .group, "", isLive: true,
+            "Share equal pages with VMs of this group; without one, with those of the same user. A VM that shares pages goes there when it is un-merged.")
         public static let store = Key(
             "store", .path, otherwise: "/run/quired/store.sock, or in $XDG_RUNTIME_DIR", example: "/run/quired/store.sock",
-            "quired's socket.")
+            isLive: true, "quired's socket. A VM that shares pages goes there when it is un-merged.")
         public static let swap = Key(
             "swap", .size(1 << 20...1 << 43, multipleOf: 4096), otherwise: "no swap disk", example: 4 << 30,
             "Size of a disk to swap to, kept in the host's memory. For quire run: libvirt's domains have it in their definition.")

@@ -71,7 +71,9 @@ public struct Resolution: Sendable {
         /// For the log, and for whoever asked for the reload.
         public var line: String { line(waits: !key.isLive) }
         /// `waits`: it holds from the next start on, and not before.
-        public func line(waits: Bool) -> String { "\(path): \(before) -> \(after)" + (waits ? ", from the next start on" : "") }
+        public func line(waits: Bool) -> String { line(from: waits ? "from the next start on" : nil) }
+        /// `from`: when it holds; nil: from now on.
+        public func line(from: String?) -> String { "\(path): \(before) -> \(after)" + (from.map { ", \($0)" } ?? "") }
     }
 
     public func changes(since old: Resolution) -> [Change] {

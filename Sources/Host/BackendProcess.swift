@@ -414,7 +414,7 @@ public final class BackendProcess: Sendable {
             guard let swap else { throw QuireError(.unsupported, "it has no transcendent memory: start it with quire run --swap SIZE") }
             return try TmemCommand(parsing: words.dropFirst()).carryOut(on: swap, &request)
         case Tuning.command:
-            try tune(Tuning(parsing: words.dropFirst()))
+            try tune(Tuning(parsing: request.text.dropFirst(Tuning.command.count)))
             return ""
         default: throw QuireError(.unsupported, "this backend does not know the command '\(request.text)'")
         }
@@ -425,6 +425,10 @@ public final class BackendProcess: Sendable {
             // All copies of this logger have one level (`Logger.adjustable`).
             var logger = logger
             logger.logLevel = level
+        }
+        if let place = tuning.place {
+            store?.move(to: place)
+            swapQuota?.move(to: place.path)
         }
         try engine.setPeriod(milliseconds: tuning.periodMilliseconds)
         if let workers = tuning.workers { try engine.setWorkers(workers) }

@@ -8,8 +8,22 @@ import Synchronization
 
 /// The back end's connection to quired: made when a pass begins and none is there, given up at the first error, made anew
 /// at a later pass. What the VM maps is not touched by any of that.
+///
+/// It may be told to go to another group or another quired. Pages that the VM shares by then are the old group's: those stay, and go
+/// when somebody un-merges the VM; nothing more is shared until then. So no page of one group is ever looked up in another, and no
+/// host needs memory that nobody has asked it for.
 public final class StoreLink: ContentStore {
+    /// Whom a VM shares pages with.
+    struct Place: Sendable, Equatable {
+        /// Of quired's socket.
+        var path: String
+        /// The share group; empty: that of the VM's owner.
+        var group: String
+    }
+
     private struct State {
+        /// Where the VM is to be.
+        var place: Place
         /// Taken out while it is used: one request at a time.
         var client: ClientBox?
         var figures: StoreFigures?
@@ -21,17 +35,19 @@ public final class StoreLink: ContentStore {
     }
 
     private final class ClientBox: Sendable {
+        let place: Place
         let client: Mutex<StoreClient>
-        init(_ client: consuming StoreClient) { self.client = Mutex(client) }
+        init(_ client: consuming StoreClient, _ place: Place) {
+            self.place = place
+            self.client = Mutex(client)
+        }
     }
 
-    private let path: String
     private let name: String
-    private let group: String
     private let map: PageMap
     private let link: AgentLink
     private let logger: Logger
-    private let state = Mutex(State())
+    private let state: Mutex<State>
 
     private static let retryNanoseconds: UInt64 = 2_000_000_000
     /// quired answers in milliseconds; a guest may wait for whoever waits for us.
@@ -39,9 +55,8 @@ public final class StoreLink: ContentStore {
 
     /// `path`: of quired's socket. `group`: the share group; empty: that of the VM's owner.
     public init(path: String, name: String, group: String, map: PageMap, link: AgentLink, logger: Logger) {
-        self.path = path
+        state = Mutex(State(place: Place(path: path, group: group)))
         self.name = name
-        self.group = group
         self.map = map
         self.link = link
         self.logger = logger
@@ -60,8 +75,35 @@ public final class StoreLink: ContentStore {
         (store.lastIndex(of: "/").map { String(store[...$0]) } ?? "") + "command.sock"
     }
 
+    /// The VM is to be there, once it shares nothing any more where it is.
+    func move(to place: Place) {
+        state.withLock { state in
+            if state.place != place { state.retryAt = 0 }
+            state.place = place
+        }
+    }
+
+    /// For people: how a VM comes to share nothing where it is, and to share where it is to be.
+    public static func waysToMove(_ name: String) -> String { "quire unmerge \(name), then quire merge \(name)" }
+
+    private var sharesPages: Bool {
+        var shares = false
+        map.forEachMerged { _, kind in if case .shared = kind { shares = true } }
+        return shares
+    }
+
     public func prepare(_ memory: GuestMemory) -> ContentStoreState {
-        if let box = state.withLock({ $0.client }) {
+        let (client, place) = state.withLock { ($0.client, $0.place) }
+        if let box = client, box.place != place {
+            // The connection stays for what is released.
+            guard !sharesPages else {
+                let what = box.place.group == place.group ? "quired at \(place.path)" : place.group.isEmpty ? "its owner's share group" : "share group '\(place.group)'"
+                return .absent("it moves to \(what) as soon as it shares nothing where it is: \(Self.waysToMove(name))")
+            }
+            // First, so that whoever asks for figures just now takes its end for no failure.
+            state.withLock { ($0.client, $0.figures, $0.lackingBytes, $0.retryAt) = (nil, nil, 0, 0) }
+            box.client.withLock { $0.close() }
+        } else if let box = client {
             do throws(QuireError) {
                 try tellMemory(memory, box)
                 return .ready(box.client.withLock { $0.hasher })
@@ -70,13 +112,13 @@ public final class StoreLink: ContentStore {
         let now = monotonicNanoseconds()
         let (retryAt, trouble) = state.withLock { ($0.retryAt, $0.trouble) }
         guard now >= retryAt else { return .absent(trouble) }
-        do throws(QuireError) { return try connect(memory) } catch {
+        do throws(QuireError) { return try connect(memory, place) } catch {
             fail(error)
             return .absent(state.withLock { $0.trouble })
         }
     }
 
-    private func connect(_ memory: GuestMemory) throws(QuireError) -> ContentStoreState {
+    private func connect(_ memory: GuestMemory, _ place: Place) throws(QuireError) -> ContentStoreState {
         guard let qemu = link.frontEndPID else { throw QuireError(.closed, "the agent in QEMU is not attached") }
         // Nothing that maps or unmaps may be on its way (quire_layout.h, HELLO).
         try link.settle(until: monotonicNanoseconds() + 100_000_000)
@@ -85,20 +127,20 @@ public final class StoreLink: ContentStore {
         var held: [Range<GFN>] = []
         map.forEachMerged { gfns, kind in if case .shared = kind { held.append(gfns) } }
         let client = try StoreClient.connect(
-            to: path, StoreRequest.Hello(name: name, group: group), pageMap: map.descriptor.raw, life: life.raw,
+            to: place.path, StoreRequest.Hello(name: name, group: place.group), pageMap: map.descriptor.raw, life: life.raw,
             patienceMilliseconds: Self.patienceMilliseconds)
         let welcome = client.welcome
         guard welcome.store < 8 else { throw QuireError(.unsupported, "quired names a store \(welcome.store)") }
         try link.setStore(client.store.duplicate(), number: UInt8(welcome.store))
         let hasher = client.hasher
-        let box = ClientBox(client)
+        let box = ClientBox(client, place)
         state.withLock {
             $0.regions = []
             $0.client = box
             $0.trouble = ""
         }
         try tellMemory(memory, box)
-        logger.info("connected to quired at \(path): \(welcome.keptPages) pages are merged, \(welcome.unknownPages) of unknown slots")
+        logger.info("connected to quired at \(place.path): \(welcome.keptPages) pages are merged, \(welcome.unknownPages) of unknown slots")
         return .connected(hasher, held: held, unknownPages: welcome.unknownPages)
     }
 
@@ -181,16 +223,17 @@ public final class StoreLink: ContentStore {
 
     /// A connection, of those there were, is of no more use; nil: whatever there is.
     private func fail(_ error: QuireError, _ box: ClientBox? = nil) {
-        let text = error.errno == 2 || error.errno == 111 ? "no quired listens at \(path)" : "\(error)"
-        let (old, isNew) = state.withLock { state -> (ClientBox?, Bool) in
+        let (old, isNew, text) = state.withLock { state -> (ClientBox?, Bool, String) in
             // Another thread was told first, and there may be a new one already.
-            if let box, state.client !== box { return (nil, false) }
+            if let box, state.client !== box { return (nil, false, "") }
+            let path = (box?.place ?? state.place).path
+            let text = error.errno == 2 || error.errno == 111 ? "no quired listens at \(path)" : "\(error)"
             defer {
                 state.client = nil
                 state.trouble = text
                 state.retryAt = monotonicNanoseconds() + Self.retryNanoseconds
             }
-            return (state.client, state.trouble != text)
+            return (state.client, state.trouble != text, text)
         }
         old?.client.withLock { $0.close() }
         if isNew { logger.notice("only pages of zeros are merged: \(text)") }

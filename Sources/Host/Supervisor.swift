@@ -246,14 +246,14 @@ public struct Supervisor: ~Copyable {
             "--log-level", tuning.logLevel ?? configuration.logLevel,
         ]
         arguments += ["--command-socket", commandPath]
-        if let store = configuration.store { arguments += ["--store", store] }
+        if let place = tuning.place, place.path != StoreLink.standardPath() { arguments += ["--store", place.path] }
         if let merging = configuration.merging {
             arguments += [
                 "--agent-socket", agentSocketPath, "--merge-period", "\(tuning.mergePeriodMilliseconds)ms",
                 "--merge-workers", "\(tuning.mergeWorkers ?? merging.workers)",
             ]
             if !(tuning.tracksWrites ?? merging.tracksWrites) { arguments.append("--no-write-tracking") }
-            if !merging.group.isEmpty { arguments += ["--group", merging.group] }
+            if let group = tuning.place?.group, !group.isEmpty { arguments += ["--group", group] }
             if tuning.merges == false { arguments.append("--unmerged") }
         }
         if memorySlots { arguments.append("--memory-slots") }

@@ -14,6 +14,8 @@ import Synchronization
 /// never accepted would take its place in quired's queue for as long as quired stands still, and the next one another.
 package final class TmemQuotaLink: TmemQuota {
     private struct State: ~Copyable {
+        /// Of quired's socket.
+        var path: String
         var client: TmemClient?
         /// A question was sent, and not answered yet: how many bytes it was for.
         var asked: UInt64?
@@ -24,12 +26,13 @@ package final class TmemQuotaLink: TmemQuota {
         /// It was given up, until it answers: not to be looked for before. 0: it was not.
         var retryAt: UInt64 = 0
         var trouble = ""
+
+        init(path: String) { self.path = path }
     }
 
-    private let path: String
     private let name: String
     private let logger: Logger
-    private let state = Mutex(State())
+    private let state: Mutex<State>
     private let reviewedAt = Atomic<UInt64>(0)
 
     private static let patienceMilliseconds: Int32 = 60, connectMilliseconds: Int32 = 30
@@ -40,10 +43,17 @@ package final class TmemQuotaLink: TmemQuota {
 
     /// `path`: of quired's socket. `name`: the VM's.
     package init(path: String, name: String, logger: Logger) {
-        self.path = path
+        state = Mutex(State(path: path))
         // Two of one name would count as one.
         self.name = name.isEmpty ? "vm-\(ProcessCalls.ownPID)" : name
         self.logger = logger
+    }
+
+    /// Another quired is asked from now on, and hears at the next review what is in use. The old one forgets that, as of any that is gone.
+    package func move(to path: String) {
+        state.withLock { state in
+            if state.path != path { state = State(path: path) }
+        }
     }
 
     package func allow(used: UInt64, held: UInt64, wanted: UInt64) -> UInt64? {
@@ -52,7 +62,7 @@ package final class TmemQuotaLink: TmemQuota {
             guard monotonicNanoseconds() >= state.retryAt else { return wanted }
             do throws(QuireError) {
                 while true {
-                    if state.client == nil { state.client = try TmemClient(path: path, patienceMilliseconds: Self.connectMilliseconds) }
+                    if state.client == nil { state.client = try TmemClient(path: state.path, patienceMilliseconds: Self.connectMilliseconds) }
                     if state.asked == nil {
                         try state.client!.ask(use)
                         state.asked = use.wanted
@@ -94,7 +104,7 @@ package final class TmemQuotaLink: TmemQuota {
     }
 
     private func note(_ error: QuireError, _ state: inout State) {
-        let text = error.errno == 2 || error.errno == 111 ? "no quired listens at \(path)" : "\(error)"
+        let text = error.errno == 2 || error.errno == 111 ? "no quired listens at \(state.path)" : "\(error)"
         guard text != state.trouble else { return }
         state.trouble = text
         logger.info("what the swap disk may use of the host's memory is not known: \(text)")

@@ -16,6 +16,8 @@ public struct Tuning: Sendable, Equatable {
     public var logLevel: String?
     /// Nil: there is no swap disk.
     public var swap: Swap?
+    /// Whom it shares pages with, and who counts what its swap disk takes.
+    var place: StoreLink.Place?
 
     public struct Swap: Sendable, Equatable {
         public var compression = Tmem.Compression.lz4
@@ -36,6 +38,11 @@ public struct Tuning: Sendable, Equatable {
         self.merges = merges
     }
 
+    /// `store`: of quired's socket; nil: where it is by default. `group`: the share group; empty: that of the VM's owner.
+    public mutating func setPlace(store: String?, group: String) {
+        place = StoreLink.Place(path: store ?? StoreLink.standardPath(), group: group)
+    }
+
     // MARK: As a request to a backend
 
     static let command = "tune"
@@ -52,20 +59,31 @@ public struct Tuning: Sendable, Equatable {
             if let overcommit = swap.overcommit { words.append("overcommit=\(overcommit)") }
             if let reserve = swap.reserve { words.append("reserve=\(reserve)") }
         }
+        if let place {
+            words.append("group=\(place.group)")
+            // Last: a path may have anything in it.
+            words.append(Self.pathKey + place.path)
+        }
         return words.joined(separator: " ")
     }
 
-    package init(parsing words: ArraySlice<String>) throws(QuireError) {
-        let all = words
+    private static let pathKey = "store="
+
+    /// `text`: what follows the command.
+    package init(parsing text: Substring) throws(QuireError) {
         func nonsense() -> QuireError {
-            QuireError(.invalid, "'\(all.joined(separator: " "))' is no tuning: install the same release of quire and quire-backend")
+            QuireError(.invalid, "'\(text.drop { $0 == " " })' is no tuning: install the same release of quire and quire-backend")
         }
-        let words = Array(words)
+        var head = text, group: String?, path: String?
+        if let key = text.firstRange(of: " " + Self.pathKey) {
+            (head, path) = (text[..<key.lowerBound], String(text[key.upperBound...]))
+        }
+        let words = head.split(separator: " ").map(String.init)
         guard words.count >= 2, let period = UInt32(words[0]), let mergePeriod = UInt32(words[1]) else { throw nonsense() }
         periodMilliseconds = period
         mergePeriodMilliseconds = mergePeriod
         for word in words.dropFirst(2) {
-            let pair = word.split(separator: "=", maxSplits: 1).map(String.init), value = pair.last ?? ""
+            let pair = word.split(separator: "=", maxSplits: 1, omittingEmptySubsequences: false).map(String.init), value = pair.last ?? ""
             switch (pair.first, pair.count) {
             case ("merge", 1): merges = true
             case ("unmerge", 1): merges = false
@@ -76,11 +94,13 @@ public struct Tuning: Sendable, Equatable {
             case ("compression", 2): swap = Swap(compression: try SwapDisk.compression(value), overcommit: nil)
             case ("overcommit", 2): swap?.overcommit = try SwapDisk.checkOvercommit(Double(value), "overcommit=\(value)")
             case ("reserve", 2): swap?.reserve = try SwapDisk.checkReserve(UInt64(value), "reserve=\(value)")
+            case ("group", 2): group = value
             default: throw nonsense()
             }
         }
         // What is no number is missing now.
-        guard request.split(separator: " ").count == words.count + 1 else { throw nonsense() }
+        guard request.split(separator: " ").count + (group == nil ? 0 : 1) == words.count + 1, (group == nil) == (path == nil) else { throw nonsense() }
+        if let group, let path { place = StoreLink.Place(path: path, group: group) }
     }
 }
 
@@ -127,6 +147,7 @@ final class Tuner: Sendable {
         tuning.mergeWorkers = configuration.merging?.workers
         tuning.tracksWrites = configuration.merging?.tracksWrites
         tuning.logLevel = configuration.logLevel
+        tuning.setPlace(store: configuration.store, group: configuration.merging?.group ?? "")
         tuning.swap = configuration.swap.map { Tuning.Swap(compression: $0.compression, overcommit: $0.overcommit ?? 1, reserve: $0.reserve) }
         state = Mutex(State(wanted: tuning, told: tuning))
         self.name = name

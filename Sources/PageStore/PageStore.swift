@@ -167,9 +167,7 @@ public final class PageStore: Sendable {
         }
         try Self.checkLife(life.raw)
         let map = try ForeignPageMap(map)
-        let identity = try map.identity
-
-        let machine = try enter(hello.name, group, Int(hello.node), uid, identity, life)
+        let machine = try enter(hello.name, group, Int(hello.node), uid, map, life)
         do throws(QuireError) {
             let (kept, dropped, unknown) = try machine.reconcile(map)
             var welcome = StoreReply.Welcome()
@@ -229,11 +227,13 @@ public final class PageStore: Sendable {
     }
 
     private func enter(
-        _ name: String, _ group: String, _ node: Int, _ uid: UInt32, _ map: FileStatus.Identity,
+        _ name: String, _ group: String, _ node: Int, _ uid: UInt32, _ pageMap: borrowing ForeignPageMap,
         _ life: consuming Descriptor
     ) throws(QuireError) -> Machine {
         let owned = life
+        let map = try pageMap.identity
         return try comings.withLock { (_) throws(QuireError) -> Machine in
+            try leaveOthers(than: group, uid, pageMap)
             let same = registry.withLock { registry in
                 registry.machines.values.first { $0.name == name && $0.share.group == group }
             }
@@ -281,6 +281,25 @@ public final class PageStore: Sendable {
                 forgetIfUnused(share)
                 throw error
             }
+        }
+    }
+
+    /// A VM is in one group. It goes to another when it maps nothing of the first one, so that no slot number of the one is ever read as
+    /// one of the other. Inside of `comings`.
+    private func leaveOthers(than group: String, _ uid: UInt32, _ map: borrowing ForeignPageMap) throws(QuireError) {
+        let identity = try map.identity
+        for machine in machines where machine.mapIdentity == identity && machine.share.group != group {
+            if !machine.isOver {
+                guard machine.uid == uid else { throw QuireError(.busy, "this page map is of a VM of user \(machine.uid)") }
+                guard registry.withLock({ !$0.connected.contains(machine.number) }) else {
+                    throw QuireError(.busy, "another backend is connected for the VM, in share group '\(machine.share.group)'")
+                }
+                guard try machine.reconcile(map).kept == 0 else {
+                    throw QuireError(
+                        .busy, "it still shares pages in share group '\(machine.share.group)': quire unmerge \(machine.name), then quire merge \(machine.name)")
+                }
+            }
+            try leave(machine)
         }
     }
 

@@ -119,8 +119,9 @@ extension Quire.Config {
         static let configuration = CommandConfiguration(
             commandName: "reload", abstract: "Has quired and the running VMs read the configuration again.",
             discussion: """
-                Says for each what changed. Of a VM group, store, swap, swap-queues and shared-disk wait for its next start, and of a \
-                quired without --keep candidates, workers and shared-disk; that is said. Everything else applies at once: with --keep \
+                Says for each what changed. Of a VM swap, swap-queues and shared-disk wait for its next start, and of a quired without \
+                --keep candidates, workers and shared-disk; that is said. A VM goes to another group or store when it shares nothing \
+                where it is: quire unmerge NAME, then quire merge NAME. Everything else applies at once: with --keep \
                 another process takes the place of the one that works, where it has to, and nothing that VMs share is lost. If the \
                 file is broken, nothing changes anywhere.
 

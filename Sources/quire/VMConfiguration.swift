@@ -53,7 +53,12 @@ struct VMConfiguration: Sendable {
             try current.withLock { (current) throws(QuireError) -> Reloaded in
                 let new = try resolve()
                 let lines = new.changes(since: current).map { change in
-                    change.line(waits: !change.key.isLive || change.key.name == Keys.Backend.merge.name && !hasAgent)
+                    switch change.key.name {
+                    case Keys.Backend.group.name, Keys.Backend.store.name:
+                        change.line(from: hasAgent ? "as soon as it shares nothing where it is (\(StoreLink.waysToMove(name)))" : nil)
+                    case Keys.Backend.merge.name where !hasAgent: change.line(waits: true)
+                    default: change.line
+                    }
                 }
                 current = new
                 var tuning = Tuning(
@@ -63,6 +68,7 @@ struct VMConfiguration: Sendable {
                 tuning.mergeWorkers = new.value(Keys.Backend.mergeWorkers)
                 tuning.tracksWrites = new.value(Keys.Backend.writeTracking)
                 tuning.logLevel = new.value(Keys.Backend.logLevel)
+                tuning.setPlace(store: new[Keys.Backend.store], group: new.value(Keys.Backend.group))
                 tuning.swap = Tuning.Swap(
                     compression: try SwapDisk.compression(new.value(Keys.Backend.swapCompression)), overcommit: new[Keys.Backend.swapOvercommit] ?? 1,
                     reserve: new.value(Keys.Backend.tmemReserve))

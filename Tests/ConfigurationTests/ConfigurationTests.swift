@@ -191,11 +191,11 @@ struct ConfigurationFileTests {
         #expect(try file("[backend]\nperiod = \"6s\"").resolve(.vm("a"), argument).changes(since: hidden).isEmpty)
     }
 
-    /// As the operator's guide has it: of a VM, what QEMU was started with, and where and with whom its pages are shared.
+    /// As the operator's guide has it: of a VM, what QEMU was started with.
     @Test func whatWaitsForTheNextStart() {
         func waiting(_ scope: Scope) -> [String] { scope.keys.filter { !$0.isLive }.map(\.name).sorted() }
         #expect(waiting(.quired) == [] && waiting(.exporter) == [])
-        #expect(waiting(.backend) == ["group", "shared-disk", "store", "swap", "swap-queues"])
+        #expect(waiting(.backend) == ["shared-disk", "swap", "swap-queues"])
     }
 
     @Test func placesFollowThePrefix() {

@@ -296,7 +296,7 @@ private let zeros = [UInt8](repeating: 0, count: pageSize)
 
     @Test func tuningIsTheSameBothWays() throws {
         var tuning = Tuning(periodMilliseconds: 500, mergePeriodMilliseconds: 100, merges: nil)
-        func parsed(_ text: String) throws(QuireError) -> Tuning { try Tuning(parsing: text.split(separator: " ").map(String.init)[...].dropFirst()) }
+        func parsed(_ text: String) throws(QuireError) -> Tuning { try Tuning(parsing: text.dropFirst(4)) }
         // As an older release says it, too.
         #expect(tuning.request == "tune 500 100")
         #expect(try parsed("tune 500 100") == tuning)
@@ -312,7 +312,12 @@ private let zeros = [UInt8](repeating: 0, count: pageSize)
         tuning.swap = .init(compression: .lz4, overcommit: nil, reserve: 0)
         #expect(tuning.request.hasSuffix(" compression=lz4 reserve=0"))
         #expect(try parsed(tuning.request) == tuning)
-        for text in ["", "tune", "tune 1", "tune 1 x", "tune 1 2 maybe", "tune 1 2 workers=x", "tune 1 2 log-level=loud", "tune 1 2 overcommit=2", "tune 1 2 reserve=2", "tune 1 2 workers", "tune 1 2 write-tracking=no"] {
+        for (store, group) in [("/run/q/store.sock", ""), ("/a  b store=c/s", "lab")] {
+            tuning.setPlace(store: store, group: group)
+            #expect(tuning.request.hasSuffix(" reserve=0 group=\(group) store=\(store)"))
+            #expect(try parsed(tuning.request) == tuning)
+        }
+        for text in ["", "tune", "tune 1", "tune 1 x", "tune 1 2 maybe", "tune 1 2 workers=x", "tune 1 2 log-level=loud", "tune 1 2 overcommit=2", "tune 1 2 reserve=2", "tune 1 2 workers", "tune 1 2 write-tracking=no", "tune 1 2 group=lab", "tune 1 2 store=/a"] {
             #expect(message { try parsed(text) }?.contains("is no tuning") == true, "\(text)")
         }
         #expect(message { try parsed("tune 1 2 compression=fast") }?.contains("is no compression") == true)

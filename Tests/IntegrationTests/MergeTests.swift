@@ -1,6 +1,7 @@
 import Glibc
 import Host
 import Platform
+import StoreProtocol
 import TestSupport
 import Testing
 
@@ -26,7 +27,8 @@ final class Pair {
             try Guest(
                 machine.with {
                     $0.name = name
-                    $0.options += ["--store", store.path, "--merge-period", "100ms"] + options
+                    if $0.configuration == Machine().configuration { $0.options += ["--store", store.path] }
+                    $0.options += ["--merge-period", "100ms"] + options
                     $0.boots = false
                 }, in: folder)
         }
@@ -37,6 +39,14 @@ final class Pair {
         ["env", "QUIRE_RUNTIME_DIR=" + folder.path + "/run", Program.quire, command, guest.machine.name]
     }
     func quire(_ command: String, _ guest: Guest) throws { try host(arguments(command, guest)) }
+    /// Has them read their configuration again; returns what is said.
+    func reload() throws -> String {
+        let (status, text) = try Program.run([
+            "env", "QUIRE_RUNTIME_DIR=" + folder.path + "/run", Program.quire, "config", "reload", "--store", folder.path + "/none/store.sock",
+        ])
+        guard status == 0 else { throw Trouble("quire config reload: \(status): \(text)") }
+        return text
+    }
     /// The same, without waiting for its end.
     func begin(_ command: String, _ guest: Guest) throws -> ChildProcess {
         var options = ChildProcess.Options()
@@ -120,6 +130,14 @@ extension Guest {
             let before = status.merging.mergedTotalPages
             ProcessCalls.sleep(milliseconds: 1500)
             return status.merging.mergedTotalPages <= before + few
+        }
+    }
+
+    /// The stores of which QEMU has pages mapped, by their files.
+    fileprivate var mappedStores: Set<Substring> {
+        get throws {
+            let maps = try Files.read("/proc/\(qemuPID)/maps", limit: 1 << 26).split(separator: "\n")
+            return Set(maps.filter { $0.contains("/memfd:quire-store") }.map { $0.split(separator: " ")[4] })
         }
     }
 
@@ -440,8 +458,7 @@ extension Integration {
             var stores: [Set<Substring>] = []
             var slots = 0
             for guest in pair.guests {
-                let maps = try Files.read("/proc/\(guest.qemuPID)/maps", limit: 1 << 26).split(separator: "\n")
-                stores.append(Set(maps.filter { $0.contains("/memfd:quire-store") }.map { $0.split(separator: " ")[4] }))
+                stores.append(try guest.mappedStores)
                 let merged = try PageEntries(guest).merged()
                 slots += merged.slots.count
                 try guest.wait(for: "the group's figures to be its guest's alone") {
@@ -452,6 +469,71 @@ extension Integration {
             #expect(stores.allSatisfy { $0.count == 1 } && stores[0].isDisjoint(with: stores[1]), "\(stores)")
             // Some pages share a slot.
             #expect(slots > 200)
+        }
+
+        /// The configuration gives a VM that runs another group, and two VMs another quired. They go there when they share nothing any
+        /// more where they are, and not before, also if a backend dies meanwhile; and their guests read what they wrote.
+        @Test func anotherGroupAndAnotherStore() throws {
+            let groups = ["--keep", "--group", "red=0", "--group", "blue=0"]
+            let folder = try Folder(), path = folder.path + "/quire.toml", other = try Store(groups), store = try Store(groups)
+            func write(_ store: Store, _ group: String) throws {
+                let text = "[backend]\nstore = \"\(store.path)\"\ngroup = \"blue\"\n[vm.one]\ngroup = \"\(group)\"\n"
+                try Descriptor.open(path, O_RDWR | O_CREAT, mode: 0o600).replaceContent(text)
+            }
+            try write(store, "red")
+            let pair = try Pair(store, Machine(configuration: path)), one = pair.guests[0]
+            func stores() throws -> [Set<Substring>] { try pair.guests.map { try $0.mappedStores } }
+            func anew(_ guest: Guest) throws {
+                try pair.quire("unmerge", guest)
+                #expect(try PageEntries(guest).merged().sharing == 0)
+                try pair.quire("merge", guest)
+            }
+            // One of two threads of each writes all the time.
+            try pair.start(64, seconds: 40)
+            try pair.wait(for: "pages of two groups") { pair.guests.allSatisfy { $0.status.merging.sharingPages > 500 } }
+            let before = try stores()
+            #expect(before.allSatisfy { $0.count == 1 } && before[0].isDisjoint(with: before[1]), "\(before)")
+
+            let when = ", as soon as it shares nothing where it is (quire unmerge"
+            try write(store, "blue")
+            let text = try pair.reload()
+            #expect(text == "one: vm.one.group: \"red\" -> \"blue\"\(when) one, then quire merge one)\ntwo: nothing changed\n")
+            try pair.wait(for: "the line that it waits") {
+                one.status.merging.reason == "only pages of zeros are merged: it moves to share group 'blue' as soon as it shares nothing where it is: quire unmerge one, then quire merge one"
+            }
+            try pair.pass(milliseconds: 1500)
+            #expect(try stores() == before)
+            #expect(one.status.merging.sharingPages > 0)
+            let backend = one.backendPID
+            ProcessCalls.signal(backend, SIGKILL)
+            try pair.wait(for: "the successor to wait as well") {
+                one.backendPID != backend
+                    && one.status.merging.reason.hasSuffix("it still shares pages in share group 'red': quire unmerge one, then quire merge one")
+            }
+            #expect(try stores() == before)
+            try anew(one)
+            try pair.wait(for: "pages of one group") {
+                try stores() == [before[1], before[1]] && one.status.merging.sharingPages > 500 && one.status.merging.reason.isEmpty
+            }
+            // Nothing is left in the group that it was in.
+            var observer = StoreObserver(path: store.path)
+            #expect(try observer.groups().map(\.name) == ["blue"])
+
+            try write(other, "blue")
+            let moved = try pair.reload()
+            #expect(moved.contains("one: backend.store: ") && moved.contains("two: backend.store: ") && moved.contains(when), "\(moved)")
+            try pair.wait(for: "the line that both wait") {
+                pair.guests.allSatisfy { $0.status.merging.reason.contains("it moves to quired at \(other.path) as soon as") }
+            }
+            for guest in pair.guests { try anew(guest) }
+            try pair.wait(for: "pages of the other quired") {
+                let stores = try stores()
+                return stores[0] == stores[1] && stores[0].count == 1 && stores[0] != before[1]
+                    && pair.guests.allSatisfy { $0.status.merging.sharingPages > 500 }
+            }
+            try pair.finish(within: Guest.patience(for: 60))
+            #expect(try store.figures().sharingPages == 0 && store.figures().storeBytes == 0)
+            for guest in pair.guests { try guest.expectQuietLog() }
         }
 
         /// Each has one line that says so, and the VM runs on: no quired; a group that quired does not know.

@@ -217,6 +217,45 @@ struct StoreTests {
         #expect(join("../x", "", 1001) == "a VM's name has 1 to 63 of A-Z a-z 0-9 . _ - and no dot in front")
     }
 
+    /// A VM goes to another group when it maps nothing of the first one: until then its slots are what the first one says they are.
+    @Test func oneGroupAtATime() throws {
+        var configuration = try configuration()
+        configuration.groups = ["red": [1000], "blue": [1000, 1001]]
+        let store = try PageStore(configuration, logger: quietLogger)
+        let a = try Guest(FakeVM("a", group: "red"), in: store)
+        for gfn in UInt64(0)..<4 { try a.vm.write(gfn, page(gfn / 2)) }
+        _ = try a.lookUp(0)
+        _ = try a.lookUp(2)
+        let slot = try #require(try a.lookUp(1)), another = try #require(try a.lookUp(3))
+        #expect(try a.merge(1, slot) && a.merge(3, another))
+        func move(uid: UInt32 = 1000) throws -> (machine: Machine, welcome: StoreReply.Welcome) {
+            try store.admit(.init(name: "a", group: "blue"), uid: uid, map: a.vm.map.duplicate(), life: Descriptor.duplicate(of: a.vm.lifeRaw))
+        }
+        #expect(message { _ = try move() } == "another backend is connected for the VM, in share group 'red'")
+        store.disconnect(a.machine)
+        #expect(message { _ = try move(uid: 1001) } == "this page map is of a VM of user 1000")
+        let stays = "it still shares pages in share group 'red': quire unmerge a, then quire merge a"
+        for _ in 0..<2 { #expect(message { _ = try move() } == stays) }
+        #expect(a.useCount(slot) == 1)
+        // Where it is it may come back.
+        let old = try a.vm.admit(to: store).welcome
+        #expect(old.keptPages == 2)
+        store.disconnect(a.machine)
+        // Un-merged while nobody was connected: it leaves nothing behind.
+        for gfn in [UInt64(1), 3] { try a.vm.setShared(gfn, nil) }
+        let (machine, welcome) = try move()
+        #expect(welcome.keptPages == 0 && welcome.unknownPages == 0 && welcome.storeID != old.storeID)
+        #expect(store.machines.count == 1 && store.machines.first === machine)
+        #expect(store.figures(of: nil).sharedPages == 0 && store.figures(of: nil).storeBytes == 0)
+        #expect(store.groupFigures().map(\.name) == ["blue"])
+        // One that has ended meanwhile is in nobody's way.
+        store.disconnect(machine)
+        a.vm.end()
+        let next = try FakeVM("a", group: "red")
+        _ = try store.admit(.init(name: "a", group: "red"), uid: 1000, map: a.vm.map.duplicate(), life: Descriptor.duplicate(of: next.lifeRaw))
+        #expect(store.machines.count == 1)
+    }
+
     // MARK: - Limits and hostile VMs
 
     @Test func aFullStoreSaysSoAndGoesOn() throws {

@@ -142,6 +142,21 @@ import TestSupport
         #expect(eventually { link.allow(used: 5 << 20, held: 200 << 20, wanted: 200 << 20) == 64 << 20 })
     }
 
+    /// Another quired's limit holds from then on, and the old one counts it no more.
+    @Test func anotherQuired() throws {
+        let one = try RunningStore(["--keep", "--tmem-cap", "64M"]), other = try RunningStore(["--keep", "--tmem-cap", "16M"])
+        let link = TmemQuotaLink(path: one.path, name: "a", logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() })
+        #expect(eventually { link.allow(used: 5 << 20, held: 5 << 20, wanted: 100 << 20) == 64 << 20 })
+        link.move(to: other.path)
+        #expect(link.isReviewDue)
+        #expect(eventually { link.allow(used: 5 << 20, held: 64 << 20, wanted: 100 << 20) == 16 << 20 })
+        #expect(!link.isReviewDue)
+        link.move(to: other.path)
+        #expect(!link.isReviewDue)
+        var observer = StoreObserver(path: one.path)
+        #expect(eventually { (try? observer.tmem().total) == 0 })
+    }
+
     /// Whoever comes to a quired that accepts nobody is told so, and not kept.
     @Test func aQueueThatIsFull() throws {
         let store = try RunningStore(["--keep"])
@@ -251,7 +266,7 @@ import TestSupport
         var kept = 0, refusal: QuireError?
         for page in 0..<UInt64(3000) {
             var bytes: [UInt8] = []
-            for _ in 0..<512 { withUnsafeBytes(of: random.next()) { unsafe bytes += $0 } }
+            for _ in 0..<512 { unsafe withUnsafeBytes(of: random.next()) { unsafe bytes += $0 } }
             do throws(QuireError) {
                 try client.put(page, bytes)
                 kept += 1
