@@ -219,13 +219,13 @@ public final class DedupEngine: Sendable {
         let count = beginUnmerge()
         func done(_ control: Control) -> Result<Void, QuireError>? {
             if let failure = control.unmergeFailure { return .failure(failure) }
-            return control.unmerges > count || control.memory == nil && !control.isBusy && !map.isMergedAnywhere ? .success(()) : nil
+            return control.unmerges > count || control.memory == nil && !control.isBusy && !map.hasMergedPages ? .success(()) : nil
         }
         let soon = min(deadline, monotonicNanoseconds() + Self.startNanoseconds)
         if let result = control.wait(until: soon, { done($0) }) { return try result.get() }
         try control.read { (control) throws(QuireError) in
             guard control.memory == nil else { return }
-            throw QuireError(.busy, "the guest does not run: its pages come back as soon as it does")
+            throw QuireError(.busy, "the guest does not run, or is just starting: its pages come back when it runs")
         }
         guard let result = control.wait(until: deadline, { done($0) }) else { throw QuireError(.busy, "pages are still being brought back: ask again") }
         try result.get()
@@ -287,6 +287,10 @@ public final class DedupEngine: Sendable {
         var held = GFNSet()
         /// Some pages are merged with slots that the store does not know.
         var hasUnknown = false
+        /// Of the store in which quiet pages were looked up.
+        var secret: [UInt8]?
+        /// Quiet pages that were not looked up, while there was none.
+        var missed = GFNSet()
         var accountedAt: UInt64 = 0
         /// Passes in which nothing happened.
         var calmPasses = 0
@@ -393,13 +397,14 @@ public final class DedupEngine: Sendable {
         if state.regions.contains(where: \.isWaiting) { _ = store.shortage(zeroPages: zeroPages) }
         let merging = MergePass(
             state.regions, state.huge, memory: memory, tracker: tracker, pages: pages, merger: merger,
-            store: hasher == nil ? nil : store, hasher: hasher, shortestRun: state.shortestRun, cancelled: { self.isInterrupted })
+            store: store, hasher: hasher, shortestRun: state.shortestRun, cancelled: { self.isInterrupted })
         crew.run(merging)
         let result = merging.result
         state.regions = result.regions
         state.huge = result.huge
         for gfns in result.held { state.held.insert(gfns) }
         for gfns in result.short { state.short.insert(gfns) }
+        for gfns in result.missed { state.missed.insert(gfns) }
         statistics.withLock {
             $0.passes += 1
             $0.hashedPages += UInt64(result.hashed)
@@ -520,8 +525,21 @@ public final class DedupEngine: Sendable {
             state.hasUnknown = unknown > 0
             try dropUnknown(memory, &state)
             settleAccounts(&state)
-            return hasher
+            lookUpAnew(hasher, memory, &state)
+            // Whether it may be asked is another question: a VM that is to go elsewhere only keeps accounts with it.
+            return try prepareStore(memory, &state)
         }
+    }
+
+    /// What was quiet while there was no store is looked up now; in another store than before, all is.
+    private func lookUpAnew(_ hasher: PageHasher, _ memory: GuestMemory, _ state: inout PassState) {
+        if let secret = state.secret, secret != hasher.secret {
+            (state.regions, state.hashed, state.huge) = ([], [], HugePages())
+            adopt(memory, &state)
+        }
+        for gfns in state.missed.runs { state.noteRipe(gfns) }
+        state.missed = GFNSet()
+        state.secret = hasher.secret
     }
 
     /// Pages of slots that the store does not know are brought back, and as nobody can tell which ones those are, all of

@@ -21,6 +21,8 @@ final class MergePass: CrewWork {
         var held: [Range<GFN>] = []
         /// Left alone because mappings are scarce.
         var short: [Range<GFN>] = []
+        /// Not looked up, for want of a store.
+        var missed: [Range<GFN>] = []
         var huge: HugePages
         /// Why merging came to an end before the pages did.
         var stopped: String?
@@ -36,7 +38,9 @@ final class MergePass: CrewWork {
     private let tracker: WriteTracker?
     private let pages: MergedPages
     private let merger: any PageMerger
-    private let store: (any ContentStore)?
+    private let store: any ContentStore
+    /// Whether the store can be asked for equals; otherwise nothing but zeros is merged.
+    private let looksUp: Bool
     private let hasher: PageHasher
     private let shortestRun: Int
     private let cancelled: @Sendable () -> Bool
@@ -44,13 +48,14 @@ final class MergePass: CrewWork {
 
     init(
         _ regions: [QuietPages], _ huge: HugePages, memory: GuestMemory, tracker: WriteTracker?, pages: MergedPages, merger: any PageMerger,
-        store: (any ContentStore)?, hasher: PageHasher?, shortestRun: Int, cancelled: @escaping @Sendable () -> Bool
+        store: any ContentStore, hasher: PageHasher?, shortestRun: Int, cancelled: @escaping @Sendable () -> Bool
     ) {
         self.memory = memory
         self.tracker = tracker
         self.pages = pages
         self.merger = merger
         self.store = store
+        looksUp = hasher != nil
         self.hasher = hasher ?? DedupEngine.zerosHasher
         self.shortestRun = shortestRun
         self.cancelled = cancelled
@@ -65,7 +70,7 @@ final class MergePass: CrewWork {
         while !cancelled(), let batch = takeBatch() {
             batches += 1
             if batches == 2 { helpWanted() }
-            if let store, let shortage = store.shortage(zeroPages: nil) {
+            if let shortage = store.shortage(zeroPages: nil) {
                 shared.withLock {
                     $0.stopped = shortage
                     for gfns in batch { $0.noteRipe(gfns) }
@@ -130,7 +135,7 @@ final class MergePass: CrewWork {
                     if hash == hasher.zero {
                         // What is not there costs nothing already, and its mapping would.
                         if region.hasData(gfn) { zeros.append(page: gfn) }
-                    } else if store != nil {
+                    } else {
                         runs.append(page: gfn)
                         hashes.append(hash)
                     }
@@ -139,18 +144,19 @@ final class MergePass: CrewWork {
         }
         shared.withLock { state in
             state.hashed += hashed
+            if !looksUp { state.missed += runs }
             for gfns in early { state.noteRipe(gfns) }
         }
         var slots: [SlotRun] = []
         var failure: QuireError?
-        if let store, !runs.isEmpty {
+        if looksUp, !runs.isEmpty {
             // Zeros need no store.
             do throws(QuireError) { slots = try store.lookUp(runs, hashes) } catch { failure = error }
         }
         let held = leaveWhole(zeros + slots.map(\.gfns))
         // Whatever happens here, the store has to hear what became of its slots.
         do throws(QuireError) { try mergeZeros(zeros.without(held)) } catch { failure = failure ?? error }
-        if let store, !slots.isEmpty { try mergeEqual(slots, except: held, store) }
+        if !slots.isEmpty { try mergeEqual(slots, except: held, store) }
         if let failure { throw failure }
     }
 

@@ -202,10 +202,15 @@ public final class PageMap: Sendable {
         return found
     }
 
-    /// Whether a page is merged now. Costs a look at each page around those that ever were.
-    public var isMergedAnywhere: Bool {
+    /// Whether a page is merged now, or is just being merged. Costs a look at pages around those that ever were.
+    public var hasMergedPages: Bool {
         var found = false
-        forEachMerged { _, _ in found = true }
+        forEachUsedLock { lock in
+            if found || bytes.loadSequential8(lock + Self.busyOffset) != 0 { return found = true }
+            guard bytes.load8(lock + Self.mergedOffset) != 0 else { return }
+            let first = UInt64((lock - self.lock(0)) / Self.lockBytes) * Self.lockPages
+            found = (first..<first + Self.lockPages).contains { state(of: $0)?.isMerged == true }
+        }
         return found
     }
 

@@ -24,6 +24,8 @@ public final class StoreLink: ContentStore {
     private struct State {
         /// Where the VM is to be.
         var place: Place
+        /// Where it is, as far as this process knows: where it was connected last.
+        var joined: Place?
         /// Taken out while it is used: one request at a time.
         var client: ClientBox?
         var figures: StoreFigures?
@@ -93,16 +95,15 @@ public final class StoreLink: ContentStore {
     }
 
     public func prepare(_ memory: GuestMemory) -> ContentStoreState {
-        let (client, place) = state.withLock { ($0.client, $0.place) }
-        if let box = client, box.place != place {
-            // The connection stays for what is released.
+        let (client, place, joined) = state.withLock { ($0.client, $0.place, $0.joined) }
+        if let joined, joined != place {
+            // For what is released, and for the accounts of what is not.
+            if client == nil, let anew = try? connectAgain(memory, joined) { return anew }
             guard !sharesPages else {
-                let what = box.place.group == place.group ? "quired at \(place.path)" : place.group.isEmpty ? "its owner's share group" : "share group '\(place.group)'"
+                let what = joined.group == place.group ? "quired at \(place.path)" : place.group.isEmpty ? "its owner's share group" : "share group '\(place.group)'"
                 return .absent("it moves to \(what) as soon as it shares nothing where it is: \(Self.waysToMove(name))")
             }
-            // First, so that whoever asks for figures just now takes its end for no failure.
-            state.withLock { ($0.client, $0.figures, $0.lackingBytes, $0.retryAt) = (nil, nil, 0, 0) }
-            box.client.withLock { $0.close() }
+            leave(client, memory)
         } else if let box = client {
             do throws(QuireError) {
                 try tellMemory(memory, box)
@@ -115,6 +116,30 @@ public final class StoreLink: ContentStore {
         do throws(QuireError) { return try connect(memory, place) } catch {
             fail(error)
             return .absent(state.withLock { $0.trouble })
+        }
+    }
+
+    /// To where it is, though it is to go: throws where that has to wait, or does not work.
+    private func connectAgain(_ memory: GuestMemory, _ joined: Place) throws(QuireError) -> ContentStoreState {
+        guard monotonicNanoseconds() >= state.withLock({ $0.retryAt }) else { throw QuireError(.retry, "it was tried just now") }
+        do throws(QuireError) { return try connect(memory, joined) } catch {
+            fail(error)
+            throw error
+        }
+    }
+
+    /// It maps nothing of this store any more. A quired that it does not come back to must not count on it until QEMU ends.
+    private func leave(_ box: ClientBox?, _ memory: GuestMemory) {
+        // First, so that whoever asks for figures just now takes its end for no failure.
+        state.withLock { ($0.client, $0.joined, $0.figures, $0.lackingBytes, $0.retryAt) = (nil, nil, nil, 0, 0) }
+        box?.client.withLock { client in
+            do throws(QuireError) {
+                try client.report(memory.regions.filter { $0.kind == .shmem }.map { StoreRequest.Report(.released, $0.gfns) })
+                _ = try client.figures(zeroPages: 0)
+            } catch {
+                logger.info("quired does not hear that the VM has left: \(error)")
+            }
+            client.close()
         }
     }
 
@@ -137,6 +162,7 @@ public final class StoreLink: ContentStore {
         state.withLock {
             $0.regions = []
             $0.client = box
+            $0.joined = place
             $0.trouble = ""
         }
         try tellMemory(memory, box)
@@ -226,7 +252,7 @@ public final class StoreLink: ContentStore {
         let (old, isNew, text) = state.withLock { state -> (ClientBox?, Bool, String) in
             // Another thread was told first, and there may be a new one already.
             if let box, state.client !== box { return (nil, false, "") }
-            let path = (box?.place ?? state.place).path
+            let path = (box?.place ?? state.joined ?? state.place).path
             let text = error.errno == 2 || error.errno == 111 ? "no quired listens at \(path)" : "\(error)"
             defer {
                 state.client = nil

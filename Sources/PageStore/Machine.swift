@@ -75,7 +75,7 @@ package final class Machine: Sendable {
         state = Mutex(State(ledger: ledger))
     }
 
-    package func setMemory(_ memory: GuestRAM) { ram.withLock { $0 = memory } }
+    package func setMemory(_ memory: GuestRAM?) { ram.withLock { $0 = memory } }
     private var memory: GuestRAM? { ram.withLock { $0 } }
 
     package var isOver: Bool { !waitReadable([life.raw], timeoutMilliseconds: 0).isEmpty }
@@ -192,8 +192,9 @@ package final class Machine: Sendable {
             for (member, slot) in zip(members, promoted) {
                 guard let slot else { continue }
                 slots[member.index] = slot
-                machines(member.place.machine)?.offer(
-                    Offer(gfn: UInt32(member.place.gfn), slot: slot, tag: SlotTable.tag(of: pages[member.index])))
+                // Its number may be another VM's meanwhile, of another group.
+                guard let other = machines(member.place.machine), other.share === share else { continue }
+                other.offer(Offer(gfn: UInt32(member.place.gfn), slot: slot, tag: SlotTable.tag(of: pages[member.index])))
             }
         }
     }

@@ -290,13 +290,14 @@ public final class PageStore: Sendable {
         let identity = try map.identity
         for machine in machines where machine.mapIdentity == identity && machine.share.group != group {
             if !machine.isOver {
-                guard machine.uid == uid else { throw QuireError(.busy, "this page map is of a VM of user \(machine.uid)") }
+                // What lasts is no reason to ask again at once.
+                guard machine.uid == uid else { throw QuireError(.invalid, "this page map is of a VM of user \(machine.uid)") }
                 guard registry.withLock({ !$0.connected.contains(machine.number) }) else {
                     throw QuireError(.busy, "another backend is connected for the VM, in share group '\(machine.share.group)'")
                 }
                 guard try machine.reconcile(map).kept == 0 else {
                     throw QuireError(
-                        .busy, "it still shares pages in share group '\(machine.share.group)': quire unmerge \(machine.name), then quire merge \(machine.name)")
+                        .invalid, "it still shares pages in share group '\(machine.share.group)': quire unmerge \(machine.name), then quire merge \(machine.name)")
                 }
             }
             try leave(machine)
@@ -323,6 +324,8 @@ public final class PageStore: Sendable {
 
     /// The backend is gone. The VM may go on, and keeps what it has.
     package func disconnect(_ machine: Machine) {
+        // Nor is its memory looked at for others any more: the next connection says where it is.
+        machine.setMemory(nil)
         registry.withLock { registry in
             if registry.machines[machine.number] === machine { registry.connected.remove(machine.number) }
         }
@@ -345,7 +348,7 @@ public final class PageStore: Sendable {
             registry.machines[machine.number] = nil
             registry.connected.remove(machine.number)
         }
-        logger.info("VM '\(machine.name)' has ended")
+        logger.info("VM '\(machine.name)' has left share group '\(machine.share.group)'")
         forgetIfUnused(machine.share)
     }
 

@@ -513,7 +513,8 @@ extension Integration {
             #expect(try stores() == before)
             try anew(one)
             try pair.wait(for: "pages of one group") {
-                try stores() == [before[1], before[1]] && one.status.merging.sharingPages > 500 && one.status.merging.reason.isEmpty
+                try stores() == [before[1], before[1]] && one.status.merging.sharingPages > 500
+                    && !one.status.merging.reason.contains("share group")
             }
             // Nothing is left in the group that it was in.
             var observer = StoreObserver(path: store.path)
@@ -525,6 +526,13 @@ extension Integration {
             try pair.wait(for: "the line that both wait") {
                 pair.guests.allSatisfy { $0.status.merging.reason.contains("it moves to quired at \(other.path) as soon as") }
             }
+            // Where they are they stay connected, whatever becomes of that quired: nothing comes back unasked.
+            let worker = pair.store.worker
+            ProcessCalls.signal(worker, SIGKILL)
+            try pair.pass(milliseconds: 5000)
+            try store.waitForService()
+            #expect(try store.worker != worker && stores() == [before[1], before[1]])
+            #expect(pair.guests.allSatisfy { $0.status.merging.sharingPages > 500 && $0.status.merging.reason.contains("it moves to quired") })
             for guest in pair.guests { try anew(guest) }
             try pair.wait(for: "pages of the other quired") {
                 let stores = try stores()
@@ -534,6 +542,33 @@ extension Integration {
             try pair.finish(within: Guest.patience(for: 60))
             #expect(try store.figures().sharingPages == 0 && store.figures().storeBytes == 0)
             for guest in pair.guests { try guest.expectQuietLog() }
+        }
+
+        /// What was quiet while there was no quired is merged when there is one, though nobody writes it any more.
+        @Test func aStoreThatComesLate() throws {
+            let folder = try Folder(), path = folder.path + "/quire.toml", store = try Store()
+            func write(_ store: String) throws {
+                let text = "[backend]\nstore = \"\(store)\"\nmerge-period = \"100ms\"\n"
+                try Descriptor.open(path, O_RDWR | O_CREAT, mode: 0o600).replaceContent(text)
+            }
+            try write(folder.path + "/none.sock")
+            let guest = try Guest(Machine(configuration: path), in: folder)
+            try guest.watched {
+                try guest.sh("dd if=/dev/urandom of=/tmp/a bs=1M count=20 2>/dev/null; cp /tmp/a /tmp/b")
+                let sums = try guest.sh("md5sum /tmp/a /tmp/b")
+                try guest.wait(for: "the line that there is none") { guest.status.merging.reason.contains("no quired listens at ") }
+                try guest.wait(for: "all that is quiet to be looked at") {
+                    let before = guest.status.merging.hashedTotalPages
+                    ProcessCalls.sleep(milliseconds: 1500)
+                    return before > 10_000 && guest.status.merging.hashedTotalPages < before + 1000
+                }
+                #expect(guest.status.merging.sharingPages == 0)
+                try write(store.path)
+                try host(["env", "QUIRE_RUNTIME_DIR=\(folder.path)/run", Program.quire, "config", "reload", guest.machine.name])
+                try guest.wait(for: "equal pages to be merged") { guest.status.merging.sharingPages > 8000 }
+                #expect(try guest.sh("md5sum /tmp/a /tmp/b") == sums)
+                try guest.expectQuietLog()
+            }
         }
 
         /// Each has one line that says so, and the VM runs on: no quired; a group that quired does not know.

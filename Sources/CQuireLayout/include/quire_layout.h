@@ -541,7 +541,8 @@ struct quire_agent_gate {
  *                                               little longer, for a backend that takes the place of one that died
  *
  *     `life` becomes readable or hangs up when no process maps slots for this VM any more: a pidfd of QEMU. Everything
- *     that the VM holds is given back then, and only then: not when a backend dies.
+ *     that the VM holds is given back then, and not when a backend dies. A VM, which is who has this page map, is in one
+ *     share group: HELLO for another one is refused as long as the page map shows a slot of the first, and ends what it had there.
  *
  *     A slot in a SLOTS reply is the VM's from that moment, until it reports the page as released: quired notes it in the
  *     VM's ledger before it answers. So whoever maps slots keeps two rules:
