@@ -122,6 +122,8 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
         var isMarkedForeign: Bool
         /// The guest uses the device.
         var isRunning = false
+        /// How often it was.
+        var starts: UInt64 = 0
         /// A save or a restore is going on.
         var isBusy = false
         /// When a page last found no room.
@@ -217,6 +219,7 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
         let arrives = start.frontEnd.flatMap { QEMUCommandLine.bringsMemory(process: $0) }
         let awaits = state.withLock { state in
             state.isRunning = true
+            state.starts += 1
             if let arrives { state.arrives = arrives }
             if start.origin == .elsewhere, !state.isUnclaimed, !state.isForeign {
                 state.isForeign = true
@@ -345,23 +348,30 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
 
     // MARK: - Save and restore
 
-    /// Says who may not: `what` is a verb.
-    private func begin(_ what: String) throws(QuireError) {
-        let trouble: String? = state.withLock { state in
-            if state.isRunning { return "the guest uses its swap disk: pause it first (QMP stop), then \(what)" }
-            if state.isBusy { return "the swap disk is being saved or restored: wait for that" }
+    /// Says who may not: `what` is a verb. Returns how often the guest was started by now: one that was started and paused again
+    /// meanwhile has used its disk as well.
+    private func begin(_ what: String) throws(QuireError) -> UInt64 {
+        let (starts, trouble) = state.withLock { state -> (UInt64, String?) in
+            if state.isRunning { return (0, "the guest uses its swap disk: pause it first (QMP stop), then \(what)") }
+            if state.isBusy { return (0, "the swap disk is being saved or restored: wait for that") }
             state.isBusy = true
-            return nil
+            return (state.starts, nil)
         }
         if let trouble { throw QuireError(.busy, trouble) }
+        return starts
     }
 
     private func end() { state.withLock { $0.isBusy = false } }
 
     /// Writes the disk's content as a save file; returns how many pages it has. Not while the guest uses the disk.
     public func save(to sink: DataSink) throws(QuireError) -> UInt64 {
-        try begin("save")
+        let starts = try begin("save")
         defer { end() }
+        func checkIsPaused() throws(QuireError) {
+            guard state.withLock({ $0.starts }) == starts else {
+                throw QuireError(.busy, "the guest was started meanwhile: what was saved is of no use, pause it and save again")
+            }
+        }
         // A file of what is not the guest's would be taken for the guest's.
         let pool = try pool()
         var writer = try TmemArchiveWriter(to: sink)
@@ -370,9 +380,7 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
         var page = [UInt8](repeating: 0, count: TmemPool.pageBytes)
         try pool.forEachPage { (object: UInt64, index: UInt32) throws(QuireError) in
             guard object == Self.object else { return }
-            guard state.withLock({ !$0.isRunning }) else {
-                throw QuireError(.busy, "the guest was started meanwhile: what was saved is of no use, pause it and save again")
-            }
+            try checkIsPaused()
             var span = page.mutableSpan
             var bytes = unsafe span.mutableBytes
             guard try pool.get(object, index, into: &bytes) else { return }
@@ -380,16 +388,14 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
         }
         let pages = try writer.finish()
         // Between the last page and now it may have been started and written.
-        guard state.withLock({ !$0.isRunning }) else {
-            throw QuireError(.busy, "the guest was started meanwhile: what was saved is of no use, pause it and save again")
-        }
+        try checkIsPaused()
         return pages
     }
 
     /// Replaces the disk's content by that of a save file, as a whole or, whatever is wrong with it, not at all; returns how
     /// many pages it has. Not while the guest uses the disk.
     public func restore(from source: DataSource) throws(QuireError) -> UInt64 {
-        try begin("restore")
+        let starts = try begin("restore")
         defer { end() }
         let (old, generation) = state.withLock { ($0.pool, $0.generation + 1) }
         let new = try Self.makePool(generation, in: store, client)
@@ -398,7 +404,7 @@ public final class SwapDisk: BlockStorage, DeviceLifecycle, TmemOwner {
             // Beside it the other mark takes no more memory: under the lock nobody is waited for.
             try new.putPatiently(Self.markObject, Self.unclaimedMark, unsafe Self.zeros.span.bytes)
             try state.withLock { state throws(QuireError) in
-                guard !state.isRunning else {
+                guard state.starts == starts else {
                     throw QuireError(.busy, "the guest was started meanwhile: it keeps the content that it had")
                 }
                 // From here on it is the disk, after a death, too.

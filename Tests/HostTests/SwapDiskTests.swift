@@ -4,6 +4,7 @@ import GuestMemory
 import Host
 import Logging
 import Platform
+import TestSupport
 import Testing
 import VhostBackend
 
@@ -478,7 +479,7 @@ private let zeros = [UInt8](repeating: 0, count: pageSize)
     }
 
     /// A guest's memory and its swap belong together: nothing is replaced or saved while it runs.
-    @Test func notWhileTheGuestRuns() throws {
+    @Test(arguments: [false, true]) func notWhileTheGuestRuns(andIsPausedAgain: Bool) throws {
         let bench = try SwapBench()
         let disk = try bench.disk()
         try Self.fill(bench, disk)
@@ -502,6 +503,7 @@ private let zeros = [UInt8](repeating: 0, count: pageSize)
         try sink.write(Array(file[..<120_000]))
         #expect(message { try Self.saved(disk) } == "the swap disk is being saved or restored: wait for that")
         bench.start(disk)
+        if andIsPausedAgain { disk.deviceStopping() }
         try sink.write(Array(file[120_000...]))
         _ = consume sink
         thread.join()
@@ -617,6 +619,8 @@ private let zeros = [UInt8](repeating: 0, count: pageSize)
             child.passing = [.init(from: input.raw, to: 0)]
             child.parentDeathSignal = SIGKILL
             var qemu = try ChildProcess(["sh", "-c", "read line; true"] + arguments, child)
+            // The kernel shows its command line a moment after it has begun.
+            #expect(eventually { ((try? Files.read("/proc/\(qemu.pid)/cmdline")) ?? "").contains(arguments.last!) })
             bench.start(disk, by: isKnown ? qemu.pid : nil)
             pipe.closeWriter()
             qemu.wait()
