@@ -355,16 +355,20 @@ public final class DedupEngine: Sendable {
             // Where nothing changes, looking comes seldom: up to four periods apart.
             let calm = UInt64(min(state.calmPasses / 4, 3))
             let period = UInt64(configuration.periodMilliseconds) * 1_000_000
-            nextPass = monotonicNanoseconds() + period * (isUnmerged ? 1 : 1 + calm)
+            // Of what passes by itself whoever asks for an unmerge hears nothing: he waits for that.
+            let passes = isUnmerged && failure?.code == .retry
+            nextPass = monotonicNanoseconds() + (passes ? min(period, Self.retryNanoseconds) : period * (isUnmerged ? 1 : 1 + calm))
             control.update { control in
                 control.isBusy = false
                 if isUnmerged {
-                    control.unmergeFailure = failure
+                    control.unmergeFailure = passes ? nil : failure
                     if failure == nil { control.unmerges += 1 }
                 }
             }
         }
     }
+
+    private static let retryNanoseconds: UInt64 = 200_000_000
 
     private func note(_ failure: QuireError?) {
         statistics.withLock {
@@ -640,7 +644,11 @@ public final class DedupEngine: Sendable {
     private func foldBatch(_ ranges: [Range<GFN>], _ state: inout PassState) throws(QuireError) {
         guard !ranges.isEmpty else { return }
         let kinds = ranges.map { map.mergedCounts($0) }
-        let outcomes = try merger.fold(ranges, onlyDiverged: false, until: Merging.deadline)
+        let outcomes: [MoveOutcome]
+        do throws(QuireError) { outcomes = try merger.fold(ranges, onlyDiverged: false, until: Merging.deadline) } catch {
+            // The deadline is there so that others are not kept waiting, and says nothing about the pages.
+            throw error.code == .busy ? QuireError(.retry, error.message, cause: error) : error
+        }
         var closed = false
         for (index, (range, outcome)) in zip(ranges, outcomes).enumerated() {
             let done = range.lowerBound..<range.lowerBound + UInt64(outcome.done)
@@ -658,7 +666,7 @@ public final class DedupEngine: Sendable {
         if closed { throw QuireError(.busy, merger.obstacle ?? "the pin gate is closed") }
     }
 
-    /// Brings back all merged pages that are wanted; throws `.busy` where somebody wants control in the middle.
+    /// Brings back all merged pages that are wanted; throws `.retry` where somebody wants control in the middle, or QEMU takes its time.
     /// Only pages that are the guest's now: what was unplugged is merged until QEMU unmaps it.
     private func bringBack(
         _ memory: GuestMemory, _ state: inout PassState, _ isWanted: (PageState) -> Bool
@@ -675,7 +683,7 @@ public final class DedupEngine: Sendable {
             if ranges.isEmpty { return }
             if round > 0 { ProcessCalls.sleep(milliseconds: UInt32(round)) }
             try fold(ranges, &state)
-            if isInterrupted { throw QuireError(.busy, "interrupted") }
+            if isInterrupted { throw QuireError(.retry, "interrupted") }
         }
         throw QuireError(.busy, "some merged pages stay in use by I/O")
     }

@@ -26,6 +26,8 @@ public final class StoreLink: ContentStore {
         var place: Place
         /// Where it is, as far as this process knows: where it was connected last.
         var joined: Place?
+        /// Since when nobody answers there.
+        var unreachableSince: UInt64?
         /// Taken out while it is used: one request at a time.
         var client: ClientBox?
         var figures: StoreFigures?
@@ -99,7 +101,7 @@ public final class StoreLink: ContentStore {
         if let joined, joined != place {
             // For what is released, and for the accounts of what is not.
             if client == nil, let anew = try? connectAgain(memory, joined) { return anew }
-            guard !sharesPages else {
+            guard !sharesPages, client != nil || isGivenUp else {
                 let what = joined.group == place.group ? "quired at \(place.path)" : place.group.isEmpty ? "its owner's share group" : "share group '\(place.group)'"
                 return .absent("it moves to \(what) as soon as it shares nothing where it is: \(Self.waysToMove(name))")
             }
@@ -124,14 +126,22 @@ public final class StoreLink: ContentStore {
         guard monotonicNanoseconds() >= state.withLock({ $0.retryAt }) else { throw QuireError(.retry, "it was tried just now") }
         do throws(QuireError) { return try connect(memory, joined) } catch {
             fail(error)
+            state.withLock { $0.unreachableSince = $0.unreachableSince ?? monotonicNanoseconds() }
             throw error
         }
+    }
+
+    /// Whoever does not answer for so long hears of it when QEMU ends.
+    private static let patienceNanoseconds: UInt64 = 30_000_000_000
+    private var isGivenUp: Bool {
+        guard let since = state.withLock({ $0.unreachableSince }) else { return false }
+        return monotonicNanoseconds() - since > Self.patienceNanoseconds
     }
 
     /// It maps nothing of this store any more. A quired that it does not come back to must not count on it until QEMU ends.
     private func leave(_ box: ClientBox?, _ memory: GuestMemory) {
         // First, so that whoever asks for figures just now takes its end for no failure.
-        state.withLock { ($0.client, $0.joined, $0.figures, $0.lackingBytes, $0.retryAt) = (nil, nil, nil, 0, 0) }
+        state.withLock { ($0.client, $0.joined, $0.unreachableSince, $0.figures, $0.lackingBytes, $0.retryAt) = (nil, nil, nil, nil, 0, 0) }
         box?.client.withLock { client in
             do throws(QuireError) {
                 try client.report(memory.regions.filter { $0.kind == .shmem }.map { StoreRequest.Report(.released, $0.gfns) })
@@ -163,6 +173,7 @@ public final class StoreLink: ContentStore {
             $0.regions = []
             $0.client = box
             $0.joined = place
+            $0.unreachableSince = nil
             $0.trouble = ""
         }
         try tellMemory(memory, box)
