@@ -4,6 +4,7 @@ import GuestMemory
 import Host
 import Platform
 import StoreProtocol
+import TestSupport
 import Testing
 import VhostBackend
 
@@ -37,6 +38,8 @@ import VhostBackend
         options.parentDeathSignal = SIGKILL
         var qemu = try ChildProcess(
             ["sh", "-c", "read line; true", "qemu-system-x86_64", "-device", "vhost-user-blk-pci,chardev=c"] + arguments, options)
+        // The kernel shows its command line a moment after it has begun.
+        #expect(eventually { ((try? Files.read("/proc/\(qemu.pid)/cmdline")) ?? "").contains(arguments.last ?? "chardev=c") })
         try body(qemu.pid)
         pipe.closeWriter()
         qemu.wait()

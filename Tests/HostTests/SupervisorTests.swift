@@ -169,7 +169,7 @@ struct SupervisorTests {
     @Test func theVMOutlivesItsSupervisor() throws {
         let stage = try Stage()
         var run = try stage.start(["--name", "vm"])
-        #expect(eventually { stage.isQEMURunning })
+        #expect(eventually { stage.isQEMURunning && stage.text("run/vm/lock").split(separator: "\n").count == 2 })
         run.signal(SIGKILL)
         run.wait()
         #expect(stage.directory.isRunning("vm"))

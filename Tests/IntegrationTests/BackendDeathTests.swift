@@ -69,7 +69,7 @@ extension Integration {
                 ProcessCalls.sleep(milliseconds: 300)
                 #expect(guest.view.openClaims == claims)
                 guest.signal(SIGCONT)
-                try guest.console.expectReady()
+                try guest.expectReady()
                 #expect(guest.view.openClaims.isEmpty)
                 #expect(guest.view.registeredTable == nil)
                 try guest.churn(250, seconds: 2)
@@ -109,7 +109,7 @@ extension Integration {
                 try guest.qmp.command("system_reset")
                 ProcessCalls.sleep(milliseconds: 300)
                 guest.signal(SIGCONT)
-                try guest.console.expectReady()
+                try guest.expectReady()
                 #expect(guest.view.registeredTable == nil)
                 try guest.churn(250, seconds: 2)
                 try expectService(guest)
@@ -142,7 +142,7 @@ extension Integration {
                             try guest.qmp.command("system_reset")
                         }
                     }
-                    try guest.console.expectReady()
+                    try guest.expectReady()
                     #expect(guest.status.restarts == restarts + 1, "\(guest.stderr)")
                     try expectService(guest)
                     try guest.expectQuietLog()
@@ -197,7 +197,7 @@ extension Integration {
                 }
                 try guest.qmp.command("system_reset")
                 try end(SIGKILL)
-                try guest.console.expectReady()
+                try guest.expectReady()
                 try expectService(guest)
                 try guest.expectQuietLog()
             }

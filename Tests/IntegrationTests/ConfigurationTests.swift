@@ -67,7 +67,7 @@ extension Integration {
                 try one.wait(for: "threads that help") { ["recycle-1", "recycle-2", "dedup-1"].allSatisfy(threads().contains) }
                 // The level holds for what was at work before: that it was told is logged at this one.
                 try one.wait(for: "the new log level") { one.stderr.contains("command tune 500 100") }
-                try one.waitForRecycling(pages: 12800)
+                try one.wait(for: "what the guest has freed to be recycled") { one.status.recycledTotalPages >= 12800 }
                 try one.wait(for: "the new periods in the status") {
                     one.status.periodMilliseconds == 500 && one.status.merging.periodMilliseconds == 100
                 }

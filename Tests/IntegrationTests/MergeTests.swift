@@ -251,7 +251,7 @@ extension Integration {
             print("\(round) rounds, restarts \(pair.guests.map(\.status.restarts)), longest \(pair.longest) ms")
             for guest in pair.guests { try guest.expectQuietLog() }
             try pair.store.waitForService()
-            try pair.wait(for: "merging to go on") { pair.guests.allSatisfy { $0.status.merging.state == .active } }
+            try pair.wait(for: "merging to go on") { pair.guests.allSatisfy { $0.status.state != .down && $0.status.merging.state == .active } }
             try pair.expectExactCounts()
             for guest in pair.guests { try pair.quire("unmerge", guest) }
             try pair.expectExactCounts()
@@ -366,7 +366,7 @@ extension Integration {
                     let backend = guest.backendPID
                     if round % 2 == 0 { ProcessCalls.signal(backend, SIGKILL) }
                     try guest.qmp.command("system_reset")
-                    try guest.console.expectReady()
+                    try guest.expectReady()
                 }
                 try guest.sh("quire-load share 64 4 --seed 7 --threads 2", within: Guest.patience(for: 20))
                 // Without the module, what was recycled before the reset is merged like anything else.
@@ -423,7 +423,7 @@ extension Integration {
                     try guest.qmp.human("loadvm one", within: Guest.patience(for: 60))
                     // All of memory was written: zeros come first.
                     try guest.wait(for: "pages to be shared") { guest.status.merging.sharingPages > 1000 }
-                    try guest.qmp.command("migrate-set-parameters", ["max-bandwidth": .number(Double(1 << 30))])
+                    try guest.qmp.command("migrate-set-parameters", ["max-bandwidth": .number(Double(1 << 30)), "downtime-limit": .number(5000)])
                     try guest.qmp.command("migrate", ["uri": .string("exec:cat > \(file)")])
                     try guest.wait(for: "the guest to be saved", within: Guest.patience(for: 60)) {
                         try guest.qmp.command("query-migrate")["status"]?.text == "completed"
@@ -529,8 +529,8 @@ extension Integration {
             // Where they are they stay connected, whatever becomes of that quired: nothing comes back unasked.
             let worker = pair.store.worker
             ProcessCalls.signal(worker, SIGKILL)
-            try pair.pass(milliseconds: 5000)
             try store.waitForService()
+            try pair.pass(milliseconds: 5000)
             #expect(try store.worker != worker && stores() == [before[1], before[1]])
             #expect(pair.guests.allSatisfy { $0.status.merging.sharingPages > 500 && $0.status.merging.reason.contains("it moves to quired") })
             for guest in pair.guests { try anew(guest) }
@@ -699,10 +699,11 @@ extension Integration {
             let guest = try Guest(Machine(options: ["--store", store.path, "--merge-period", "100ms"]))
             try guest.watched {
                 let load = try guest.console.start("quire-load share 64 \(Effort.scaled(20)) --seed 7 --threads 2")
-                try guest.wait(for: "the line of a full store") { guest.status.merging.reason.contains("the page store is full") }
-                let merging = guest.status.merging, figures = try store.figures()
-                #expect(merging.state == .active && merging.sharingPages > 500, "\(merging)")
-                #expect(figures.sharedPages <= 64 && figures.full > 0, "\(figures)")
+                try guest.wait(for: "the line of a full store, and pages that were refused") {
+                    let merging = guest.status.merging
+                    return try merging.reason.contains("the page store is full") && merging.sharingPages > 500 && store.figures().full > 0
+                }
+                #expect(try guest.status.merging.state == .active && store.figures().sharedPages <= 64)
                 let (text, status) = try guest.console.finish(load, within: Guest.patience(for: 60))
                 #expect(status == 0 && text.contains("ok "), "\(text)")
             }

@@ -134,8 +134,8 @@ extension Integration {
                     try source.loadModule()
                     try source.waitForActive()
                     try source.sh("quire-load hold 200 0 >/dev/null", within: Guest.patience(for: 20))
-                    try source.waitForRecycling()
-                    let seconds = Effort.scaled(12)
+                    try source.wait(for: "recycling") { source.status.recycledTotalPages >= 256 }
+                    let seconds = Effort.scaled(18)
                     let load = try source.console.start("quire-load share 64 \(seconds) --seed 7 --threads 2")
                     try source.wait(for: "merged pages") { source.status.merging.sharingPages > 500 }
                     try source.qmp.command("migrate-set-parameters", ["max-bandwidth": .number(Double(1 << 30)), "downtime-limit": .number(1000)])

@@ -57,7 +57,7 @@ extension Integration {
                         guest.console.mayPanic = true
                         try guest.console.send("echo c > /proc/sysrq-trigger")
                     }
-                    try guest.console.expectReady()
+                    try guest.expectReady()
                     guest.console.mayPanic = false
 
                     #expect(guest.status.state == .noGuest, "\(way): the backend still has a table")
@@ -90,7 +90,7 @@ extension Integration {
                 let stale = old.indices.filter { old[$0] != 0 && old[$0] < UInt8(QUIRE_STATE_CLAIMED.rawValue) }
                 #expect(stale.count > 10_000)
                 try guest.qmp.command("system_reset")
-                try guest.console.expectReady()
+                try guest.expectReady()
                 let load = try guest.console.start("quire-load hold 300")
                 try guest.console.expect("peak\n", within: Guest.patience(for: 60))
                 // The program's pages only: without its own, the kernel would not live to say what became of them.

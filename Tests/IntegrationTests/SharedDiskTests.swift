@@ -71,7 +71,7 @@ extension Integration {
                 // Partitions are looked for at boot, so it needs the disk.
                 ProcessCalls.sleep(milliseconds: 500)
                 ProcessCalls.signal(worker, SIGCONT)
-                try guest.console.expectReady()
+                try guest.expectReady()
                 #expect(guest.backendPID == backend, "the backend was replaced: \(guest.stderr)")
                 try guest.expectQuietLog()
             }

@@ -111,7 +111,7 @@ extension Integration {
                 #expect(try Files.read("/proc/\(guest.backendPID)/status").contains("CapEff:\t0000000000000000"))
                 try guest.loadModule()
                 try guest.waitForActive()
-                try guest.waitForRecycling()
+                try guest.wait(for: "recycling") { guest.status.recycledTotalPages >= 256 }
                 let disk = try guest.swapDisk()
                 try guest.sh("dd if=/bin/busybox of=\(disk) bs=64k count=8 oflag=direct 2>/dev/null")
                 try guest.sh("dd if=\(disk) bs=64k count=8 iflag=direct 2>/dev/null | cmp -n 524288 - /bin/busybox")

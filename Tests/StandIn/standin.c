@@ -531,7 +531,7 @@ static int obey(const char *line)
 	if (IS("guest")) { start_guest(); return 0; }
 	if (IS("pause")) { pause_at = (int)a; return 0; }
 	if (IS("paused")) { for (int i = 0; !paused && i < 5000; i++) nap(1000); return paused; }
-	if (IS("go")) { paused = 0; return 0; }
+	if (IS("go")) { pause_at = -1; paused = 0; return 0; }
 	if (IS("delay")) { delay = a; return 0; }
 	if (IS("fill")) { fill(guest + a * (long)PAGE, (int)b); return 0; }
 	if (IS("is")) return is(guest + a * (long)PAGE, (int)b);

@@ -657,6 +657,8 @@ private typealias Kind = DriverDisk.Kind
         #expect(elsewhere == [0x1ff, pending!.status / 4096])
         ring.logAddress = nil
         try frontEnd.tell(Request.setVringAddress, ring.wireAddresses(logFlag: false))
+        // What the ring had logged until then.
+        _ = log.take()
         #expect(try dirtied { try finish(disk.submit(Kind.flush)) } == [pending!.status / 4096])
 
         // Off again: nothing more.

@@ -28,7 +28,7 @@ private typealias Kind = DriverDisk.Kind
         let inflight = try frontEnd.getInflight(size: 16)
         try frontEnd.start(ram, [ring], inflight: inflight)
         #expect(try disk.run(Kind.flush).status == 0)
-        #expect(inflight.usedIndex() == 1)
+        #expect(eventually { inflight.usedIndex() == 1 })
         frontEnd.disconnect()
         #expect(eventually { !server.server.isConnected })
 

@@ -54,6 +54,8 @@ private func setDescriptorLimit(_ limit: rlim_t) {
         let server = try TestServer(MemoryStorage())
         let frontEnd = try server.connect()
         try frontEnd.handshake()
+        // An answer is sent before its handling ends.
+        #expect(eventually { server.server.handlingNanoseconds == 0 })
         try frontEnd.sendRaw(Array(frontEnd.message(Request.setStatus, le(UInt64(1))).dropLast(3)))
         #expect(!eventually(milliseconds: 100) { server.server.handlingNanoseconds > 50_000_000 })
         try frontEnd.sendRaw([0, 0, 0])
